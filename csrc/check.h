@@ -1,0 +1,51 @@
+// Argument checks of the C++ ring, for those who call torch.ops.fastsae directly.
+// One grammar: "<op>: expected <what>, got <what came>"; Python checks the same facts first.
+#pragma once
+
+#include <initializer_list>
+#include <sstream>
+#include <string>
+
+#include "torch.h"
+
+#define FASTSAE_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
+
+namespace fastsae {
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream s;
+  s << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
+  s << ']';
+  return s.str();
+}
+
+inline void check_matrix(const char* op, const char* name, const Tensor& t) {
+  FASTSAE_CHECK(t.dim() == 2, op, ": expected ", name, " to have 2 dimensions, got ", shape_of(t));
+  FASTSAE_CHECK(t.size(1) < (int64_t{1} << 31), op, ": expected ", name,
+                " to have fewer than 2^31 columns, got ", shape_of(t));
+}
+
+inline void check_vector(const char* op, const char* name, const Tensor& t, int64_t size) {
+  FASTSAE_CHECK(t.dim() == 1 && t.size(0) == size, op, ": expected ", name, " to be [", size,
+                "], got ", shape_of(t));
+}
+
+inline void check_same_type(const char* op, const char* name, const Tensor& t, ScalarType type) {
+  FASTSAE_CHECK(t.scalar_type() == type, op, ": expected ", name, " to have the dtype of x");
+}
+
+inline void check_int32(const char* op, const char* name, const Tensor& t) {
+  FASTSAE_CHECK(t.scalar_type() == ScalarType::Int, op, ": expected ", name, " to be int32");
+}
+
+inline void check_k(const char* op, int64_t k, int64_t d_sae) {
+  FASTSAE_CHECK(k >= 1 && k <= d_sae, op, ": expected 1 <= k <= d_sae = ", d_sae, ", got k = ", k);
+}
+
+inline void check_entries(const char* op, int64_t entries) {
+  FASTSAE_CHECK(entries < (int64_t{1} << 31), op,
+                ": expected fewer than 2^31 selected entries, got ", entries);
+}
+
+}  // namespace fastsae

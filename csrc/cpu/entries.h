@@ -1,0 +1,65 @@
+// Sparse activations as the CPU ops read them: checked once, then plain pointers.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+
+#include "check.h"
+#include "dispatch.h"
+#include "torch.h"
+
+namespace fastsae::cpu {
+
+struct Entries {
+  Tensor values;   // contiguous
+  Tensor indices;  // contiguous int32
+  Tensor offsets;  // [n + 1] int32, only for the variable layout
+  bool fixed;
+  int64_t n, k, total;  // total: entries that are not padding
+
+  int64_t begin(int64_t row) const { return fixed ? row * k : data_of<int32_t>(offsets)[row]; }
+  int64_t end(int64_t row) const {
+    return fixed ? (row + 1) * k : data_of<int32_t>(offsets)[row + 1];
+  }
+};
+
+// Checks shapes, offsets and that every index is in [0, d_sae): nothing is read out of bounds.
+inline Entries checked_entries(const char* op, const Tensor& values, const Tensor& indices,
+                               const std::optional<Tensor>& offsets, int64_t d_sae) {
+  Entries e{as_contiguous(values), as_contiguous(indices), indices, !offsets.has_value(), 0, 0, 0};
+  check_int32(op, "indices", indices);
+  FASTSAE_CHECK(values.dim() == indices.dim() && values.numel() == indices.numel(), op,
+                ": expected indices to have the shape of values, got ", shape_of(indices), " and ",
+                shape_of(values));
+  if (e.fixed) {
+    check_matrix(op, "values", values);
+    e.n = values.size(0);
+    e.k = values.size(1);
+    e.total = values.numel();
+  } else {
+    FASTSAE_CHECK(values.dim() == 1 && offsets->dim() == 1 && offsets->size(0) >= 1, op,
+                  ": expected values to be [cap] and offsets to be [n + 1], got ", shape_of(values),
+                  " and ", shape_of(*offsets));
+    check_int32(op, "offsets", *offsets);
+    e.offsets = as_contiguous(*offsets);
+    e.n = offsets->size(0) - 1;
+    const int32_t* bound = data_of<int32_t>(e.offsets);
+    bool ordered = bound[0] == 0;
+    for (int64_t row = 0; row < e.n; ++row) ordered = ordered && bound[row] <= bound[row + 1];
+    FASTSAE_CHECK(ordered && bound[e.n] <= values.numel(), op,
+                  ": expected offsets to ascend from 0 to at most ", values.numel());
+    e.total = bound[e.n];
+  }
+  check_entries(op, values.numel());
+  const int32_t* index = data_of<int32_t>(e.indices);
+  int32_t low = 0, high = 0;
+  for (int64_t j = 0; j < e.total; ++j) {
+    low = std::min(low, index[j]);
+    high = std::max(high, index[j]);
+  }
+  FASTSAE_CHECK(e.total == 0 || (low >= 0 && high < d_sae), op,
+                ": expected 0 <= indices < d_sae = ", d_sae, ", got ", low < 0 ? low : high);
+  return e;
+}
+
+}  // namespace fastsae::cpu

@@ -1,0 +1,103 @@
+// One pass over a row: maxima of interleaved groups, and the entries that pass a threshold.
+//
+// Both read each element once, 64 bytes at a time: at the limit of L2, and of memory when the row
+// does not fit there. The k-th largest of `groups` maxima is a lower bound of the k-th largest
+// element, because k different elements reach it; with groups >= 4k it is a tight one.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace fastsae::cpu {
+namespace {
+
+template <class V, bool kBias, class T>
+inline V load_sum(const T* x, const typename V::A* bias, int64_t j) {
+  V v = V::load(x + j);
+  if constexpr (kBias) v = v + V::load(bias + j);
+  return v;
+}
+
+template <class V, bool kBias, class T>
+void group_max_loop(const T* x, const typename V::A* bias, int64_t n, int64_t groups,
+                    typename V::A* out) {
+  using A = typename V::A;
+  for (int64_t g = 0; g < groups; ++g) out[g] = static_cast<A>(-__builtin_inf());
+  for (int64_t block = 0; block < n; block += groups) {
+    const int64_t size = n - block < groups ? n - block : groups;
+    int64_t g = 0;
+    for (; g + V::kWidth <= size; g += V::kWidth) {
+      V::max(load_sum<V, kBias>(x, bias, block + g), V::load(out + g)).store(out + g);
+    }
+    for (; g < size; ++g) {
+      const A v = widen(x[block + g]) + (kBias ? bias[block + g] : A(0));
+      if (v > out[g]) out[g] = v;
+    }
+  }
+}
+
+template <class V, class T>
+void group_max(const T* x, const typename V::A* bias, int64_t n, int64_t groups,
+               typename V::A* out) {
+  if (bias) group_max_loop<V, true>(x, bias, n, groups, out);
+  else group_max_loop<V, false>(x, bias, n, groups, out);
+}
+
+template <class V, bool kBias, bool kPerColumn, Pass kPass, class T>
+int64_t filter_loop(const T* x, const typename V::A* bias, int64_t n, const typename V::A* tau,
+                    int32_t base, typename V::A* values, int32_t* indices) {
+  using A = typename V::A;
+  const V one_tau = V::set1(kPerColumn ? A(0) : tau[0]);
+  const auto passing = [&](V v, int64_t j) {
+    const V t = kPerColumn ? V::load(tau + j) : one_tau;
+    return kPass == Pass::kAbove ? V::above(v, t) : V::not_below_or_equal(v, t);
+  };
+  int64_t m = 0, j = 0;
+  constexpr int kUnroll = 4;
+  for (; j + kUnroll * V::kWidth <= n; j += kUnroll * V::kWidth) {
+    V v[kUnroll];
+    unsigned mask[kUnroll], any = 0;
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t at = j + u * V::kWidth;
+      v[u] = load_sum<V, kBias>(x, bias, at);
+      any |= mask[u] = passing(v[u], at);
+    }
+    if (__builtin_expect(any == 0, 1)) continue;
+    for (int u = 0; u < kUnroll; ++u) {
+      if (!mask[u]) continue;
+      const int32_t at = base + static_cast<int32_t>(j) + u * V::kWidth;
+      m += V::compress(v[u], mask[u], at, values + m, indices + m);
+    }
+  }
+  for (; j < n; ++j) {
+    const A v = widen(x[j]) + (kBias ? bias[j] : A(0));
+    const A t = tau[kPerColumn ? j : 0];
+    if (kPass == Pass::kAbove ? v > t : !(v <= t)) {
+      values[m] = v;
+      indices[m++] = base + static_cast<int32_t>(j);
+    }
+  }
+  return m;
+}
+
+template <class V, bool kBias, class T>
+int64_t filter_with(const T* x, const typename V::A* bias, int64_t n, const typename V::A* tau,
+                    bool per_column, Pass pass, int32_t base, typename V::A* values,
+                    int32_t* indices) {
+  if (per_column) {
+    return filter_loop<V, kBias, true, Pass::kAbove>(x, bias, n, tau, base, values, indices);
+  }
+  if (pass == Pass::kAbove) {
+    return filter_loop<V, kBias, false, Pass::kAbove>(x, bias, n, tau, base, values, indices);
+  }
+  return filter_loop<V, kBias, false, Pass::kNotBelow>(x, bias, n, tau, base, values, indices);
+}
+
+template <class V, class T>
+int64_t filter(const T* x, const typename V::A* bias, int64_t n, const typename V::A* tau,
+               bool per_column, Pass pass, int32_t base, typename V::A* values, int32_t* indices) {
+  return bias ? filter_with<V, true>(x, bias, n, tau, per_column, pass, base, values, indices)
+              : filter_with<V, false>(x, bias, n, tau, per_column, pass, base, values, indices);
+}
+
+}  // namespace
+}  // namespace fastsae::cpu

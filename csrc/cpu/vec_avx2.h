@@ -1,0 +1,102 @@
+// Eight floats or four doubles. Compiled with -mavx2 -mfma -mf16c only.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/types.h"
+
+namespace fastsae::cpu {
+namespace {
+
+struct VecF {
+  using A = float;
+  static constexpr int kWidth = 8;
+  __m256 v;
+
+  static VecF set1(float x) { return {_mm256_set1_ps(x)}; }
+  static VecF load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static VecF load(const bf16* p) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
+  }
+  static VecF load(const fp16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store(bf16* p) const {
+    alignas(32) float lanes[8];
+    _mm256_store_ps(lanes, v);
+    for (int i = 0; i < 8; ++i) p[i] = narrow<bf16>(lanes[i]);
+  }
+  void store(fp16* p) const {
+    const __m128i h = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h);
+  }
+  friend VecF operator+(VecF a, VecF b) { return {_mm256_add_ps(a.v, b.v)}; }
+  static VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  // maxps returns its second operand when either is NaN.
+  static VecF max(VecF x, VecF best) { return {_mm256_max_ps(x.v, best.v)}; }
+  static unsigned not_below_or_equal(VecF a, VecF b) {
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ)));
+  }
+  static unsigned above(VecF a, VecF b) {
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)));
+  }
+  static int compress(VecF x, unsigned mask, int32_t base, float* values, int32_t* indices) {
+    alignas(32) float lanes[8];
+    _mm256_store_ps(lanes, x.v);
+    int m = 0;
+    for (; mask; mask &= mask - 1) {
+      const int lane = __builtin_ctz(mask);
+      values[m] = lanes[lane];
+      indices[m++] = base + lane;
+    }
+    return m;
+  }
+  float sum() const {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+};
+
+struct VecD {
+  using A = double;
+  static constexpr int kWidth = 4;
+  __m256d v;
+
+  static VecD set1(double x) { return {_mm256_set1_pd(x)}; }
+  static VecD load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  void store(double* p) const { _mm256_storeu_pd(p, v); }
+  friend VecD operator+(VecD a, VecD b) { return {_mm256_add_pd(a.v, b.v)}; }
+  static VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+  static VecD max(VecD x, VecD best) { return {_mm256_max_pd(x.v, best.v)}; }
+  static unsigned not_below_or_equal(VecD a, VecD b) {
+    return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_NLE_UQ)));
+  }
+  static unsigned above(VecD a, VecD b) {
+    return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ)));
+  }
+  static int compress(VecD x, unsigned mask, int32_t base, double* values, int32_t* indices) {
+    alignas(32) double lanes[4];
+    _mm256_store_pd(lanes, x.v);
+    int m = 0;
+    for (; mask; mask &= mask - 1) {
+      const int lane = __builtin_ctz(mask);
+      values[m] = lanes[lane];
+      indices[m++] = base + lane;
+    }
+    return m;
+  }
+  double sum() const {
+    const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+  }
+};
+
+inline void prefetch(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
+
+}  // namespace
+}  // namespace fastsae::cpu

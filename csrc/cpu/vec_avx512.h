@@ -1,0 +1,91 @@
+// Sixteen floats or eight doubles. Compiled with -mavx512f -mavx512bw -mavx512vl -mavx512dq only.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/types.h"
+
+namespace fastsae::cpu {
+namespace {
+
+struct VecF {
+  using A = float;
+  static constexpr int kWidth = 16;
+  __m512 v;
+
+  static VecF set1(float x) { return {_mm512_set1_ps(x)}; }
+  static VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static VecF load(const bf16* p) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+  }
+  static VecF load(const fp16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store(bf16* p) const {
+    const __m512i u = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i bump = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, bump), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+    const __m256i h = _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
+  }
+  void store(fp16* p) const {
+    const __m256i h = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
+  }
+  friend VecF operator+(VecF a, VecF b) { return {_mm512_add_ps(a.v, b.v)}; }
+  static VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  // vmaxps returns its second operand when either is NaN.
+  static VecF max(VecF x, VecF best) { return {_mm512_max_ps(x.v, best.v)}; }
+  static unsigned not_below_or_equal(VecF a, VecF b) {
+    return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ);
+  }
+  static unsigned above(VecF a, VecF b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+  // Compressed in a register and stored whole: compressing into memory is microcoded on Zen 4.
+  static int compress(VecF x, unsigned mask, int32_t base, float* values, int32_t* indices) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i at = _mm512_add_epi32(lanes, _mm512_set1_epi32(base));
+    const __mmask16 m = static_cast<__mmask16>(mask);
+    _mm512_storeu_ps(values, _mm512_maskz_compress_ps(m, x.v));
+    _mm512_storeu_si512(indices, _mm512_maskz_compress_epi32(m, at));
+    return __builtin_popcount(mask);
+  }
+  float sum() const { return _mm512_reduce_add_ps(v); }
+};
+
+struct VecD {
+  using A = double;
+  static constexpr int kWidth = 8;
+  __m512d v;
+
+  static VecD set1(double x) { return {_mm512_set1_pd(x)}; }
+  static VecD load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  void store(double* p) const { _mm512_storeu_pd(p, v); }
+  friend VecD operator+(VecD a, VecD b) { return {_mm512_add_pd(a.v, b.v)}; }
+  static VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+  static VecD max(VecD x, VecD best) { return {_mm512_max_pd(x.v, best.v)}; }
+  static unsigned not_below_or_equal(VecD a, VecD b) {
+    return _mm512_cmp_pd_mask(a.v, b.v, _CMP_NLE_UQ);
+  }
+  static unsigned above(VecD a, VecD b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
+  static int compress(VecD x, unsigned mask, int32_t base, double* values, int32_t* indices) {
+    const __m256i at =
+        _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(base));
+    const __mmask8 m = static_cast<__mmask8>(mask);
+    _mm512_storeu_pd(values, _mm512_maskz_compress_pd(m, x.v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(indices), _mm256_maskz_compress_epi32(m, at));
+    return __builtin_popcount(mask);
+  }
+  double sum() const { return _mm512_reduce_add_pd(v); }
+};
+
+inline void prefetch(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
+
+}  // namespace
+}  // namespace fastsae::cpu

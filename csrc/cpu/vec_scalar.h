@@ -1,0 +1,47 @@
+// One lane, in plain C: the portable level, and the meaning of the wider ones.
+#pragma once
+
+#include "cpu/types.h"
+
+namespace fastsae::cpu {
+namespace {
+
+template <class Number>
+struct ScalarVec {
+  using A = Number;
+  static constexpr int kWidth = 1;
+  A v;
+
+  template <class T>
+  static ScalarVec load(const T* p) {
+    return {static_cast<A>(widen(*p))};
+  }
+  static ScalarVec set1(A x) { return {x}; }
+  template <class T>
+  void store(T* p) const {
+    *p = narrow<T>(v);
+  }
+  friend ScalarVec operator+(ScalarVec a, ScalarVec b) { return {a.v + b.v}; }
+  static ScalarVec fma(ScalarVec a, ScalarVec b, ScalarVec c) { return {a.v * b.v + c.v}; }
+  // The larger of the two; `best` where x is NaN.
+  static ScalarVec max(ScalarVec x, ScalarVec best) { return {x.v > best.v ? x.v : best.v}; }
+  static unsigned not_below_or_equal(ScalarVec a, ScalarVec b) { return !(a.v <= b.v); }
+  static unsigned above(ScalarVec a, ScalarVec b) { return a.v > b.v; }
+  static int compress(ScalarVec x, unsigned mask, int32_t base, A* values, int32_t* indices) {
+    if (!mask) return 0;
+    *values = x.v;
+    *indices = base;
+    return 1;
+  }
+  A sum() const { return v; }
+};
+
+using VecF = ScalarVec<float>;
+using VecD = ScalarVec<double>;
+
+inline void prefetch(const void* p) {
+  __builtin_prefetch(p);
+}
+
+}  // namespace
+}  // namespace fastsae::cpu

@@ -1,0 +1,54 @@
+// From a torch dtype at run time to a C++ type.
+#pragma once
+
+#include "check.h"
+#include "cpu/types.h"
+
+namespace fastsae {
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// Calls f(Type<T>{}) with the storage type of `t`.
+template <class F>
+auto dispatch_floating(const char* op, const char* name, const Tensor& t, F&& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return f(Type<float>{});
+    case ScalarType::Double:
+      return f(Type<double>{});
+    case ScalarType::BFloat16:
+      return f(Type<cpu::bf16>{});
+    case ScalarType::Half:
+      return f(Type<cpu::fp16>{});
+    default:
+      FASTSAE_CHECK(false, op, ": expected ", name, " to be float32, float64, bfloat16 or float16");
+  }
+}
+
+template <class T>
+constexpr ScalarType scalar_type_of() {
+  if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
+  if constexpr (std::is_same_v<T, double>) return ScalarType::Double;
+  if constexpr (std::is_same_v<T, cpu::bf16>) return ScalarType::BFloat16;
+  if constexpr (std::is_same_v<T, cpu::fp16>) return ScalarType::Half;
+}
+
+// The dtype that sums and thresholds of `t` are kept in.
+inline ScalarType accumulator_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Typed pointers; torch's own bfloat16 and half have the same layout as ours.
+template <class T>
+const T* data_of(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* mutable_data_of(Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+}  // namespace fastsae

@@ -1,0 +1,54 @@
+// Every operator of the library: the table of contents.
+//
+// Shapes: n tokens, F = d_sae latents, d width of an activation, k active latents per token.
+// Sparse activations travel as (values, indices, offsets): offsets is absent for the fixed-k layout
+// [n, k] and [n + 1] for the variable layout [cap]; see python/fastsae/reference/sparse_acts.py.
+// Both weight matrices are feature-major, [F, d]. Indices, offsets, rows and slots are int32.
+#include "torch.h"
+
+STABLE_TORCH_LIBRARY(fastsae, m) {
+  // The k largest entries of each row of x [n, F]; ascending index, or descending value if sorted.
+  m.def("topk(Tensor x, int k, bool sorted) -> (Tensor values, Tensor indices)");
+
+  // The `budget` largest positive entries of the whole matrix x [n, F]; the smallest kept value.
+  m.def(
+      "batch_topk(Tensor x, int budget)"
+      " -> (Tensor values, Tensor indices, Tensor offsets, Tensor threshold)");
+
+  // Entries of x [n, F] above theta ([] or [F]); the `cap` largest of them if there are more.
+  m.def(
+      "threshold_select(Tensor x, Tensor theta, int cap)"
+      " -> (Tensor values, Tensor indices, Tensor offsets)");
+
+  // topk, batch_topk and threshold_select of (x - b_dec) W_enc^T + b_enc, which is never stored
+  // beyond one bounded chunk. Only latents where mask [F] is true take part.
+  m.def(
+      "encode_topk(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, int k, Tensor? mask,"
+      " bool relu) -> (Tensor values, Tensor indices)");
+  m.def(
+      "encode_batch_topk(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, int budget,"
+      " Tensor? mask) -> (Tensor values, Tensor indices, Tensor offsets, Tensor threshold)");
+  m.def(
+      "encode_threshold(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor theta,"
+      " int cap) -> (Tensor values, Tensor indices, Tensor offsets)");
+
+  // out[n, d] = sum over the active entries j of row n of values_j W_dec[indices_j] (+ b_dec).
+  m.def(
+      "sparse_decode(Tensor values, Tensor indices, Tensor? offsets, Tensor W_dec, Tensor? b_dec)"
+      " -> Tensor");
+
+  // Gradient of sparse_decode in values: <grad[row], W_dec[index]>, 0 for inactive entries.
+  m.def(
+      "sparse_decode_values_grad(Tensor grad, Tensor values, Tensor indices, Tensor? offsets,"
+      " Tensor W_dec) -> Tensor");
+
+  // The active entries grouped by latent, rows ascending: offsets [F + 1], rows [cap], slots [cap].
+  m.def(
+      "transpose(Tensor values, Tensor indices, Tensor? offsets, int d_sae)"
+      " -> (Tensor offsets, Tensor rows, Tensor slots)");
+
+  // weight[f] = sum over f's list of values[slot] x[row]; bias[f] = sum of values[slot].
+  m.def(
+      "sparse_weight_grad(Tensor values, Tensor offsets, Tensor rows, Tensor slots, Tensor x)"
+      " -> (Tensor weight, Tensor bias)");
+}
