@@ -1,0 +1,38 @@
+"""Every op in plain torch: the specification, and the answer that every test compares with."""
+
+from fastsae.reference.decode import FeatureLists, sparse_decode, sparse_weight_grad, transpose
+from fastsae.reference.encode import (
+    encode_batch_topk,
+    encode_threshold,
+    encode_topk,
+    pre_activations,
+)
+from fastsae.reference.select import (
+    BatchTopK,
+    TopK,
+    accumulator_dtype,
+    batch_topk,
+    keep_largest,
+    threshold_select,
+    topk,
+)
+from fastsae.reference.sparse_acts import SparseActs
+
+__all__ = [
+    "BatchTopK",
+    "FeatureLists",
+    "SparseActs",
+    "TopK",
+    "accumulator_dtype",
+    "batch_topk",
+    "encode_batch_topk",
+    "encode_threshold",
+    "encode_topk",
+    "keep_largest",
+    "pre_activations",
+    "sparse_decode",
+    "sparse_weight_grad",
+    "threshold_select",
+    "topk",
+    "transpose",
+]

@@ -1,0 +1,133 @@
+"""The sparse activation format: every op's input or output, and its exact meaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(eq=False)
+class SparseActs:
+    """Sparse activations of `n` tokens over `d_sae` latents, in one of two layouts.
+
+    - fixed k (TopK): `values: [n, k]`, `indices: [n, k]`, `offsets = None`.
+    - variable (batch-wise selection, thresholds): `values: [cap]`, `indices: [cap]`,
+      `offsets: [n + 1]`, rows ascending. Row i owns entries `offsets[i] : offsets[i + 1]`;
+      entries at or past `offsets[-1]` are padding (value 0, index 0) and take part in nothing.
+      `cap` follows from shapes alone, so no op has to ask the device how many there are.
+
+    An entry whose value is exactly 0 is inactive: it decodes to nothing, gets no gradient and does
+    not count as firing.
+
+    Args:
+        values: floating point; may require grad.
+        indices: int32, each in [0, d_sae).
+        offsets: int32 or None.
+        d_sae: number of latents.
+    """
+
+    values: Tensor
+    indices: Tensor
+    offsets: Tensor | None
+    d_sae: int
+
+    @property
+    def n(self) -> int:
+        """Number of tokens (rows)."""
+        if self.offsets is None:
+            return self.values.shape[0]
+        return self.offsets.shape[0] - 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(n, d_sae)`, the shape of `to_dense()`."""
+        return self.n, self.d_sae
+
+    def rows(self) -> Tensor:
+        """Return the row of every entry: int64, shape of `values`; `n` for padding."""
+        device = self.values.device
+        if self.offsets is None:
+            return torch.arange(self.n, device=device).unsqueeze(1).expand(self.values.shape)
+        entry = torch.arange(self.values.shape[0], device=device, dtype=torch.int32)
+        return torch.searchsorted(self.offsets[1:], entry, right=True)
+
+    def row_counts(self) -> Tensor:
+        """Return the number of active entries of every row: int64 `[n]`."""
+        active = self.values.detach() != 0
+        if self.offsets is None:
+            return active.sum(1)
+        counts = torch.zeros(self.n + 1, dtype=torch.int64, device=self.values.device)
+        return counts.index_add_(0, self.rows(), active.long())[:-1]
+
+    def l0(self) -> Tensor:
+        """Return the mean number of active latents per token: float32 scalar."""
+        return self.row_counts().float().mean()
+
+    def fired(self) -> Tensor:
+        """Return which latents are active for at least one token: bool `[d_sae]`."""
+        counts = torch.zeros(self.d_sae, dtype=torch.int32, device=self.values.device)
+        active = self.values.detach().flatten() != 0
+        counts.index_add_(0, self.indices.flatten().long(), active.int())
+        return counts > 0
+
+    def to_dense(self) -> Tensor:
+        """Return the dense `[n, d_sae]` matrix; differentiable in `values`."""
+        dense = self.values.new_zeros(self.n + 1, self.d_sae)
+        return dense.index_put((self.rows(), self.indices.long()), self.values, accumulate=True)[
+            : self.n
+        ]
+
+    def to_csr(self) -> Tensor:
+        """Return the active entries as a `torch.sparse_csr` tensor of shape `[n, d_sae]`."""
+        active = self.values != 0
+        rows, cols = self.rows()[active], self.indices[active].long()
+        order = torch.argsort(rows * self.d_sae + cols)
+        crow = torch.zeros(self.n + 1, dtype=torch.int64, device=self.values.device)
+        crow[1:] = torch.bincount(rows, minlength=self.n).cumsum(0)
+        values = self.values[active]
+        return torch.sparse_csr_tensor(crow, cols[order], values[order], size=self.shape)
+
+    @classmethod
+    def from_dense(cls, dense: Tensor) -> SparseActs:
+        """Return the nonzero entries of `dense: [n, d_sae]` in the variable layout.
+
+        Differentiable in `dense`. The number of entries depends on the data, so on a GPU this waits
+        for the device.
+        """
+        if dense.ndim != 2:
+            raise ValueError(
+                f"SparseActs.from_dense: expected dense to be [n, d_sae], got {list(dense.shape)}"
+            )
+        rows, cols = dense.nonzero(as_tuple=True)
+        offsets = torch.zeros(dense.shape[0] + 1, dtype=torch.int32, device=dense.device)
+        offsets[1:] = torch.bincount(rows, minlength=dense.shape[0]).cumsum(0)
+        return cls(dense[rows, cols], cols.int(), offsets, dense.shape[1])
+
+    def to(self, *args: Any, **kwargs: Any) -> SparseActs:
+        """Move or cast like `Tensor.to`; a dtype applies to `values` only."""
+        values = self.values.to(*args, **kwargs)
+        indices = self.indices.to(values.device)
+        offsets = None if self.offsets is None else self.offsets.to(values.device)
+        return SparseActs(values, indices, offsets, self.d_sae)
+
+    def detach(self) -> SparseActs:
+        """Return the same entries cut from the graph."""
+        return SparseActs(self.values.detach(), self.indices, self.offsets, self.d_sae)
+
+
+def _flatten(acts: SparseActs) -> tuple[list[Any], int]:
+    return [acts.values, acts.indices, acts.offsets], acts.d_sae
+
+
+def _unflatten(leaves: Any, d_sae: Any) -> SparseActs:
+    values, indices, offsets = leaves
+    return SparseActs(values, indices, offsets, d_sae)
+
+
+pytree.register_pytree_node(
+    SparseActs, _flatten, _unflatten, serialized_type_name="fastsae.SparseActs"
+)
