@@ -1,0 +1,89 @@
+"""Finds and loads the compiled libraries, once, and gives every op a plain-torch stand-in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+
+import fastsae
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_INSTALL = "pip install --no-build-isolation ."
+
+# Implementations that live as long as the process.
+_fallbacks = torch.library.Library("fastsae", "FRAGMENT")
+
+
+def find(name: str) -> Path | None:
+    """Return the path of a compiled library of the package, or None.
+
+    An editable install spreads the package over two folders, so all of `fastsae.__path__` counts.
+    """
+    for folder in fastsae.__path__:
+        path = Path(folder) / name
+        if path.exists():
+            return path
+    return None
+
+
+def _load(name: str, path: Path) -> None:
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as e:
+        built_for = "torch >= 2.11"
+        raise RuntimeError(
+            f"fastsae: expected {name} to load in torch {torch.__version__} (built for "
+            f"{built_for}), got: {e}. Rebuild it with: {_INSTALL}"
+        ) from None
+
+
+def load_cpu() -> Path:
+    """Load the CPU library, which also holds every schema."""
+    path = find("libfastsae_cpu.so")
+    if path is None:
+        raise RuntimeError(
+            "fastsae: expected the compiled library libfastsae_cpu.so in the package, found none. "
+            f"Build it from the project folder with: {_INSTALL}"
+        )
+    _load("libfastsae_cpu.so", path)
+    return path
+
+
+def load_cuda() -> Path | None:
+    """Load the CUDA library if it was built and this torch has CUDA; no GPU is touched."""
+    path = find("libfastsae_cuda.so")
+    if path is None or torch.version.cuda is None:
+        return None
+    _load("libfastsae_cuda.so", path)
+    return path
+
+
+def has_kernel(op: str, device_type: str) -> bool:
+    """Return whether `op` has a native kernel for a device type such as "cpu" or "cuda"."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"fastsae::{op}", key)
+    )
+
+
+def fake(op: str) -> Callable[[F], F]:
+    """Register what `op` returns for tensors without data: shapes, dtypes and strides."""
+    return cast("Callable[[F], F]", torch.library.register_fake(f"fastsae::{op}"))
+
+
+def fallback(op: str) -> Callable[[F], F]:
+    """Register plain torch as `op` on every device that has no native kernel for it."""
+
+    def register(f: F) -> F:
+        _fallbacks.impl(op, f, "CompositeExplicitAutograd")
+        return f
+
+    return register
+
+
+cpu_library = load_cpu()
+cuda_library = load_cuda()

@@ -1,0 +1,31 @@
+"""The ops: native kernels behind checked functions, differentiable, compilable, on any device.
+
+Both weight matrices are feature-major here: `W_enc [d_sae, d_in]`, `W_dec [d_sae, d_out]`.
+"""
+
+from fastsae.ops.batch_topk import batch_topk
+from fastsae.ops.encode_batch_topk import encode_batch_topk
+from fastsae.ops.encode_threshold import encode_threshold
+from fastsae.ops.encode_topk import encode_topk
+from fastsae.ops.sparse_decode import sparse_decode
+from fastsae.ops.sparse_weight_grad import sparse_weight_grad
+from fastsae.ops.threshold_select import threshold_select
+from fastsae.ops.topk import topk
+from fastsae.ops.transpose import transpose
+from fastsae.reference import BatchTopK, FeatureLists, SparseActs, TopK
+
+__all__ = [
+    "BatchTopK",
+    "FeatureLists",
+    "SparseActs",
+    "TopK",
+    "batch_topk",
+    "encode_batch_topk",
+    "encode_threshold",
+    "encode_topk",
+    "sparse_decode",
+    "sparse_weight_grad",
+    "threshold_select",
+    "topk",
+    "transpose",
+]

@@ -1,0 +1,105 @@
+"""What the three encode ops share: argument checks and the sparse gradient."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae.ops import _check
+
+
+class EncodeInput(NamedTuple):
+    """Checked arguments of an encode op, `x` flattened to [n, d_in]."""
+
+    x: Tensor
+    W_enc: Tensor
+    b_enc: Tensor | None
+    b_dec: Tensor | None
+
+
+def check(
+    op: str,
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    mask: Tensor | None,
+    select_dtype: torch.dtype | None,
+) -> EncodeInput:
+    """Check the arguments that every encode op has; cast them to `select_dtype` if given."""
+    _check.floating(op, "x", x)
+    _check.floating(op, "W_enc", W_enc)
+    if W_enc.ndim != 2:
+        raise ValueError(f"{op}: expected W_enc to be [d_sae, d_in], got {list(W_enc.shape)}")
+    d_sae, d_in = W_enc.shape
+    if x.ndim == 0 or x.shape[-1] != d_in:
+        raise ValueError(
+            f"{op}: expected x to be [..., d_in] with d_in = {d_in}, got {list(x.shape)}"
+        )
+    _check.same(op, "W_enc", W_enc, "x", x)
+    for name, bias, size, meaning in (
+        ("b_enc", b_enc, d_sae, "[d_sae]"),
+        ("b_dec", b_dec, d_in, "[d_in]"),
+    ):
+        if bias is not None:
+            _check.floating(op, name, bias)
+            _check.shape(op, name, bias, (size,), meaning)
+            _check.same(op, name, bias, "x", x)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"{op}: expected mask to be a bool Tensor, got {got}")
+        _check.shape(op, "mask", mask, (d_sae,), "[d_sae]")
+        if mask.device != x.device:
+            raise ValueError(
+                f"{op}: expected mask on the device of x, {x.device}, got {mask.device}"
+            )
+    x = x.reshape(-1, d_in)
+    if select_dtype is None or select_dtype == x.dtype:
+        return EncodeInput(x, W_enc, b_enc, b_dec)
+    if select_dtype != torch.float32 or x.dtype == torch.float64:
+        raise ValueError(
+            f"{op}: expected select_dtype to be None, float32 or the dtype of x, {x.dtype}, "
+            f"got {select_dtype}"
+        )
+    return EncodeInput(
+        x.float(),
+        W_enc.float(),
+        None if b_enc is None else b_enc.float(),
+        None if b_dec is None else b_dec.float(),
+    )
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save inputs and the selected entries; never anything of size [n, d_sae]."""
+    x, W_enc, b_enc, b_dec = inputs[:4]
+    offsets = output[2] if len(output) > 2 else None
+    ctx.has_bias = b_enc is not None
+    ctx.save_for_backward(x, W_enc, b_dec, output[0], output[1], offsets)
+
+
+def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients in x, W_enc, b_enc, b_dec from that of the selected values.
+
+    With g the gradient of the values, 0 where a value is 0:
+        dW_enc[f] = sum over the entries of f of g (x - b_dec)[row],  db_enc[f] = sum of g,
+        dx[n] = sum over the entries of n of g W_enc[index],  db_dec = -W_enc^T db_enc.
+    """
+    x, W_enc, b_dec, values, indices, offsets = ctx.saved_tensors
+    need_x, need_W, need_b_enc, need_b_dec = ctx.needs_input_grad[:4]
+    grad = torch.where(values != 0, grad, 0)
+    dx = dW = db_enc = db_dec = None
+    if need_x:
+        dx = torch.ops.fastsae.sparse_decode(grad, indices, offsets, W_enc, None)
+    if need_W or need_b_enc or need_b_dec:
+        lists = torch.ops.fastsae.transpose(values, indices, offsets, W_enc.shape[0])
+        centred = x if b_dec is None else x - b_dec
+        dW, db = torch.ops.fastsae.sparse_weight_grad(grad, *lists, centred)
+        db_enc = db if need_b_enc and ctx.has_bias else None
+        if need_b_dec and b_dec is not None:
+            db_dec = -(db @ W_enc)
+        if not need_W:
+            dW = None
+    return dx, dW, db_enc, db_dec

@@ -1,0 +1,102 @@
+"""Mutual choice: the k n largest positive entries of a whole matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import reference
+from fastsae._library import fake, fallback
+from fastsae.ops import _check
+from fastsae.reference import BatchTopK, SparseActs, accumulator_dtype
+
+
+def batch_topk(x: Tensor, k: float) -> BatchTopK:
+    """Keep the `int(k * n)` largest positive entries of the whole matrix.
+
+    Args:
+        x: [..., d_sae], float32 | float64 | bfloat16 | float16. Leading dimensions are flattened to
+            n rows first.
+        k: mean number of entries per row, >= 0; may be fractional.
+
+    Returns:
+        `BatchTopK(acts, threshold)`: `acts` in the variable layout with
+        `cap = min(int(k * n), n * d_sae)`, and the smallest kept value (float32, or float64 for
+        float64 `x`; +inf when nothing is kept).
+
+    Raises:
+        TypeError: `x` is not a floating tensor.
+        ValueError: `k` is negative or not finite, or `x` has no dimension.
+
+    Gradients:
+        In `x`, dense: the gradient of the kept values at their places, 0 elsewhere. None through
+        the threshold.
+
+    Numerics:
+        Exact, also with fewer positive entries than the budget. Among equal values the lowest (row,
+        column) wins. A NaN is not positive: it is never kept and takes no other row's place.
+
+    Cost:
+        `x` is read once from memory; workspace of about 1.3 budgets of candidates.
+
+    Source:
+        BatchTopK (arXiv 2412.06410, section 3); Mutual Choice (arXiv 2411.02124, section 3).
+    """
+    _check.floating("batch_topk", "x", x)
+    _check.rows("batch_topk", "x", x)
+    _check.mean_k("batch_topk", k)
+    x = x.reshape(-1, x.shape[-1])
+    values, indices, offsets, threshold = torch.ops.fastsae.batch_topk(x, int(k * x.shape[0]))
+    return BatchTopK(SparseActs(values, indices, offsets, x.shape[1]), threshold)
+
+
+def fake_selection(x: Tensor, n: int, m: int, budget: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return empty (values, indices, offsets) of a selection among [n, m], shaped like the op's."""
+    cap = torch.sym_min(budget, n * m)
+    return (
+        x.new_empty(cap),
+        x.new_empty(cap, dtype=torch.int32),
+        x.new_empty(n + 1, dtype=torch.int32),
+    )
+
+
+@fake("batch_topk")
+def _fake(x: Tensor, budget: int) -> tuple[Tensor, ...]:
+    selection = fake_selection(x, x.shape[0], x.shape[1], budget)
+    return *selection, x.new_empty((), dtype=accumulator_dtype(x.dtype))
+
+
+@fallback("batch_topk")
+def _plain(x: Tensor, budget: int) -> tuple[Tensor, ...]:
+    acts, threshold = reference.keep_largest(x, x > 0, budget)
+    assert acts.offsets is not None
+    return acts.values, acts.indices, acts.offsets, threshold
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save what the gradient of a matrix-wide selection needs: where the entries are."""
+    ctx.shape = inputs[0].shape
+    ctx.save_for_backward(output[1], output[2])
+
+
+def dense_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    """Return the [n, m] gradient of a selection: `grad` at the kept places, 0 elsewhere."""
+    indices, offsets = ctx.saved_tensors
+    n, m = ctx.shape
+    rows = SparseActs(grad, indices, offsets, m).rows()
+    kept = rows < n
+    # Padding adds 0 to entry (0, 0).
+    where = torch.where(kept, rows * m + indices, 0)
+    dense = grad.new_zeros(n * m)
+    if dense.numel():
+        dense.index_add_(0, where, torch.where(kept, grad, 0))
+    return dense.view(n, m)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None]:
+    return dense_gradient(ctx, grad), None
+
+
+torch.library.register_autograd("fastsae::batch_topk", _backward, setup_context=setup_context)

@@ -1,0 +1,103 @@
+"""The mutual-choice encoder: a linear layer and the k n largest positive entries of the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import reference
+from fastsae._library import fake, fallback
+from fastsae.ops import _check, _encode
+from fastsae.ops.batch_topk import fake_selection
+from fastsae.reference import BatchTopK, SparseActs, accumulator_dtype
+
+
+def encode_batch_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: float,
+    *,
+    b_dec: Tensor | None = None,
+    mask: Tensor | None = None,
+    select_dtype: torch.dtype | None = None,
+) -> BatchTopK:
+    """Keep the `int(k * n)` largest positive entries of `(x - b_dec) W_enc^T + b_enc`.
+
+    Args:
+        x: [..., d_in], float32 | float64 | bfloat16 | float16; leading dimensions are flattened to
+            n rows first.
+        W_enc: [d_sae, d_in], the dtype of `x`; one row per latent, contiguous.
+        b_enc: [d_sae] or None.
+        k: mean number of entries per row, >= 0; may be fractional.
+        b_dec: [d_in] or None, subtracted from `x` first.
+        mask: [d_sae] bool or None: only latents where it is true take part.
+        select_dtype: as in `encode_topk`.
+
+    Returns:
+        `BatchTopK(acts, threshold)` as `batch_topk` gives it.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or dtypes differ.
+        ValueError: a shape, a device or `k` is not as stated.
+
+    Gradients:
+        In `x`, `W_enc`, `b_enc` and `b_dec`, from the kept entries only.
+
+    Numerics:
+        As `encode_topk`; the selection is that of `batch_topk` on the same pre-activations, though
+        they are met a chunk of rows at a time.
+
+    Cost:
+        2 n d_in d_sae flops; at most max(32 MiB, 256 rows) of pre-activations at a time, and a few
+        budgets of candidates.
+
+    Source:
+        BatchTopK (arXiv 2412.06410, section 3); Mutual Choice (arXiv 2411.02124, section 3).
+    """
+    a = _encode.check("encode_batch_topk", x, W_enc, b_enc, b_dec, mask, select_dtype)
+    _check.mean_k("encode_batch_topk", k)
+    values, indices, offsets, threshold = torch.ops.fastsae.encode_batch_topk(
+        a.x, a.W_enc, a.b_enc, a.b_dec, int(k * a.x.shape[0]), mask
+    )
+    return BatchTopK(SparseActs(values.to(x.dtype), indices, offsets, W_enc.shape[0]), threshold)
+
+
+@fake("encode_batch_topk")
+def _fake(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    budget: int,
+    mask: Tensor | None,
+) -> tuple[Tensor, ...]:
+    selection = fake_selection(x, x.shape[0], W_enc.shape[0], budget)
+    return *selection, x.new_empty((), dtype=accumulator_dtype(x.dtype))
+
+
+@fallback("encode_batch_topk")
+def _plain(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    budget: int,
+    mask: Tensor | None,
+) -> tuple[Tensor, ...]:
+    pre = reference.pre_activations(x, W_enc, b_enc, b_dec)
+    eligible = pre > 0 if mask is None else (pre > 0) & mask
+    acts, threshold = reference.keep_largest(pre, eligible, budget)
+    assert acts.offsets is not None
+    return acts.values, acts.indices, acts.offsets, threshold
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return *_encode.gradients(ctx, grad), None, None
+
+
+torch.library.register_autograd(
+    "fastsae::encode_batch_topk", _backward, setup_context=_encode.setup_context
+)

@@ -1,0 +1,102 @@
+"""The TopK encoder: a linear layer and the k largest of every row, without the matrix between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import reference
+from fastsae._library import fake, fallback
+from fastsae.ops import _check, _encode
+from fastsae.reference import TopK
+
+
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    *,
+    b_dec: Tensor | None = None,
+    mask: Tensor | None = None,
+    relu: bool = True,
+    select_dtype: torch.dtype | None = None,
+) -> TopK:
+    """Return the k largest entries of every row of `(x - b_dec) W_enc^T + b_enc`.
+
+    Args:
+        x: [..., d_in], float32 | float64 | bfloat16 | float16.
+        W_enc: [d_sae, d_in], the dtype of `x`; one row per latent, contiguous.
+        b_enc: [d_sae] or None.
+        k: entries per row, 1 <= k <= d_sae.
+        b_dec: [d_in] or None, subtracted from `x` first.
+        mask: [d_sae] bool or None. Only latents where it is true carry values; when there are fewer
+            than k of them, the rest of a row are other latents with value 0.
+        relu: replace selected negative values by 0.
+        select_dtype: float32 computes 16-bit inputs in float32 throughout. None multiplies in the
+            dtype of `x`, so for 16-bit inputs the product is rounded to it before selection.
+
+    Returns:
+        `TopK(values [..., k], indices [..., k])` in ascending index: the dtype of `x`, and int32.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or dtypes differ.
+        ValueError: a shape, a device or `k` is not as stated.
+
+    Gradients:
+        In `x`, `W_enc`, `b_enc` and `b_dec`, from the selected entries only. An entry whose value
+        is exactly 0 gets none.
+
+    Numerics:
+        Sums of the backward accumulate in float32 (float64 for float64). Selection is exact for the
+        pre-activations computed, with the order of `topk`; these come from the library's matrix
+        product, which may differ between devices and thread counts in the last bit.
+
+    Cost:
+        2 n d_in d_sae flops; at most max(32 MiB, 256 rows) of pre-activations at a time.
+
+    Source:
+        Gao et al., "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), equation 3.
+    """
+    a = _encode.check("encode_topk", x, W_enc, b_enc, b_dec, mask, select_dtype)
+    _check.k_in_range("encode_topk", k, W_enc.shape[0])
+    values, indices = torch.ops.fastsae.encode_topk(a.x, a.W_enc, a.b_enc, a.b_dec, k, mask, relu)
+    shape = (*x.shape[:-1], k)
+    return TopK(values.to(x.dtype).view(shape), indices.view(shape))
+
+
+@fake("encode_topk")
+def _fake(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    k: int,
+    mask: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
+
+
+@fallback("encode_topk")
+def _plain(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    k: int,
+    mask: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, ...]:
+    return tuple(reference.encode_topk(x, W_enc, b_enc, k, b_dec=b_dec, mask=mask, relu=relu))
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return *_encode.gradients(ctx, grad), None, None, None
+
+
+torch.library.register_autograd(
+    "fastsae::encode_topk", _backward, setup_context=_encode.setup_context
+)

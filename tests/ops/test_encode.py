@@ -1,0 +1,270 @@
+"""The encode ops: selection, masks, chunks, and gradients against a dense reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fastsae import ops, reference
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def weights(d_sae: int, d_in: int, dtype=torch.float32, device="cpu"):
+    W = torch.randn(d_sae, d_in, dtype=torch.float64) / d_in**0.5
+    return (
+        W.to(dtype).to(device),
+        (0.1 * torch.randn(d_sae, dtype=torch.float64)).to(dtype).to(device),
+        (0.1 * torch.randn(d_in, dtype=torch.float64)).to(dtype).to(device),
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_topk_equals_reference(device, isa, dtype, relu, bias) -> None:
+    for n, d_in, d_sae, k in ((1, 1, 1, 1), (7, 5, 33, 33), (20, 48, 700, 9)):
+        x = torch.randn(n, d_in, dtype=torch.float64).to(dtype).to(device)
+        W, b_enc, b_dec = weights(d_sae, d_in, dtype, device)
+        b_enc, b_dec = (b_enc, b_dec) if bias else (None, None)
+        got = ops.encode_topk(x, W, b_enc, k, b_dec=b_dec, relu=relu)
+        # Compared as dense matrices: two nearly equal entries may swap by rounding.
+        want = reference.encode_topk(x, W, b_enc, k, b_dec=b_dec, relu=relu)
+        tol = TOLERANCE[dtype]
+        a = ops.SparseActs(got.values, got.indices, None, d_sae).to_dense()
+        b = ops.SparseActs(want.values, want.indices, None, d_sae).to_dense()
+        wrong = ((a - b).abs() > tol * (1 + b.abs())).sum().item()
+        assert wrong <= (0 if dtype in (torch.float32, torch.float64) else 0.02 * n * k)
+        assert (got.indices.diff(dim=-1) > 0).all()
+
+
+def test_selection_is_exact_for_its_pre_activations(isa) -> None:
+    # Integers: every sum is exact, so ties are real and the result is one bit pattern.
+    x = torch.randint(-3, 4, (40, 16)).float()
+    W = torch.randint(-3, 4, (3000, 16)).float()
+    b = torch.randint(-3, 4, (3000,)).float()
+    got = ops.encode_topk(x, W, b, 25)
+    want = reference.topk(x @ W.t() + b, 25)
+    assert torch.equal(got.indices, want.indices)
+    assert torch.equal(got.values, want.values.relu())
+    acts, threshold = ops.encode_batch_topk(x, W, b, 12.5)
+    ref = reference.batch_topk(x @ W.t() + b, 12.5)
+    assert torch.equal(acts.indices, ref.acts.indices)
+    assert torch.equal(acts.values, ref.acts.values)
+    assert torch.equal(acts.offsets, ref.acts.offsets)
+    assert torch.equal(threshold, ref.threshold)
+    theta = torch.tensor(20.0)
+    kept = ops.encode_threshold(x, W, b, theta, 4000)
+    ref_kept = reference.threshold_select(x @ W.t() + b, theta, 4000)
+    assert torch.equal(kept.indices, ref_kept.indices)
+    assert torch.equal(kept.offsets, ref_kept.offsets)
+
+
+def test_many_chunks() -> None:
+    # 32 MiB hold 256 rows of 32,768 float32: six chunks.
+    x = torch.randint(-2, 3, (1400, 4)).float()
+    W = torch.randint(-2, 3, (32_768, 4)).float() + torch.arange(32_768).unsqueeze(1) / 2**15
+    pre = x @ W.t()
+    got = ops.encode_topk(x, W, None, 3)
+    want = torch.topk(pre, 3).values.relu().sort(1).values
+    assert torch.equal(got.values.sort(1).values, want)
+    acts, threshold = ops.encode_batch_topk(x, W, None, 3)
+    kept = torch.topk(pre.flatten(), 3 * 1400).values
+    assert torch.equal(acts.values.sort().values, kept.sort().values)
+    assert threshold == kept.min()
+    theta = torch.tensor(6.0)
+    count = (pre > theta).sum()
+    assert ops.encode_threshold(x, W, None, theta, pre.numel()).offsets[-1] == count
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 5, 30])
+def test_mask(device, allowed) -> None:
+    n, d_in, d_sae, k = 9, 6, 40, 5
+    x = torch.randn(n, d_in, device=device)
+    W, b_enc, b_dec = weights(d_sae, d_in, device=device)
+    mask = torch.zeros(d_sae, dtype=torch.bool, device=device)
+    mask[torch.randperm(d_sae)[:allowed]] = True
+    for relu in (True, False):
+        got = ops.encode_topk(x, W, b_enc, k, b_dec=b_dec, mask=mask, relu=relu)
+        want = reference.encode_topk(x, W, b_enc, k, b_dec=b_dec, mask=mask, relu=relu)
+        assert_close(got.values, want.values)
+        assert torch.equal(got.indices, want.indices)
+        assert not got.values[~mask[got.indices.long()]].any()
+    acts, threshold = ops.encode_batch_topk(x, W, b_enc, k, b_dec=b_dec, mask=mask)
+    ref = reference.encode_batch_topk(x, W, b_enc, k, b_dec=b_dec, mask=mask)
+    assert_close(acts.to_dense(), ref.acts.to_dense())
+    assert_close(threshold, ref.threshold)
+
+
+def run(encode, selected):
+    """Loss that depends on every active value, and its gradients."""
+    tensors = [t.detach().clone().requires_grad_() for t in selected]
+    acts = encode(*tensors)
+    (acts.to_dense().sin() * torch.arange(acts.d_sae)).sum().backward()
+    return [t.grad for t in tensors]
+
+
+ENCODERS = {
+    "topk": lambda m, x, W, b, c, mask: m.SparseActs(
+        *m.encode_topk(x, W, b, 4, b_dec=c, mask=mask), None, W.shape[0]
+    ),
+    "batch_topk": lambda m, x, W, b, c, mask: (
+        m.encode_batch_topk(x, W, b, 3.5, b_dec=c, mask=mask).acts
+    ),
+    "threshold": lambda m, x, W, b, c, mask: m.encode_threshold(
+        x, W, b, torch.tensor(0.4), 1000, b_dec=c
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_equal_a_dense_reference(device, isa, kind, masked) -> None:
+    x = torch.randn(12, 10, dtype=torch.float64, device=device)
+    W, b_enc, b_dec = weights(50, 10, torch.float64, device)
+    mask = torch.rand(50, device=device) < 0.5 if masked else None
+    arguments = (x, W, b_enc, b_dec)
+    got = run(lambda *t: ENCODERS[kind](ops, *t, mask), arguments)
+    want = run(lambda *t: ENCODERS[kind](reference, *t, mask), arguments)
+    for name, a, b in zip(("x", "W_enc", "b_enc", "b_dec"), got, want, strict=True):
+        assert b.abs().sum() > 0, name
+        assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_gradcheck() -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    W, b_enc, b_dec = (t.requires_grad_() for t in weights(9, 4, torch.float64))
+    for relu in (True, False):
+
+        def f(x, W, b_enc, b_dec, relu=relu):
+            return ops.encode_topk(x, W, b_enc, 3, b_dec=b_dec, relu=relu).values
+
+        assert torch.autograd.gradcheck(f, (x, W, b_enc, b_dec))
+    assert torch.autograd.gradcheck(
+        lambda x, W, b, c: ops.encode_batch_topk(x, W, b, 2, b_dec=c).acts.values,
+        (x, W, b_enc, b_dec),
+    )
+
+
+def test_only_what_is_needed_gets_a_gradient() -> None:
+    x = torch.randn(5, 4)
+    W, b_enc, b_dec = weights(9, 4)
+    b_enc.requires_grad_()
+    ops.encode_topk(x, W, b_enc, 3, b_dec=b_dec).values.sum().backward()
+    assert b_enc.grad is not None
+    assert x.grad is None
+    assert W.grad is None
+
+
+def test_all_negative_pre_activations_give_no_gradient() -> None:
+    x = torch.rand(6, 4) + 0.1
+    W = (-torch.rand(9, 4) - 0.1).requires_grad_()
+    b = torch.zeros(9, requires_grad=True)
+    values, _ = ops.encode_topk(x, W, b, 3)
+    assert not values.any()
+    values.sum().backward()
+    assert not W.grad.any()
+    assert not b.grad.any()
+    acts, _ = ops.encode_batch_topk(x, W, b, 3)
+    acts.values.sum().backward()
+    assert not W.grad.any()
+
+
+def test_a_nan_row_stays_alone() -> None:
+    x = torch.randn(6, 8)
+    W, b_enc, _ = weights(40, 8)
+    clean = ops.encode_topk(x, W, b_enc, 4)
+    x[2] = float("nan")
+    got = ops.encode_topk(x, W, b_enc, 4)
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(got.values[others], clean.values[others])
+    assert torch.equal(got.indices[others], clean.indices[others])
+    assert got.values[2].isnan().all()
+
+
+def test_select_dtype_computes_in_float32() -> None:
+    x = torch.randn(50, 64).bfloat16()
+    W, b_enc, b_dec = weights(400, 64, torch.bfloat16)
+    got = ops.encode_topk(x, W, b_enc, 8, b_dec=b_dec, select_dtype=torch.float32)
+    want = reference.encode_topk(x.float(), W.float(), b_enc.float(), 8, b_dec=b_dec.float())
+    assert torch.equal(got.indices, want.indices)
+    assert got.values.dtype == torch.bfloat16
+    assert_close(got.values, want.values.bfloat16())
+
+
+def test_leading_dimensions_and_empty(device) -> None:
+    W, b_enc, _ = weights(20, 4, device=device)
+    x = torch.randn(2, 3, 4, device=device)
+    values, indices = ops.encode_topk(x, W, b_enc, 5)
+    assert values.shape == indices.shape == (2, 3, 5)
+    flat = ops.encode_topk(x.reshape(6, 4), W, b_enc, 5)
+    assert torch.equal(values.reshape(6, 5), flat.values)
+    assert ops.encode_batch_topk(x, W, b_enc, 2).acts.n == 6
+    empty = torch.empty(0, 4, device=device)
+    assert ops.encode_topk(empty, W, b_enc, 5).values.shape == (0, 5)
+    assert ops.encode_batch_topk(empty, W, b_enc, 2).acts.n == 0
+    theta = torch.tensor(0.0, device=device)
+    assert ops.encode_threshold(empty, W, b_enc, theta, 7).n == 0
+
+
+def test_transposed_parameters(device) -> None:
+    W, b_enc, _ = weights(20, 4, device=device)
+    x = torch.randn(6, 4, device=device)
+    column_major = W.t().contiguous().t()
+    assert not column_major.is_contiguous()
+    assert torch.equal(
+        ops.encode_topk(x, column_major, b_enc, 5).indices,
+        ops.encode_topk(x, W, b_enc, 5).indices,
+    )
+
+
+def test_opcheck() -> None:
+    x = torch.randn(6, 5, requires_grad=True)
+    W, b_enc, b_dec = (t.requires_grad_() for t in weights(20, 5))
+    mask = torch.rand(20) < 0.7
+    o = torch.ops.fastsae
+    torch.library.opcheck(o.encode_topk.default, (x, W, b_enc, b_dec, 3, mask, True))
+    torch.library.opcheck(o.encode_topk.default, (x, W, None, None, 3, None, False))
+    torch.library.opcheck(o.encode_batch_topk.default, (x, W, b_enc, b_dec, 13, mask))
+    theta = torch.tensor(0.1)
+    torch.library.opcheck(o.encode_threshold.default, (x, W, b_enc, b_dec, theta, 30))
+
+
+def test_compiles() -> None:
+    x = torch.randn(6, 5)
+    W, b_enc, b_dec = weights(20, 5)
+    W.requires_grad_()
+
+    def f(x, W):
+        values, indices = ops.encode_topk(x, W, b_enc, 3, b_dec=b_dec)
+        acts, _ = ops.encode_batch_topk(x, W, b_enc, 3)
+        decoded = ops.sparse_decode(ops.SparseActs(values, indices, None, 20), W)
+        return decoded.square().sum() + acts.values.sum()
+
+    want = torch.autograd.grad(f(x, W), W)[0]
+    got = torch.autograd.grad(torch.compile(f, fullgraph=True)(x, W), W)[0]
+    assert_close(got, want)
+
+
+def test_wrong_arguments() -> None:
+    x, (W, b_enc, b_dec) = torch.randn(6, 5), weights(20, 5)
+    with pytest.raises(
+        ValueError,
+        match=r"encode_topk: expected x to be \[\.\.\., d_in\] with d_in = 5, got ",
+    ):
+        ops.encode_topk(x[:, :4], W, b_enc, 3)
+    with pytest.raises(ValueError, match=r"expected 1 <= k <= d_sae = 20, got k = 21"):
+        ops.encode_topk(x, W, b_enc, 21)
+    with pytest.raises(ValueError, match=r"expected b_enc to be \[d_sae\] = \[20\], got \[5\]"):
+        ops.encode_topk(x, W, b_dec, 3)
+    with pytest.raises(TypeError, match=r"expected W_enc to have the dtype of x, torch.float32"):
+        ops.encode_topk(x, W.double(), b_enc, 3)
+    with pytest.raises(TypeError, match=r"expected mask to be a bool Tensor, got torch.float32"):
+        ops.encode_topk(x, W, b_enc, 3, mask=torch.ones(20))
+    with pytest.raises(ValueError, match=r"expected W_enc on the device of x, cpu, got meta"):
+        ops.encode_topk(x, W.to("meta"), b_enc, 3)
+    with pytest.raises(ValueError, match=r"expected select_dtype to be None, float32"):
+        ops.encode_topk(x.double(), W.double(), None, 3, select_dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=r"encode_topk: expected b_dec to be \[5\], got \[20\]"):
+        torch.ops.fastsae.encode_topk(x, W, b_enc, b_enc, 3, None, True)
