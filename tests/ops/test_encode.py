@@ -62,15 +62,15 @@ def test_selection_is_exact_for_its_pre_activations(isa) -> None:
 
 
 def test_many_chunks() -> None:
-    # 32 MiB hold 256 rows of 32,768 float32: six chunks.
-    x = torch.randint(-2, 3, (1400, 4)).float()
+    # 128 MiB hold 1,024 rows of 32,768 float32.
+    x = torch.randint(-2, 3, (2500, 4)).float()
     W = torch.randint(-2, 3, (32_768, 4)).float() + torch.arange(32_768).unsqueeze(1) / 2**15
     pre = x @ W.t()
     got = ops.encode_topk(x, W, None, 3)
     want = torch.topk(pre, 3).values.relu().sort(1).values
     assert torch.equal(got.values.sort(1).values, want)
     acts, threshold = ops.encode_batch_topk(x, W, None, 3)
-    kept = torch.topk(pre.flatten(), 3 * 1400).values
+    kept = torch.topk(pre.flatten(), 3 * 2500).values
     assert torch.equal(acts.values.sort().values, kept.sort().values)
     assert threshold == kept.min()
     theta = torch.tensor(6.0)

@@ -51,7 +51,7 @@ def encode_batch_topk(
         they are met a chunk of rows at a time.
 
     Cost:
-        2 n d_in d_sae flops; at most max(32 MiB, 256 rows) of pre-activations at a time, and a few
+        2 n d_in d_sae flops; at most max(128 MiB, 256 rows) of pre-activations at a time, and a few
         budgets of candidates.
 
     Source:

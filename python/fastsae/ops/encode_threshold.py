@@ -51,7 +51,7 @@ def encode_threshold(
         As `encode_topk`; compared in float32 (float64 for float64 `x`).
 
     Cost:
-        2 n d_in d_sae flops; at most max(32 MiB, 256 rows) of pre-activations at a time.
+        2 n d_in d_sae flops; at most max(128 MiB, 256 rows) of pre-activations at a time.
 
     Source:
         BatchTopK (arXiv 2412.06410, section 3), the inference rule; JumpReLU (arXiv 2407.14435).

@@ -55,7 +55,7 @@ def encode_topk(
         product, which may differ between devices and thread counts in the last bit.
 
     Cost:
-        2 n d_in d_sae flops; at most max(32 MiB, 256 rows) of pre-activations at a time.
+        2 n d_in d_sae flops; at most max(128 MiB, 256 rows) of pre-activations at a time.
 
     Source:
         Gao et al., "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), equation 3.
