@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/huge_pages.h"
 #include "dispatch.h"
 #include "torch.h"
 
@@ -100,6 +101,7 @@ void for_each_chunk(const EncoderInput& in, F&& f) {
   const int64_t chunks = (n + fitting - 1) / fitting;
   const int64_t chunk = (n + chunks - 1) / chunks;  // equal chunks: no small one at the end
   Tensor buffer = new_empty(in.x, {chunk, m}, in.x.scalar_type());
+  prefer_huge_pages(buffer.mutable_data_ptr(), sizeof(T) * static_cast<size_t>(chunk * m));
   const Tensor W = torch::stable::transpose(in.W_enc, 0, 1);
   const Acc<T>* bias = in.b_enc ? data_of<Acc<T>>(*in.b_enc) : nullptr;
   for (int64_t first = 0; first < n; first += chunk) {

@@ -16,11 +16,11 @@ struct Entries {
   Tensor offsets;  // [n + 1] int32, only for the variable layout
   bool fixed;
   int64_t n, k, total;  // total: entries that are not padding
+  const int32_t* index = nullptr;
+  const int32_t* bound = nullptr;  // offsets
 
-  int64_t begin(int64_t row) const { return fixed ? row * k : data_of<int32_t>(offsets)[row]; }
-  int64_t end(int64_t row) const {
-    return fixed ? (row + 1) * k : data_of<int32_t>(offsets)[row + 1];
-  }
+  int64_t begin(int64_t row) const { return fixed ? row * k : bound[row]; }
+  int64_t end(int64_t row) const { return fixed ? (row + 1) * k : bound[row + 1]; }
 };
 
 // Checks shapes, offsets and that every index is in [0, d_sae): nothing is read out of bounds.
@@ -43,19 +43,19 @@ inline Entries checked_entries(const char* op, const Tensor& values, const Tenso
     check_int32(op, "offsets", *offsets);
     e.offsets = as_contiguous(*offsets);
     e.n = offsets->size(0) - 1;
-    const int32_t* bound = data_of<int32_t>(e.offsets);
-    bool ordered = bound[0] == 0;
-    for (int64_t row = 0; row < e.n; ++row) ordered = ordered && bound[row] <= bound[row + 1];
-    FASTSAE_CHECK(ordered && bound[e.n] <= values.numel(), op,
+    e.bound = data_of<int32_t>(e.offsets);
+    bool ordered = e.bound[0] == 0;
+    for (int64_t row = 0; row < e.n; ++row) ordered &= e.bound[row] <= e.bound[row + 1];
+    FASTSAE_CHECK(ordered && e.bound[e.n] <= values.numel(), op,
                   ": expected offsets to ascend from 0 to at most ", values.numel());
-    e.total = bound[e.n];
+    e.total = e.bound[e.n];
   }
   check_entries(op, values.numel());
-  const int32_t* index = data_of<int32_t>(e.indices);
+  e.index = data_of<int32_t>(e.indices);
   int32_t low = 0, high = 0;
   for (int64_t j = 0; j < e.total; ++j) {
-    low = std::min(low, index[j]);
-    high = std::max(high, index[j]);
+    low = std::min(low, e.index[j]);
+    high = std::max(high, e.index[j]);
   }
   FASTSAE_CHECK(e.total == 0 || (low >= 0 && high < d_sae), op,
                 ": expected 0 <= indices < d_sae = ", d_sae, ", got ", low < 0 ? low : high);

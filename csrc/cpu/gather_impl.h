@@ -41,7 +41,8 @@ template <class V, class T>
 void gather_sum(const typename V::A* weights, const int32_t* indices, int64_t count, const T* rows,
                 int64_t d, const T* bias, typename V::A* acc, T* out) {
   using A = typename V::A;
-  for (int64_t c = 0; c < d; ++c) acc[c] = A(0);
+  if constexpr (sizeof(T) == sizeof(A)) acc = out;  // the same type: no rounding at the end
+  for (int64_t c = 0; c < d; ++c) acc[c] = bias ? widen(bias[c]) : A(0);
   int64_t j = 0;
   for (; j + kRows <= count; j += kRows) {
     const T *row[kRows], *next[kRows];
@@ -56,13 +57,11 @@ void gather_sum(const typename V::A* weights, const int32_t* indices, int64_t co
     const T* row = rows + static_cast<int64_t>(indices[j]) * d;
     add_rows<V, 1>(weights + j, &row, static_cast<const T* const*>(nullptr), d, acc);
   }
-  int64_t c = 0;
-  for (; c + V::kWidth <= d; c += V::kWidth) {
-    V sum = V::load(acc + c);
-    if (bias) sum = sum + V::load(bias + c);
-    sum.store(out + c);
+  if constexpr (sizeof(T) != sizeof(A)) {
+    int64_t c = 0;
+    for (; c + V::kWidth <= d; c += V::kWidth) V::load(acc + c).store(out + c);
+    for (; c < d; ++c) out[c] = narrow<T>(acc[c]);
   }
-  for (; c < d; ++c) out[c] = narrow<T>(bias ? acc[c] + widen(bias[c]) : acc[c]);
 }
 
 template <class V, int kCount, class T>

@@ -27,7 +27,7 @@ struct Kernels {
   int64_t (*filter)(const T* x, const A* bias, int64_t n, const A* tau, bool per_column, Pass pass,
                     int32_t base, A* values, int32_t* indices);
 
-  // out[d] = sum over j < count of weights[j] rows[indices[j]][d] + bias[d], j ascending.
+  // out[d] = bias[d] + sum over j < count of weights[j] rows[indices[j]][d], j ascending.
   // acc [d] is scratch. bias may be null.
   void (*gather_sum)(const A* weights, const int32_t* indices, int64_t count, const T* rows,
                      int64_t d, const T* bias, A* acc, T* out);

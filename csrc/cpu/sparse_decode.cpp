@@ -14,29 +14,33 @@ Tensor accumulated(const char* op, const Tensor& values, const Tensor& matrix) {
   return torch::stable::to(values, accumulator_type(matrix));
 }
 
-// The active entries of one row, closed up.
+// The active entries of one row: where they are, or a closed-up copy if some are inactive.
 template <class A>
 struct ActiveRow {
-  std::vector<A> weights;
-  std::vector<int32_t> indices;
-  std::vector<int64_t> at;  // position among all entries
+  const A* weights;
+  const int32_t* indices;
+  int64_t count;
+  std::vector<A> weight_space;
+  std::vector<int32_t> index_space;
 
-  int64_t read(const Entries& e, const A* values, int64_t row) {
+  void read(const Entries& e, const A* values, int64_t row) {
     const int64_t begin = e.begin(row), size = e.end(row) - begin;
-    if (static_cast<int64_t>(at.size()) < size) {
-      weights.resize(static_cast<size_t>(size));
-      indices.resize(static_cast<size_t>(size));
-      at.resize(static_cast<size_t>(size));
-    }
-    const int32_t* index = data_of<int32_t>(e.indices);
-    int64_t count = 0;
+    weights = values + begin;
+    indices = e.index + begin;
+    count = size;
+    bool all = true;
+    for (int64_t j = 0; j < size; ++j) all &= weights[j] != A(0);
+    if (all) return;
+    weight_space.clear();
+    index_space.clear();
     for (int64_t j = begin; j < begin + size; ++j) {
       if (values[j] == A(0)) continue;
-      weights[count] = values[j];
-      indices[count] = index[j];
-      at[count++] = j;
+      weight_space.push_back(values[j]);
+      index_space.push_back(e.index[j]);
     }
-    return count;
+    weights = weight_space.data();
+    indices = index_space.data();
+    count = static_cast<int64_t>(weight_space.size());
   }
 };
 
@@ -68,9 +72,9 @@ Tensor sparse_decode(const Tensor& values, const Tensor& indices, std::optional<
       thread_local std::vector<A> sums;
       sums.resize(static_cast<size_t>(d));
       for (int64_t row = begin; row < end; ++row) {
-        const int64_t count = active.read(e, value, row);
-        kernel.gather_sum(active.weights.data(), active.indices.data(), count, rows, d, shift,
-                          sums.data(), to + row * d);
+        active.read(e, value, row);
+        kernel.gather_sum(active.weights, active.indices, active.count, rows, d, shift, sums.data(),
+                          to + row * d);
       }
     });
   });
@@ -100,13 +104,15 @@ Tensor sparse_decode_values_grad(const Tensor& grad_in, const Tensor& values, co
     std::fill(to + e.total, to + e.values.numel(), A(0));
     torch::stable::parallel_for(0, e.n, 8, [&](int64_t begin, int64_t end) {
       thread_local ActiveRow<A> active;
+      thread_local std::vector<A> products;
       for (int64_t row = begin; row < end; ++row) {
-        const int64_t count = active.read(e, value, row);
-        std::fill(to + e.begin(row), to + e.end(row), A(0));
-        // The weights have been read; their buffer takes the products.
-        kernel.gather_dot(from + row * d, active.indices.data(), count, rows, d,
-                          active.weights.data());
-        for (int64_t j = 0; j < count; ++j) to[active.at[j]] = active.weights[j];
+        active.read(e, value, row);
+        products.resize(static_cast<size_t>(active.count));
+        kernel.gather_dot(from + row * d, active.indices, active.count, rows, d, products.data());
+        int64_t next = 0;
+        for (int64_t j = e.begin(row); j < e.end(row); ++j) {
+          to[j] = value[j] == A(0) ? A(0) : products[next++];
+        }
       }
     });
   });

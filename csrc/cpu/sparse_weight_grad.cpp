@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "dispatch.h"
 
@@ -62,6 +63,7 @@ std::tuple<Tensor, Tensor> sparse_weight_grad(const Tensor& values_in, const Ten
     const T* from = data_of<T>(x);
     T* to = mutable_data_of<T>(weight);
     T* to_bias = mutable_data_of<T>(bias);
+    prefer_huge_pages(to, sizeof(T) * static_cast<size_t>(d_sae * d));
     torch::stable::parallel_for(0, d_sae, 64, [&](int64_t begin, int64_t end) {
       thread_local std::vector<A> weights, sums;
       sums.resize(static_cast<size_t>(d));

@@ -9,7 +9,7 @@ template <class T>
 void counting_sort(const Entries& e, int64_t d_sae, int32_t* offsets, int32_t* rows,
                    int32_t* slots) {
   const T* value = data_of<T>(e.values);
-  const int32_t* index = data_of<int32_t>(e.indices);
+  const int32_t* index = e.index;
   const auto active = [value](int64_t j) { return widen(value[j]) != 0; };
   std::fill(offsets, offsets + d_sae + 1, 0);
   for (int64_t j = 0; j < e.total; ++j) offsets[index[j] + 1] += active(j);
