@@ -1,7 +1,32 @@
 """fastsae: sparse autoencoders over handwritten C++ and CUDA ops."""
 
-from fastsae import ops
+from fastsae import data, eval, nn, ops, reference, train
+from fastsae.nn import (
+    SAE,
+    BatchTopKSAE,
+    MutualChoiceSAE,
+    SAEOutput,
+    TopKSAE,
+    load,
+)
 from fastsae.ops import SparseActs
+from fastsae.train import TrainConfig, Trainer
 
 __version__ = "0.1.0"
-__all__ = ["SparseActs", "ops"]
+__all__ = [
+    "SAE",
+    "BatchTopKSAE",
+    "MutualChoiceSAE",
+    "SAEOutput",
+    "SparseActs",
+    "TopKSAE",
+    "TrainConfig",
+    "Trainer",
+    "data",
+    "eval",
+    "load",
+    "nn",
+    "ops",
+    "reference",
+    "train",
+]

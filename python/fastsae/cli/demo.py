@@ -1,0 +1,226 @@
+"""`fastsae demo`: from a language model to a report about a trained SAE, in one command.
+
+Harvest -> train -> evaluate on held-out documents -> splice into the model -> report.html. Model
+and text are on the machine already (see `cli.models` and `cli.text`), so the demo needs no network.
+A second run with the same settings reuses what is complete, and continues the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastsae.cli.console import emit, positive, progress, say, subcommand
+from fastsae.cli.models import SMOLLM2, load_model
+from fastsae.cli.summary import facts, summary
+from fastsae.cli.text import pieces, python_topics, read_files
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastsae.data import ActivationStore
+    from fastsae.eval import CrossEntropy
+    from fastsae.nn import SAE
+
+EXAMPLE = """
+fastsae demo
+fastsae demo --text novel.txt --site mlp_out.20 --k 48 --out my-demo
+fastsae demo --tokens 20000 --epochs 4
+"""
+VAL_FRACTION = 0.15
+MIN_TOKENS = 1000
+
+
+def add_to(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subcommand(
+        subparsers, "demo", "train an SAE on a small language model and report on it", EXAMPLE, run
+    )
+    add = parser.add_argument
+    add("--out", default="fastsae-demo", help="folder to write (default: fastsae-demo)")
+    add(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 text to use (default: the language reference that comes with Python)",
+    )
+    add("--model", default=SMOLLM2, help="folder or hub name (default: smollm2, bundled)")
+    add("--site", default="resid_post.15", help="where in the model (default: resid_post.15)")
+    add("--tokens", type=positive, default=100_000, help="most tokens to harvest (100,000)")
+    add("--k", type=positive, default=32, help="active latents per token (default: 32)")
+    add("--expansion", type=positive, default=4, help="d_sae / d_in (default: 4)")
+    add("--lr", type=float, default=8e-4, help="peak learning rate (default: 8e-4)")
+    add("--contexts", type=positive, default=24, help="contexts for the cross entropy (24)")
+    add("--seed", type=int, default=0, help="of weights and order (default: 0)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float, default=16.0, help="passes over the tokens (16)")
+    length.add_argument("--steps", type=positive, help="updates, instead of --epochs")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run all phases; print a summary."""
+    from fastsae.analysis.report import write_report
+    from fastsae.data.shards import write_json
+    from fastsae.eval import evaluate
+
+    texts = pieces(read_files(args.text)) if args.text else python_topics()
+    out, phase = Path(args.out), Phases()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with phase("load model"):
+            model, tokenizer = load_model(args.model)
+        with phase("harvest"):
+            train, val = _harvest(args, out / "activations", texts, model, tokenizer)
+        with phase("train"):
+            sae, history = _train(args, out / "sae", train)
+        with phase("evaluate"), progress("evaluate", len(val), "token") as advance:
+            result = evaluate(sae, val, progress=advance)
+        with phase("cross entropy"):
+            ce = _cross_entropy(args, texts, model, tokenizer, sae, train)
+        with phase("report"):
+            write_report(
+                out / "report.html",
+                sae,
+                train,
+                tokenizer,
+                result,
+                model=model,
+                cross_entropy=ce,
+                history=history,
+                facts=facts(args, train, phase.seconds),
+            )
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("run the same command again to continue") from error
+    numbers = {
+        **result.to_dict(),
+        "cross_entropy": ce.to_dict(),
+        "seconds": {name: round(value, 1) for name, value in phase.seconds.items()},
+        "report": str(out / "report.html"),
+        "sae": str(out / "sae"),
+    }
+    write_json(out / "result.json", numbers)
+    emit(numbers, args.json, summary(result, ce, phase.seconds, out))
+
+
+class Phases:
+    """Times the phases of a run, and says what begins and how long it took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        say(f"{name:<14}{self.seconds[name]:7.1f} s")
+
+
+def _harvest(
+    args: argparse.Namespace, folder: Path, texts: list[str], model: nn.Module, tokenizer: Any
+) -> tuple[ActivationStore, ActivationStore]:
+    """Harvest, or take the harvest of an earlier run of the same settings and text."""
+    from fastsae.data import ActivationStore, harvest
+    from fastsae.data.shards import Manifest
+
+    settings = {
+        "model": args.model,
+        "site": args.site,
+        "tokens": args.tokens,
+        "text": hashlib.blake2b("\0".join(texts).encode(), digest_size=16).hexdigest(),
+    }
+    old = Manifest.read(folder) if (folder / "manifest.json").exists() else None
+    if old is None or not old.complete or old.meta != settings:
+        with progress("harvest", None, "token") as advance:
+            harvest(
+                model,
+                tokenizer,
+                texts,
+                args.site,
+                folder,
+                max_tokens=args.tokens,
+                max_norm_ratio=3.0,
+                val_fraction=VAL_FRACTION,
+                overwrite=True,
+                meta=settings,
+                progress=advance,
+            )
+    train, val = (ActivationStore(folder, args.site, split=split) for split in ("train", "val"))
+    if len(train) < MIN_TOKENS or not len(val):
+        raise ValueError(
+            f"demo: expected text of at least {MIN_TOKENS} tokens, got {len(train)} for training "
+            f"and {len(val)} held out; give more text or --tokens"
+        )
+    return train, val
+
+
+def _train(
+    args: argparse.Namespace, folder: Path, data: ActivationStore
+) -> tuple[SAE, list[dict[str, float]]]:
+    """Train, or continue (or take) the run of the same settings in `folder`."""
+    import torch
+
+    from fastsae.data.shards import write_json
+    from fastsae.nn import TopKSAE
+    from fastsae.train import TrainConfig, Trainer
+
+    names = ("k", "expansion", "lr", "epochs", "steps", "seed")
+    settings = {**{name: getattr(args, name) for name in names}, **data.manifest.meta}
+    note = folder / "demo.json"
+    if folder.exists() and any(folder.iterdir()):
+        if not note.exists():
+            raise FileExistsError(f"demo: {folder} was not made by a demo; choose another --out")
+        if json.loads(note.read_text()) != settings:
+            shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    write_json(note, settings)
+    torch.manual_seed(args.seed)
+    sae = TopKSAE(data.d_in, args.expansion * data.d_in, args.k)
+    sae.metadata = {"model_name": data.manifest.model, "hook_name": data.site}
+    config = TrainConfig(
+        lr=args.lr,
+        batch_size=min(1024, max(64, len(data) // 16)),
+        epochs=args.epochs,
+        steps=args.steps,
+        seed=args.seed,
+        log_every=10,
+        out=folder,
+    )
+    trained = Trainer(sae, data, config).fit(resume=True)
+    return trained.sae, trained.history
+
+
+def _cross_entropy(
+    args: argparse.Namespace,
+    texts: list[str],
+    model: nn.Module,
+    tokenizer: Any,
+    sae: SAE,
+    train: ActivationStore,
+) -> CrossEntropy:
+    """Splice the SAE into the model on held-out documents; the mean is that of training rows."""
+    from fastsae.data.chunks import chunks, held_out, spread
+    from fastsae.eval import cross_entropy
+
+    manifest = train.manifest
+    held = [text for doc, text in enumerate(texts) if held_out(doc, VAL_FRACTION)]
+    every = [c.ids for c in chunks(tokenizer, held, manifest.context, manifest.prefix_id)]
+    contexts = spread(every, args.contexts)
+    with progress("cross entropy", 4 * len(contexts), "context") as advance:
+        return cross_entropy(
+            model,
+            args.site,
+            sae,
+            contexts,
+            mean=train.sample(16384).mean(0),
+            drop_prefix=manifest.drop_prefix,
+            max_norm=train.max_norm,
+            progress=advance,
+        )

@@ -1,0 +1,69 @@
+"""`fastsae eval`: measure an SAE on held-out activations, and spliced into its model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fastsae.cli.console import emit, positive, progress, subcommand, table
+
+EXAMPLE = """
+fastsae eval sae acts
+fastsae eval sae acts --model ./my-llama --text held_out.txt --json
+"""
+
+
+def add_to(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subcommand(
+        subparsers, "eval", "measure an SAE on held-out activations and text", EXAMPLE, run
+    )
+    parser.add_argument("sae", help="folder of the SAE")
+    parser.add_argument("store", help="folder written by `fastsae harvest`")
+    parser.add_argument("--site", help="which site, if the store has several")
+    parser.add_argument("--split", default="val", choices=("train", "val"))
+    parser.add_argument("--model", help="also splice the SAE into this model (with --text)")
+    parser.add_argument("--text", nargs="+", metavar="FILE", help="held-out text for --model")
+    parser.add_argument(
+        "--contexts", type=positive, default=24, help="contexts to predict (default 24)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate and print the numbers."""
+    if bool(args.model) != bool(args.text):
+        raise ValueError("eval: expected --model and --text together, got one of them")
+    from fastsae.cli.text import read_files
+
+    texts = read_files(args.text) if args.text else []
+    from fastsae.data import ActivationStore
+    from fastsae.eval import evaluate
+    from fastsae.nn import load
+
+    sae = load(args.sae, device=args.device)
+    store = ActivationStore(args.store, args.site, split=args.split)
+    if not len(store):
+        raise ValueError(f"eval: expected rows in split {args.split} of {args.store}, got none")
+    with progress("evaluate", len(store), "token") as advance:
+        numbers: dict[str, float] = evaluate(sae, store, progress=advance).to_dict()
+    if args.model:
+        from fastsae.cli.models import load_model
+        from fastsae.data.chunks import chunks, spread
+        from fastsae.eval import cross_entropy
+
+        model, tokenizer = load_model(args.model)
+        manifest = store.manifest
+        every = chunks(tokenizer, texts, manifest.context, manifest.prefix_id)
+        contexts = spread([chunk.ids for chunk in every], args.contexts)
+        with progress("cross entropy", 4 * len(contexts), "context") as advance:
+            numbers |= cross_entropy(
+                model.to(args.device),
+                store.site,
+                sae,
+                contexts,
+                drop_prefix=manifest.drop_prefix,
+                max_norm=store.max_norm,
+                progress=advance,
+            ).to_dict()
+    emit(numbers, args.json, table([(name, f"{value:.6g}") for name, value in numbers.items()]))

@@ -1,0 +1,207 @@
+"""ActivationStore: read a harvest back, shuffled and resumable, in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastsae.data.shards import COLUMNS, Manifest, Shard
+
+
+class ActivationStore:
+    """The rows of one site and one split of a harvest, as float32.
+
+    An epoch visits every row exactly once, in an order that depends on `(seed, epoch)` only.
+    Shards are shuffled and read in groups of at most `buffer_bytes`; the rows of a group are mixed.
+    A store that fits in one group is one full permutation, and stays in memory between epochs.
+
+    Args:
+        path: a folder written by `harvest`.
+        site: which site; may be left out when the harvest has only one.
+        split: "train" | "val".
+        buffer_bytes: most bytes of activations held at once, as stored (one shard at least).
+
+    Raises:
+        FileNotFoundError: no manifest, or a shard is missing.
+        ValueError: no such site or split, or a shard is damaged.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        site: str | None = None,
+        *,
+        split: str = "train",
+        buffer_bytes: int = 2 << 30,
+    ) -> None:
+        self.path = Path(path)
+        self.manifest = Manifest.read(self.path)
+        sites = ", ".join(self.manifest.sites) or "none"
+        if site is None and len(self.manifest.sites) == 1:
+            site = next(iter(self.manifest.sites))
+        if site is None or site not in self.manifest.sites:
+            raise ValueError(
+                f"ActivationStore: expected site to be one of {sites} in {self.path}, got {site}"
+            )
+        if split not in ("train", "val"):
+            raise ValueError(f"ActivationStore: expected split 'train' or 'val', got {split!r}")
+        self.site, self.split, self.buffer_bytes = site, split, buffer_bytes
+        self.d_in = self.manifest.sites[site]
+        self.shards = [shard for shard in self.manifest.shards if shard.split == split]
+        self._rows = self.manifest.rows(split)
+        self._held: Tensor | None = None
+        for shard in self.shards:
+            self._check(shard)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self._rows
+
+    def __repr__(self) -> str:
+        return (
+            f"ActivationStore({str(self.path)!r}, site={self.site!r}, split={self.split!r}): "
+            f"{len(self)} rows of {self.d_in} in {len(self.shards)} shards"
+        )
+
+    @property
+    def max_norm(self) -> float | None:
+        """Rows of a larger norm were not stored; None when nothing was filtered."""
+        return self.manifest.max_norm.get(self.site)
+
+    def batches(
+        self, batch_size: int, seed: int = 0, epoch: int = 0, start: int = 0
+    ) -> Iterator[Tensor]:
+        """Yield the rows of one epoch, shuffled.
+
+        Args:
+            batch_size: rows per batch; the last batch of an epoch may be smaller.
+            seed: of the shuffle.
+            epoch: number of the epoch; each has its own order.
+            start: batches to skip. `batches(b, s, e, start=i)` continues exactly where the first
+                i batches of `batches(b, s, e)` ended, without reading what was skipped.
+
+        Yields:
+            `[batch_size, d_in]`, float32.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batches: expected batch_size >= 1, got {batch_size}")
+        skip = start * batch_size
+        rest = torch.empty(0, self.d_in)
+        for number, group in enumerate(self._groups(seed, epoch)):
+            rows = sum(shard.rows for shard in group)
+            if skip >= rows:
+                skip -= rows
+                continue
+            order = torch.randperm(rows, generator=_generator(seed, epoch, number))[skip:]
+            skip = 0
+            x = self._load(group)
+            at = 0
+            while at < len(order):
+                part = x[order[at : at + batch_size - len(rest)]].float()
+                at += len(part)
+                rest = torch.cat([rest, part]) if len(rest) else part
+                if len(rest) == batch_size:
+                    yield rest
+                    rest = rest[:0]
+        if len(rest):
+            yield rest
+
+    def rows(self, rows: slice = slice(None)) -> Tensor:
+        """Return rows in the order of the text: `[n, d_in]`, float32."""
+        return self._slice(f"acts.{self.site}", rows).float()
+
+    def token_ids(self, rows: slice = slice(None)) -> Tensor:
+        """Return the token of each row: `[n]`, int32."""
+        return self._slice("token_ids", rows)
+
+    def doc_ids(self, rows: slice = slice(None)) -> Tensor:
+        """Return the document number of each row: `[n]`, int32."""
+        return self._slice("doc_ids", rows)
+
+    def positions(self, rows: slice = slice(None)) -> Tensor:
+        """Return the place of each row in its context, the prefix token being 0: `[n]`, int32."""
+        return self._slice("positions", rows)
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """Return `min(n, len(self))` different rows drawn from the whole split, float32."""
+        chosen = torch.randperm(len(self), generator=_generator(seed, -1, 0))[:n].sort().values
+        parts, at = [torch.empty(0, self.d_in)], 0
+        for shard in self.shards:
+            here = chosen[(chosen >= at) & (chosen < at + shard.rows)] - at
+            if len(here):
+                parts.append(self._tensor(shard, f"acts.{self.site}")[here].float())
+            at += shard.rows
+        return torch.cat(parts)
+
+    def _groups(self, seed: int, epoch: int) -> Iterator[list[Shard]]:
+        """Yield the shards in shuffled order, in groups of at most `buffer_bytes`."""
+        width = self.d_in * getattr(torch, self.manifest.dtype).itemsize
+        order = torch.randperm(len(self.shards), generator=_generator(seed, epoch, -1)).tolist()
+        group: list[int] = []
+        for i in order:
+            rows = sum(self.shards[j].rows for j in group) + self.shards[i].rows
+            if group and rows * width > self.buffer_bytes:
+                yield [self.shards[j] for j in sorted(group)]
+                group = []
+            group.append(i)
+        if group:
+            yield [self.shards[j] for j in sorted(group)]
+
+    def _load(self, group: list[Shard]) -> Tensor:
+        if self._held is not None:
+            return self._held
+        x = torch.cat([self._tensor(shard, f"acts.{self.site}") for shard in group])
+        if len(group) == len(self.shards):
+            self._held = x
+        return x
+
+    def _slice(self, name: str, rows: slice) -> Tensor:
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise ValueError(f"ActivationStore: expected a slice of step 1, got step {step}")
+        parts, at = [], 0
+        for shard in self.shards:
+            a, b = max(start - at, 0), min(stop - at, shard.rows)
+            if a < b:
+                parts.append(self._tensor(shard, name)[a:b])
+            at += shard.rows
+        if parts:
+            return torch.cat(parts)
+        empty = torch.empty(0, dtype=torch.int32)
+        return empty if name in COLUMNS else torch.empty(0, self.d_in)
+
+    def _tensor(self, shard: Shard, name: str) -> Tensor:
+        """Map one tensor of a shard; pages are read as they are touched."""
+        with safe_open(self.path / shard.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def _check(self, shard: Shard) -> None:
+        path = self.path / shard.file
+        if not path.exists():
+            raise FileNotFoundError(
+                f"ActivationStore: {path} is missing; the manifest lists {len(self.shards)} "
+                f"{self.split} shards"
+            )
+        want = [shard.rows, self.d_in]
+        try:
+            with safe_open(path, framework="pt") as file:
+                got = list(file.get_slice(f"acts.{self.site}").get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"ActivationStore: {path} is truncated or damaged ({error})") from None
+        if got != want:
+            raise ValueError(
+                f"ActivationStore: expected {path} to hold acts.{self.site} {want}, got {got}"
+            )
+
+
+def _generator(seed: int, epoch: int, number: int) -> torch.Generator:
+    """Return a generator of its own for every (seed, epoch, number)."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{number}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))

@@ -1,0 +1,20 @@
+"""Evaluation: reconstruction metrics, and what an SAE costs the model it is spliced into."""
+
+from fastsae.eval.cross_entropy import CrossEntropy, cross_entropy
+from fastsae.eval.evaluate import EvalResult, evaluate
+from fastsae.eval.metrics import FVU, firing_counts, fvu, norm_limit
+from fastsae.eval.splice import ablate, replace, splice
+
+__all__ = [
+    "FVU",
+    "CrossEntropy",
+    "EvalResult",
+    "ablate",
+    "cross_entropy",
+    "evaluate",
+    "firing_counts",
+    "fvu",
+    "norm_limit",
+    "replace",
+    "splice",
+]

@@ -1,0 +1,270 @@
+"""The base of every sparse autoencoder: parameters, decoder, and a loss without units.
+
+    z     = (x - b_dec) W_enc + b_enc          pre-activations, never held as [n, d_sae]
+    f     = select(relu(z))                    what a subclass chooses
+    x_hat = f W_dec + b_dec
+    loss  = fvu(x_hat, x) + aux_alpha * aux_loss(dead latents)
+
+Both matrices are stored feature-major, one contiguous row of `d_in` numbers per latent. `W_enc` is
+still a `[d_in, d_sae]` parameter; its strides are those of a transposed `[d_sae, d_in]` tensor, and
+gradients, Adam states, copies and casts keep them.
+
+Source: Gao et al. 2024 (arXiv 2406.04093), section 2 and appendix A.2.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from fastsae import ops
+from fastsae.nn.check import check_rows
+from fastsae.nn.init import center
+from fastsae.nn.loss import SAEOutput, accumulate, unexplained, unexplained_residual
+from fastsae.ops import SparseActs
+
+
+class SAE(nn.Module, ABC):
+    """A sparse autoencoder; subclasses say which latents stay active.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of latents.
+        dtype: of the four parameters.
+        device: of the four parameters.
+        aux_k: dead latents that reconstruct the residual of each token; None takes the power of
+            two closest to d_in / 2 (Gao et al. 2024, appendix B.1).
+        aux_alpha: weight of that auxiliary loss; 0 turns it off.
+
+    Raises:
+        ValueError: a size below 1, aux_k above d_sae, or a negative aux_alpha.
+    """
+
+    registry: ClassVar[dict[str, type[SAE]]] = {}
+
+    W_enc: Tensor
+    W_dec: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        SAE.registry[cls.__name__] = cls
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        aux_k: int | None = None,
+        aux_alpha: float = 1 / 32,
+    ) -> None:
+        super().__init__()
+        if min(d_in, d_sae) < 1:
+            self._fail(f"d_in >= 1 and d_sae >= 1, got d_in = {d_in}, d_sae = {d_sae}")
+        if aux_k is None:
+            aux_k = min(d_sae, 2 ** max(0, round(math.log2(d_in / 2))))
+        if not 1 <= aux_k <= d_sae:
+            self._fail(f"1 <= aux_k <= d_sae = {d_sae}, got aux_k = {aux_k}")
+        if not aux_alpha >= 0:
+            self._fail(f"aux_alpha >= 0, got {aux_alpha}")
+        self.d_in, self.d_sae = d_in, d_sae
+        self.aux_k, self.aux_alpha = aux_k, aux_alpha
+        self.metadata: dict[str, Any] = {}
+        """Free-form facts saved along (model_name, hook_name, ...); JSON types only."""
+        rows = torch.randn(d_sae, d_in, dtype=dtype, device=device)
+        self.W_dec = nn.Parameter(rows / rows.norm(dim=1, keepdim=True))
+        self.W_enc = nn.Parameter(self.W_dec.detach().clone().t())
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
+
+    @abstractmethod
+    def _encode(self, x: Tensor) -> SparseActs:
+        """Select the active latents of `x: [n, d_in]`."""
+
+    def _encode_for_loss(self, x: Tensor) -> SparseActs:
+        """Like `_encode`, and update what the class learns from a batch besides gradients."""
+        return self._encode(x)
+
+    def settle_(self, batches: Iterable[Tensor]) -> None:
+        """Fix, from training batches `[n, d_in]`, what inference needs beside the parameters."""
+
+    def encode_sparse(self, x: Tensor) -> SparseActs:
+        """Return the sparse code of `x: [..., d_in]`, leading dimensions flattened to rows."""
+        return self._encode(self._rows(x, "x"))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the dense code `[..., d_sae]` of `x: [..., d_in]`."""
+        return self.encode_sparse(x).to_dense().reshape(*x.shape[:-1], self.d_sae)
+
+    def decode(self, acts: Tensor | SparseActs) -> Tensor:
+        """Return `acts W_dec + b_dec`: `[..., d_in]`, or `[n, d_in]` for sparse acts."""
+        if acts.shape[-1] != self.d_sae:
+            self._fail(f"acts to be [..., d_sae] with d_sae = {self.d_sae}, got {[*acts.shape]}")
+        if isinstance(acts, SparseActs):
+            return ops.sparse_decode(acts, self.W_dec, self.b_dec)
+        return acts @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the reconstruction of `x: [..., d_in]`, in the same shape."""
+        return self.decode(self.encode_sparse(x)).reshape(x.shape)
+
+    def loss(
+        self, x: Tensor, target: Tensor | None = None, *, dead: Tensor | None = None
+    ) -> SAEOutput:
+        """Compute the training loss of a batch.
+
+            fvu      = sum |x - x_hat|^2 / sum |x - mean x|^2
+            aux_loss = sum |e - e_hat|^2 / sum |e - mean e|^2,   e = x - x_hat, detached
+
+        e_hat decodes the `min(aux_k, number dead)` largest dead latents of each token, without a
+        bias. The denominators are constants of the batch, so the loss has no unit and the step size
+        that Adam needs does not depend on the scale of x.
+
+        Args:
+            x: [..., d_in], in the dtype and on the device of the parameters.
+            target: what to reconstruct, same shape; None means x.
+            dead: bool [d_sae], the latents that the auxiliary loss revives; None or none True means
+                that nothing is computed for it. On a GPU, counting them waits for the device.
+
+        Raises:
+            ValueError: wrong shape or device.
+            TypeError: not a tensor, or another dtype.
+
+        Gradients: the four parameters. The auxiliary term reaches the encoder and decoder rows of
+        selected dead latents, and b_dec through the encoder's input.
+        Numerics: sums in float32 (float64 for float64). A batch whose rows are all equal has no
+        variance; its fvu is a very large finite number.
+        Source: Gao et al. 2024, section 2.1 and appendix A.2; OpenAI's train.py.
+        """
+        rows = self._rows(x, "x")
+        goal = rows if target is None else self._rows(target, "target")
+        if goal.shape != rows.shape:
+            self._fail(f"target to have {rows.shape[0]} rows like x, got {goal.shape[0]}")
+        acts = self._encode_for_loss(rows)
+        reconstruction = self.decode(acts)
+        error = accumulate(goal) - accumulate(reconstruction)
+        fvu = unexplained(error, goal)
+        aux = fvu.new_zeros(()) if dead is None else self._aux_loss(rows, error.detach(), dead)
+        return SAEOutput(
+            loss=fvu + self.aux_alpha * aux,
+            reconstruction=reconstruction.reshape((x if target is None else target).shape),
+            acts=acts,
+            fvu=fvu,
+            mse=error.detach().square().sum() / max(rows.shape[0], 1),
+            aux_loss=aux,
+        )
+
+    def _aux_loss(self, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+        """Return how badly dead latents reconstruct `error: [n, d_in]`, which carries no graph."""
+        if dead.shape != (self.d_sae,) or dead.dtype != torch.bool:
+            self._fail(f"dead to be bool [{self.d_sae}], got {dead.dtype} {[*dead.shape]}")
+        k = min(self.aux_k, int(dead.sum())) if self.aux_alpha else 0
+        if k == 0:
+            return error.new_zeros(())
+        top = ops.encode_topk(x, self._rows_enc(), self.b_enc, k, b_dec=self.b_dec, mask=dead)
+        guess = ops.sparse_decode(SparseActs(*top, None, self.d_sae), self.W_dec)
+        return unexplained_residual(guess, error)
+
+    @torch.no_grad()
+    def init_b_dec(self, x: Tensor, method: str = "geometric_median") -> None:
+        """Set b_dec to the centre of `x: [..., d_in]`: its `geometric_median` or its `mean`.
+
+        The geometric median minimises the mean distance to the rows, so a few rows of huge norm
+        (attention sinks) hardly move it, whereas they drag the mean along.
+
+        Raises:
+            ValueError: x is empty or holds NaN or Inf, or the method is another.
+        """
+        self.b_dec.copy_(center(self._rows(x, "x"), method))
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """Scale every row of W_dec to norm 1; rows of zeros stay."""
+        norm = torch.linalg.vector_norm(accumulate(self.W_dec), dim=1, keepdim=True)
+        self.W_dec.div_(torch.where(norm > 0, norm, 1.0))
+
+    @torch.no_grad()
+    def remove_parallel_grad_(self) -> None:
+        """Remove from W_dec.grad what points along each row: it would only change the row's norm.
+
+        With d = row / |row| the gradient becomes g - (g . d) d. Rows of zeros keep theirs.
+        """
+        if (grad := self.W_dec.grad) is None:
+            return
+        along = torch.einsum("fd,fd->f", grad, self.W_dec)
+        squared = torch.einsum("fd,fd->f", self.W_dec, self.W_dec)
+        share = torch.where(squared > 0, along / squared, 0.0)
+        grad.addcmul_(share.unsqueeze(1), self.W_dec, value=-1)
+
+    @torch.no_grad()
+    def fold_input_scale_(self, scale: float) -> None:
+        """Turn an SAE trained on `scale * x` into one for `x`, which reconstructs the same rows.
+
+        Divides b_enc and b_dec (and what a subclass measures in units of the activations) by
+        `scale`; both matrices stay, so decoder rows keep their norm:
+        sae_new(x) = sae_old(scale * x) / scale, and the code is divided by scale as well.
+
+        Raises:
+            ValueError: scale is not a positive finite number.
+        """
+        if not 0 < scale < math.inf:
+            self._fail(f"0 < scale < inf, got {scale}")
+        self.b_enc.div_(scale)
+        self.b_dec.div_(scale)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `sae_weights.safetensors` and `cfg.json` into the folder `path`; see `nn.io`."""
+        from fastsae.nn.io import save
+
+        save(self, path)
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
+        keys = ("d_in", "d_sae", "aux_k", "aux_alpha")
+        return {key: getattr(self, key) for key in keys}
+
+    @abstractmethod
+    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what SAELens needs besides the four parameters: keys of cfg.json, and tensors."""
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take from a saved file what is not one of the four parameters; nothing here."""
+
+    def extra_repr(self) -> str:
+        """Show the constructor arguments in `repr`."""
+        return ", ".join(f"{key}={value}" for key, value in self.config().items())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A plain tensor is copied into the parameter, which keeps its layout and its optimizer
+        # state; anything else (a new nn.Parameter too) is assigned as in every module.
+        held = self.__dict__.get("_parameters", {}).get(name)
+        if held is None or not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+            super().__setattr__(name, value)
+            return
+        if value.shape != held.shape:
+            self._fail(f"{name} to be {[*held.shape]}, got {[*value.shape]}")
+        with torch.no_grad():
+            held.copy_(value)
+
+    def _rows(self, x: Tensor, name: str) -> Tensor:
+        """Check `x: [..., d_in]` and flatten its leading dimensions."""
+        return check_rows(type(self).__name__, x, name, like=self.W_enc)
+
+    def _rows_enc(self) -> Tensor:
+        """Return W_enc as the ops take it, `[d_sae, d_in]`: a view, as long as it is feature-major.
+
+        Only a W_enc assigned as a new parameter, or loaded with `assign=True`, costs a copy.
+        """
+        return self.W_enc.t().contiguous()
+
+    def _fail(self, expectation: str) -> NoReturn:
+        raise ValueError(f"{type(self).__name__}: expected {expectation}")

@@ -1,0 +1,17 @@
+"""Train an SAE: `Trainer(sae, data, TrainConfig(...)).fit()`."""
+
+from fastsae.train.batches import Batches, TensorData
+from fastsae.train.checkpoint import latest
+from fastsae.train.config import TrainConfig
+from fastsae.train.dead import DeadLatents
+from fastsae.train.loop import Trainer, TrainResult
+
+__all__ = [
+    "Batches",
+    "DeadLatents",
+    "TensorData",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "latest",
+]

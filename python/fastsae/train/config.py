@@ -1,0 +1,109 @@
+"""Everything one chooses about a training run."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass
+class TrainConfig:
+    """Settings of a `Trainer`; the defaults follow Gao et al. 2024 (arXiv 2406.04093), appendix A.
+
+    Raises:
+        ValueError: a value is out of range, or two exclude each other.
+    """
+
+    lr: float | None = None
+    """Peak learning rate; None takes 2e-4 / sqrt(d_sae / 2^14)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's two averages."""
+    eps: float = 6.25e-10
+    """Adam's epsilon; small, because the gradient of one weight is."""
+    batch_size: int = 4096
+    """Tokens per update."""
+    epochs: float = 1
+    """Passes over the data; does not count when `steps` or `total_tokens` is given."""
+    steps: int | None = None
+    """Number of updates; the data are repeated as often as needed."""
+    total_tokens: int | None = None
+    """The same as a number of tokens, rounded down to whole batches."""
+    warmup_steps: int | None = None
+    """Updates of linear warm-up; None takes a twentieth of the run, at most 1000."""
+    decay_fraction: float = 0.2
+    """Share of the run, at its end, over which the learning rate falls linearly to 0."""
+    clip_grad_norm: float | None = None
+    """Largest norm of the whole gradient; None does not clip."""
+    dead_after_tokens: int | None = None
+    """Tokens without firing that make a latent dead; None: a tenth of the run, at most 10^7."""
+    normalize: bool = True
+    """Train on activations times one number, such that their mean squared distance from the mean is
+    d_in. Adam moves every weight by about `lr`, so the two biases, which alone carry the unit of
+    the activations, need this for one `lr` to fit all models. The number is folded into the biases
+    (and thresholds) of every SAE that leaves the trainer: it takes and returns raw activations."""
+    b_dec_init: str = "geometric_median"
+    """Where b_dec starts: geometric_median, mean, zeros, or keep (as the SAE comes)."""
+    sample_rows: int = 8192
+    """Rows that the scale and the start of b_dec are measured on."""
+    outlier_norm: float = 3.0
+    """Rows whose norm is above this many medians are left out of those two measurements and of
+    fvu_no_outliers (attention sinks reach 100 medians); training sees them."""
+    seed: int = 0
+    """Seed of the order of the data."""
+    log_every: int = 50
+    """Updates between two rows of metrics."""
+    eval_every: int | None = None
+    """Updates between two validations; None validates at the end only."""
+    checkpoint_every: int | None = None
+    """Updates between two checkpoints; None writes one when interrupted and at the end."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay on disk."""
+    out: str | os.PathLike[str] | None = None
+    """Folder for metrics.jsonl, checkpoints/ and the trained SAE; None writes nothing."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, into out/tensorboard."""
+    progress: bool | None = None
+    """Show a progress bar; None shows it on a terminal only."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "sample_rows", "log_every", "keep_checkpoints"):
+            self._expect(getattr(self, name) > 0, f"{name} > 0", name)
+        optional = ("lr", "steps", "total_tokens", "dead_after_tokens", "clip_grad_norm")
+        for name in (*optional, "eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            self._expect(value is None or 0 < value < math.inf, f"{name} > 0 or None", name)
+        self._expect(all(0 <= b < 1 for b in self.betas), "two betas in [0, 1)", "betas")
+        self._expect(self.eps > 0, "eps > 0", "eps")
+        self._expect(
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            "warmup_steps >= 0 or None",
+            "warmup_steps",
+        )
+        self._expect(0 <= self.decay_fraction <= 1, "0 <= decay_fraction <= 1", "decay_fraction")
+        self._expect(self.outlier_norm > 1, "outlier_norm > 1", "outlier_norm")
+        self._expect(0 <= self.seed < 2**32, "0 <= seed < 2^32", "seed")
+        self._expect(
+            self.steps is None or self.total_tokens is None,
+            "at most one of steps and total_tokens",
+            "steps",
+        )
+        starts = ("geometric_median", "mean", "zeros", "keep")
+        self._expect(self.b_dec_init in starts, f"b_dec_init in {', '.join(starts)}", "b_dec_init")
+        if self.out is None:
+            for name in ("checkpoint_every", "tensorboard"):
+                self._expect(
+                    not getattr(self, name), f"out to be a folder when {name} is set", "out"
+                )
+
+    def _expect(self, condition: bool, expectation: str, name: str) -> None:
+        if not condition:
+            raise ValueError(f"TrainConfig: expected {expectation}, got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["betas"] = list(self.betas)
+        values["out"] = None if self.out is None else os.fspath(self.out)
+        return values

@@ -1,0 +1,87 @@
+"""How long a run is, and the learning rate of every step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fastsae.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a `TrainConfig` comes to for given data and a given number of latents."""
+
+    steps: int
+    """Updates of the whole run."""
+    batches_per_epoch: int
+    """Full batches in one pass over the data."""
+    lr: float
+    """Peak learning rate."""
+    warmup_steps: int
+    """Updates of linear warm-up."""
+    decay_fraction: float
+    """Share of the run over which the rate falls to 0."""
+    dead_after_tokens: int
+    """Tokens without firing that make a latent dead."""
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of update `step`, counted from 0."""
+        return lr_at(
+            step,
+            lr=self.lr,
+            steps=self.steps,
+            warmup_steps=self.warmup_steps,
+            decay_fraction=self.decay_fraction,
+        )
+
+
+def make_plan(config: TrainConfig, rows: int, d_sae: int) -> Plan:
+    """Work out the defaults of `config` for `rows` tokens of data.
+
+    Raises:
+        ValueError: the data do not fill one batch, or the run has no step.
+    """
+    per_epoch = rows // config.batch_size
+    if per_epoch == 0:
+        raise ValueError(
+            f"Trainer: expected at least batch_size = {config.batch_size} rows, got {rows}"
+        )
+    if config.steps is not None:
+        steps = config.steps
+    elif config.total_tokens is not None:
+        steps = config.total_tokens // config.batch_size
+    else:
+        steps = int(config.epochs * per_epoch)
+    if steps == 0:
+        raise ValueError(
+            f"Trainer: expected at least one update, got none (batch_size = {config.batch_size})"
+        )
+    warmup = min(1000, steps // 20) if config.warmup_steps is None else config.warmup_steps
+    dead_after = config.dead_after_tokens
+    if dead_after is None:
+        dead_after = min(10_000_000, max(1, steps * config.batch_size // 10))
+    return Plan(
+        steps=steps,
+        batches_per_epoch=per_epoch,
+        lr=2e-4 / math.sqrt(d_sae / 2**14) if config.lr is None else config.lr,
+        warmup_steps=warmup,
+        decay_fraction=config.decay_fraction,
+        dead_after_tokens=dead_after,
+    )
+
+
+def lr_at(step: int, *, lr: float, steps: int, warmup_steps: int, decay_fraction: float) -> float:
+    """Return the learning rate of update `step`, counted from 0, of a run of `steps` updates.
+
+        lr * min(1, (step + 1) / warmup_steps, (steps - step) / (decay_fraction * steps))
+
+    Linear warm-up, constant, linear decay: every update has a positive rate, and the one after the
+    last would have 0.
+    """
+    factor = 1.0
+    if warmup_steps:
+        factor = min(factor, (step + 1) / warmup_steps)
+    if decay_fraction:
+        factor = min(factor, (steps - step) / (decay_fraction * steps))
+    return lr * factor

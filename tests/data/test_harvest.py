@@ -1,0 +1,217 @@
+"""A harvest holds what a plain forward pass gives, and survives being stopped."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+
+from fastsae.data import ActivationStore, harvest
+from fastsae.data.chunks import chunks, held_out, pad
+from fastsae.data.shards import Manifest
+from tests.data.tiny import DOCUMENTS, CharTokenizer, D, tiny_model
+
+SITE = "resid_post.1"
+TOKENIZER = CharTokenizer()
+TOTAL = sum(map(len, DOCUMENTS))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def by_hand(model, context, drop_prefix=1):
+    """Return [(doc, position, token, activation)] from one unpadded full forward per chunk."""
+    rows = []
+    for doc, text in enumerate(DOCUMENTS):
+        ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+        for start in range(0, len(ids), context - 1):
+            chunk = [1, *ids[start : start + context - 1]]
+            with torch.no_grad():
+                out = model(input_ids=torch.tensor([chunk]), output_hidden_states=True)
+            x = out.hidden_states[2][0]
+            rows += [(doc, p, chunk[p], x[p]) for p in range(drop_prefix, len(chunk))]
+    return rows
+
+
+@pytest.mark.parametrize("drop_prefix", [0, 1, 3])
+def test_rows_equal_a_full_forward(model, tmp_path, drop_prefix):
+    harvest(
+        model, TOKENIZER, iter(DOCUMENTS), SITE, tmp_path, context=20, batch_size=3,
+        drop_prefix=drop_prefix, dtype=torch.float32, val_fraction=0, shard_rows=37,
+    )  # fmt: skip
+    store = ActivationStore(tmp_path)
+    doc, position, token, x = zip(*by_hand(model, 20, drop_prefix), strict=True)
+    assert store.doc_ids().tolist() == list(doc)
+    assert store.positions().tolist() == list(position)
+    assert store.token_ids().tolist() == list(token)
+    torch.testing.assert_close(store.rows(), torch.stack(x), rtol=1e-5, atol=1e-5)
+    assert [shard.rows for shard in store.shards[:-1]] == [37] * (len(store) // 37)
+
+
+def test_several_sites_and_two_splits(model, tmp_path):
+    sites = [SITE, "attn_z.0"]
+    manifest = harvest(model, TOKENIZER, DOCUMENTS, sites, tmp_path, context=20, val_fraction=0.4)
+    assert manifest.sites == {SITE: D, "attn_z.0": D}
+    assert manifest.complete
+    assert manifest.dtype == "float16"
+    assert manifest.documents == {"train": 3, "val": 2}
+    held = {doc for doc in range(5) if held_out(doc, 0.4)}
+    for split, docs in (("train", {0, 1, 2, 3, 4} - held), ("val", held)):
+        stores = [ActivationStore(tmp_path, site, split=split) for site in sites]
+        assert set(stores[0].doc_ids().tolist()) == docs
+        assert len(stores[0]) == len(stores[1]) == sum(len(DOCUMENTS[doc]) for doc in docs)
+    assert manifest.dropped["prefix"] == len(list(chunks(TOKENIZER, DOCUMENTS, 20)))
+
+
+def test_outliers_are_dropped_and_counted(model, tmp_path):
+    rows = by_hand(model, 20)
+    norms = torch.stack([x for *_, x in rows]).norm(dim=1)
+    harvest(
+        model, TOKENIZER, DOCUMENTS, SITE, tmp_path, context=20, batch_size=1000,
+        dtype=torch.float32, val_fraction=0, max_norm_ratio=1.2,
+    )  # fmt: skip
+    store = ActivationStore(tmp_path)
+    kept = norms <= 1.2 * norms.median()
+    assert 0 < int(kept.sum()) < len(rows)
+    assert store.max_norm == pytest.approx(1.2 * float(norms.median()), rel=1e-4)
+    assert store.manifest.dropped["norm"] == int((~kept).sum())
+    expected = [row[2] for row, keep in zip(rows, kept.tolist(), strict=True) if keep]
+    assert store.token_ids().tolist() == expected
+
+
+def test_max_tokens_is_exact(model, tmp_path):
+    seen = []
+    manifest = harvest(
+        model, TOKENIZER, DOCUMENTS, SITE, tmp_path, context=20, batch_size=2, max_tokens=50,
+        progress=seen.append,
+    )  # fmt: skip
+    assert manifest.rows("train") + manifest.rows("val") == 50 == sum(seen)
+
+
+def test_the_model_is_left_as_it_was(tmp_path):
+    model = tiny_model().train()
+    harvest(model, TOKENIZER, DOCUMENTS, SITE, tmp_path)
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_an_interrupted_harvest_keeps_its_shards_and_can_be_repeated(model, tmp_path):
+    def texts():
+        yield from DOCUMENTS
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harvest(
+            model, TOKENIZER, texts(), SITE, tmp_path, context=20, batch_size=1, shard_rows=30,
+            val_fraction=0,
+        )  # fmt: skip
+    store = ActivationStore(tmp_path)
+    assert not store.manifest.complete
+    assert len(store) == TOTAL // 30 * 30
+    assert not list(tmp_path.glob("*.tmp"))
+    harvest(model, TOKENIZER, DOCUMENTS, SITE, tmp_path, context=20, val_fraction=0)
+    assert len(ActivationStore(tmp_path)) == TOTAL
+    assert len(list(tmp_path.glob("shard-*"))) == 1
+
+
+def test_a_full_disk_is_one_line_and_keeps_complete_shards(model, tmp_path, monkeypatch):
+    calls = []
+
+    def fsync(fd):  # manifest, shard 0, manifest, shard 1: full
+        calls.append(fd)
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="disk full while writing shard-00001") as caught:
+        harvest(
+            model, TOKENIZER, DOCUMENTS, SITE, tmp_path, context=20, shard_rows=30, val_fraction=0
+        )
+    assert caught.value.errno == errno.ENOSPC
+    assert "1 complete shards (30 rows) are kept" in str(caught.value)
+    assert len(ActivationStore(tmp_path)) == 30
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "manifest.json",
+        "shard-00000.safetensors",
+    ]
+
+
+def test_a_complete_harvest_is_not_overwritten_by_accident(model, tmp_path):
+    harvest(model, TOKENIZER, DOCUMENTS, SITE, tmp_path)
+    with pytest.raises(FileExistsError, match="already holds a complete harvest"):
+        harvest(model, TOKENIZER, DOCUMENTS, SITE, tmp_path)
+    harvest(model, TOKENIZER, DOCUMENTS[:1], SITE, tmp_path, overwrite=True, meta={"a": 1})
+    assert len(ActivationStore(tmp_path)) == len(DOCUMENTS[0])
+    assert json.loads((tmp_path / "manifest.json").read_text())["meta"] == {"a": 1}
+
+
+def test_activations_that_do_not_fit_are_an_error(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5:] *= 1e6
+    with pytest.raises(ValueError, match="more than the float16 maximum 65504; use dtype bfloat16"):
+        harvest(model, TOKENIZER, DOCUMENTS, SITE, tmp_path)
+    harvest(model, TOKENIZER, DOCUMENTS, SITE, tmp_path, dtype=torch.bfloat16)
+    assert ActivationStore(tmp_path).rows().isfinite().all()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5:] = float("nan")
+    with pytest.raises(ValueError, match=f"site {SITE} gave an activation that is not finite"):
+        harvest(model, TOKENIZER, DOCUMENTS, SITE, tmp_path / "nan")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"context": 1}, "expected context >= 2, got 1"),
+        ({"drop_prefix": 20, "context": 20}, "expected 0 <= drop_prefix < context = 20, got 20"),
+        ({"val_fraction": 1.0}, r"expected val_fraction in \[0, 1\), got 1.0"),
+        ({"shard_rows": 0}, "expected shard_rows >= 1, got 0"),
+        ({"max_tokens": 0}, "expected max_tokens >= 1, got 0"),
+        ({"sites": [SITE, SITE]}, "expected one or more different sites"),
+        ({"sites": "resid_post.9"}, "expected a layer in 0..2, got 9"),
+        ({"texts": []}, "expected at least one token of text"),
+    ],
+)
+def test_bad_arguments(model, tmp_path, arguments, message):
+    arguments = {"texts": DOCUMENTS, "sites": SITE, **arguments}
+    with pytest.raises(ValueError, match=message):
+        harvest(model, TOKENIZER, out=tmp_path, **arguments)
+
+
+def test_texts_are_documents(model, tmp_path):
+    with pytest.raises(TypeError, match="iterable of documents, got one str"):
+        harvest(model, TOKENIZER, "one string", SITE, tmp_path)
+    with pytest.raises(TypeError, match="document 1 to be a str, got int"):
+        harvest(model, TOKENIZER, ["a", 3], SITE, tmp_path)
+
+
+def test_chunks_lose_no_token_and_padding_is_marked():
+    got = list(chunks(TOKENIZER, ["abcdefg", "", "xy"], 4, prefix=9))
+    assert [(len(c.ids), c.ids[0], c.doc) for c in got] == [
+        (4, 9, 0), (4, 9, 0), (2, 9, 0), (3, 9, 2),
+    ]  # fmt: skip
+    tokens, real = pad([[1, 2, 3], [4]], 7)
+    assert tokens.tolist() == [[1, 2, 3], [4, 7, 7]]
+    assert real.tolist() == [[True] * 3, [True, False, False]]
+
+
+@pytest.mark.parametrize(("fraction", "n"), [(0.0, 0), (0.1, 10), (0.15, 15), (0.5, 50)])
+def test_the_held_out_share_is_exact(fraction, n):
+    assert sum(held_out(doc, fraction) for doc in range(100)) == n
+
+
+def test_a_foreign_manifest_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not a manifest of fastsae-activations"):
+        Manifest.read(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        Manifest.read(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "fastsae-activations", "version": 2}')
+    with pytest.raises(ValueError, match=r"expected version 1 .* got 2; update fastsae"):
+        Manifest.read(tmp_path)

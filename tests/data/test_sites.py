@@ -1,0 +1,143 @@
+"""Sites are the modules one would hook by hand, in three model families."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastsae.data.sites import describe, find_blocks, read, resolve
+from tests.data.tiny import FAMILIES, LAYERS, VOCAB, tiny_model
+
+TOKENS = torch.arange(14).view(2, 7) % VOCAB
+BY_HAND = {
+    "llama": lambda m: (m.model.layers, "mlp", "self_attn.o_proj"),
+    "gpt2": lambda m: (m.transformer.h, "mlp", "attn.c_proj"),
+    "neox": lambda m: (m.gpt_neox.layers, "mlp", "attention.dense"),
+}
+
+
+def hooked(model: nn.Module, module: nn.Module, side: str) -> torch.Tensor:
+    """Return an activation with nothing but a torch hook and a full forward pass."""
+    got = []
+
+    def hook(module, args, output):
+        x = args[0] if side == "in" else output
+        got.append(x[0] if isinstance(x, tuple) else x)
+
+    handle = module.register_forward_hook(hook)
+    with torch.no_grad():
+        model(input_ids=TOKENS)
+    handle.remove()
+    return got[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layer", [0, LAYERS - 1])
+def test_sites_equal_hooks_set_by_hand(family, layer):
+    model = tiny_model(family)
+    blocks, mlp, attn_out = BY_HAND[family](model)
+    block = blocks[layer]
+    expected = {
+        f"resid_post.{layer}": hooked(model, block, "out"),
+        f"mlp_in.{layer}": hooked(model, block.get_submodule(mlp), "in"),
+        f"mlp_out.{layer}": hooked(model, block.get_submodule(mlp), "out"),
+        f"attn_z.{layer}": hooked(model, block.get_submodule(attn_out), "in"),
+    }
+    got = read(model, [resolve(model, name) for name in expected], TOKENS)
+    for name, x in expected.items():
+        assert torch.equal(got[name], x), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_ends_at_the_last_site(family):
+    model = tiny_model(family)
+    blocks = find_blocks(model)[1]
+    ran = []
+    for i, block in enumerate(blocks):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    site = resolve(model, "resid_post.1")
+    x = read(model, [site], TOKENS)["resid_post.1"]
+    assert ran == [0, 1]
+    assert torch.equal(x, hooked(model, blocks[1], "out"))
+    assert not site.module._forward_pre_hooks
+    assert len(site.module._forward_hooks) == 1  # the one of this test
+
+
+def test_a_plain_path_is_its_output_unless_said_otherwise():
+    model = tiny_model()
+    mlp = model.model.layers[1].mlp
+    names = ["model.layers.1.mlp", "model.layers.1.mlp:out", "model.layers.1.mlp:in"]
+    got = read(model, [resolve(model, name) for name in names], TOKENS)
+    assert torch.equal(got[names[0]], hooked(model, mlp, "out"))
+    assert torch.equal(got[names[0]], got[names[1]])
+    assert torch.equal(got[names[2]], hooked(model, mlp, "in"))
+
+
+@pytest.mark.parametrize("name", ["resid_post.1", "mlp_in.1", "mlp_out.1", "attn_z.1"])
+def test_what_a_hook_returns_replaces_the_activation(name):
+    model = tiny_model()
+    with torch.no_grad():
+        before = model(input_ids=TOKENS).logits
+        handle = resolve(model, name).hook(lambda x: x + 1)
+        changed = model(input_ids=TOKENS).logits
+        handle.remove()
+        after = model(input_ids=TOKENS).logits
+    assert not torch.allclose(before, changed)
+    assert torch.equal(before, after)
+
+
+def test_blocks_are_not_the_experts_inside_them():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(9))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Block() for _ in range(4))
+
+    assert find_blocks(Model())[0] == "layers"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resid_post.3", r"expected a layer in 0\.\.2, got 3 .*has 3 layers in model\.layers"),
+        ("resid_pre.1", "expected resid_post.L, mlp_in.L, .*has no 'resid_pre', it has model, lm_"),
+        ("model.layers.1.nope", "model.layers.1 has no 'nope', it has self_attn, mlp"),
+        ("model.layers.1:up", "expected PATH:in or PATH:out, got :up"),
+    ],
+)
+def test_a_wrong_site_says_what_there_is(name, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(tiny_model(), name)
+
+
+def test_a_block_without_mlp_says_what_it_has():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1 = nn.Linear(2, 2)
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Block()])
+    with pytest.raises(ValueError, match=r"expected an MLP named mlp, .* in Block, which has fc1"):
+        resolve(model, "mlp_out.0")
+    with pytest.raises(ValueError, match="keep its blocks in a ModuleList, found none"):
+        resolve(nn.Linear(2, 2), "resid_post.0")
+
+
+def test_a_module_that_never_runs_is_an_error():
+    model = tiny_model()
+    model.spare = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="site spare: its module takes no part"):
+        read(model, [resolve(model, "spare")], TOKENS)
+    assert not model.spare._forward_hooks
+
+
+def test_sites_in_words():
+    assert describe("resid_post.15") == "the residual stream after block 15"
+    assert describe("model.norm:in") == "the input of model.norm"
+    assert describe("model.norm") == "the output of model.norm"

@@ -1,0 +1,81 @@
+"""Settings, what they come to for given data, and the learning rate of every step."""
+
+import json
+import re
+
+import pytest
+
+from fastsae.train import TrainConfig
+from fastsae.train.schedule import lr_at, make_plan
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "expected batch_size > 0, got 0"),
+        ({"epochs": -1}, "expected epochs > 0, got -1"),
+        ({"lr": 0.0}, "expected lr > 0 or None, got 0.0"),
+        ({"lr": float("nan")}, "expected lr > 0 or None, got nan"),
+        ({"steps": 5, "total_tokens": 5}, "expected at most one of steps and total_tokens, got 5"),
+        ({"betas": (0.9, 1.0)}, "expected two betas in [0, 1), got (0.9, 1.0)"),
+        ({"decay_fraction": 1.5}, "expected 0 <= decay_fraction <= 1, got 1.5"),
+        ({"warmup_steps": -1}, "expected warmup_steps >= 0 or None, got -1"),
+        ({"b_dec_init": "median"}, "expected b_dec_init in geometric_median, mean, zeros, keep, "
+         "got 'median'"),
+        ({"outlier_norm": 1.0}, "expected outlier_norm > 1, got 1.0"),
+        ({"keep_checkpoints": 0}, "expected keep_checkpoints > 0, got 0"),
+        ({"seed": -1}, "expected 0 <= seed < 2^32, got -1"),
+        ({"tensorboard": True}, "expected out to be a folder when tensorboard is set, got None"),
+        ({"checkpoint_every": 5}, "expected out to be a folder when checkpoint_every is set, "
+         "got None"),
+    ],
+)  # fmt: skip
+def test_config_errors(arguments, message):
+    with pytest.raises(ValueError, match=f"^TrainConfig: {re.escape(message)}$"):
+        TrainConfig(**arguments)
+
+
+def test_config_is_json(tmp_path):
+    config = TrainConfig(out=tmp_path, lr=1e-3)
+    back = TrainConfig(**json.loads(json.dumps(config.to_dict())))
+    assert back.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [({"epochs": 3}, 30), ({"epochs": 0.5}, 5), ({"steps": 7}, 7), ({"total_tokens": 799}, 7)],
+)
+def test_length_of_a_run(arguments, steps):
+    plan = make_plan(TrainConfig(batch_size=100, **arguments), rows=1099, d_sae=2**14)
+    assert plan.steps == steps
+    assert plan.batches_per_epoch == 10
+
+
+def test_defaults_follow_the_number_of_latents_and_the_length():
+    plan = make_plan(TrainConfig(batch_size=100, steps=500), rows=100, d_sae=2**16)
+    assert plan.lr == pytest.approx(1e-4)  # 2e-4 / sqrt(2^16 / 2^14)
+    assert plan.warmup_steps == 25
+    assert plan.dead_after_tokens == 5_000
+    long = make_plan(TrainConfig(batch_size=4096, steps=10**6), rows=4096, d_sae=2**14)
+    assert (long.lr, long.warmup_steps, long.dead_after_tokens) == (2e-4, 1000, 10_000_000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows", "message"),
+    [
+        ({"batch_size": 64}, 63, "expected at least batch_size = 64 rows, got 63"),
+        ({"batch_size": 64, "total_tokens": 63}, 640, "expected at least one update, got none"),
+    ],
+)
+def test_a_run_without_a_step(arguments, rows, message):
+    with pytest.raises(ValueError, match=f"^Trainer: {message}"):
+        make_plan(TrainConfig(**arguments), rows, 16)
+
+
+def test_learning_rate_at_every_corner():
+    rate = [lr_at(step, lr=8.0, steps=20, warmup_steps=4, decay_fraction=0.4) for step in range(21)]
+    assert rate[:5] == [2, 4, 6, 8, 8]
+    assert rate[11:14] == [8, 8, 7]
+    assert rate[19:] == [1, 0]
+    assert lr_at(0, lr=8.0, steps=20, warmup_steps=0, decay_fraction=0) == 8
+    assert lr_at(19, lr=8.0, steps=20, warmup_steps=0, decay_fraction=0) == 8

@@ -1,0 +1,318 @@
+"""The loop: what a step leaves behind, what it refuses, and exact continuation."""
+
+import copy
+import errno
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastsae.nn import BatchTopKSAE, TopKSAE, load
+from fastsae.train import TensorData, TrainConfig, Trainer, latest
+from fastsae.train import checkpoint as checkpoint_module
+
+D_IN, D_SAE = 8, 64
+
+
+def rows(n=400, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    basis = torch.randn(12, D_IN, generator=g)
+    return torch.rand(n, 12, generator=g).pow(4) @ basis + 2 + torch.randn(D_IN, generator=g)
+
+
+def make(cls=TopKSAE, seed=0, **arguments):
+    torch.manual_seed(seed)
+    return cls(D_IN, D_SAE, **{"k": 3, "aux_k": 8, **arguments})
+
+
+def settings(**arguments):
+    return TrainConfig(
+        **{"batch_size": 20, "steps": 50, "lr": 3e-3, "log_every": 10, "dead_after_tokens": 100}
+        | {"progress": False}
+        | arguments
+    )
+
+
+class Watched(TensorData):
+    """Data that call `act(i)` before batch i of the whole run."""
+
+    def __init__(self, x, act):
+        super().__init__(x)
+        self.act, self.count = act, 0
+
+    def batches(self, batch_size, seed, epoch, start):
+        self.count = epoch * (len(self) // batch_size) + start
+        for batch in super().batches(batch_size, seed, epoch, start):
+            replaced = self.act(self.count)
+            self.count += 1
+            yield batch if replaced is None else replaced
+
+
+def same_tensors(a, b):
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("cls", [TopKSAE, BatchTopKSAE])
+def test_training_works_and_reports(cls, tmp_path):
+    x, val = rows(), rows(200, seed=3)[100:]
+    sae = make(cls)
+    before = float((x - sae(x)).detach().square().sum() / (x - x.mean(0)).square().sum())
+    result = Trainer(sae, x, settings(steps=200, out=tmp_path), val=val).fit()
+    assert [row["step"] for row in result.history] == list(range(10, 201, 10))
+    assert result.final["tokens"] == 200 * 20
+    assert result.final["lr"] == pytest.approx(3e-3 / 40)  # last of the 40 steps of decay
+    error = (x - sae(x)).detach().square().sum() / (x - x.mean(0)).square().sum()
+    assert error < 0.5 * before
+    assert result.final["fvu"] == pytest.approx(float(error), rel=0.5)
+    error = (val - sae(val)).detach()
+    fvu = error.square().sum() / (val - val.mean(0)).square().sum()
+    assert result.final["val_fvu"] == pytest.approx(float(fvu), rel=1e-4)
+    assert result.final["val_mse"] == pytest.approx(float(error.square().sum(1).mean()), rel=1e-4)
+    assert result.final["val_l0"] == pytest.approx(float(sae.encode_sparse(val).l0()))
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+    assert not sae.training
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result.history
+    assert torch.equal(load(tmp_path)(val), sae(val))
+
+
+def test_each_step_projects_updates_and_normalises(monkeypatch):
+    sae = make()
+    trainer = Trainer(sae, rows(), settings(clip_grad_norm=1e-3))
+    state = trainer._start(resume=False)
+    x = trainer._input(next(trainer._batches(0)), state)
+    seen = []
+    step = state.optimizer.step
+    monkeypatch.setattr(state.optimizer, "step", lambda: seen.append(
+        ((sae.W_dec.grad * sae.W_dec).sum(1).abs().max(),
+         torch.nn.utils.get_total_norm([p.grad for p in sae.parameters()]),
+         sae.W_dec.norm(dim=1))) or step())  # fmt: skip
+    for _ in range(3):
+        trainer._step(x, state)
+    for parallel, norm, rows_before in seen:
+        assert parallel < 1e-8
+        assert norm == pytest.approx(1e-3, rel=1e-3)
+        torch.testing.assert_close(rows_before, torch.ones(D_SAE))
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+    assert state.step == 3
+
+
+@pytest.mark.parametrize("unit", [1e-3, 40.0])
+def test_normalised_training_does_not_see_the_unit_of_the_data(unit):
+    x = rows().double()
+    plain, scaled = make(dtype=torch.float64), make(dtype=torch.float64)
+    Trainer(plain, x, settings()).fit()
+    Trainer(scaled, unit * x, settings()).fit()
+    torch.testing.assert_close(scaled.W_enc, plain.W_enc)
+    torch.testing.assert_close(scaled.b_dec, unit * plain.b_dec)
+    torch.testing.assert_close(scaled.b_enc, unit * plain.b_enc)
+
+
+def test_the_scale_makes_the_spread_d_in_and_ignores_outliers():
+    x = rows()
+    wild = torch.cat([x, 1e5 * torch.ones(4, D_IN)])
+    scales = []
+    for data in (x, wild):
+        trainer = Trainer(make(), data, settings())
+        scales.append(trainer._start(resume=False).scale)
+    spread = (scales[0] * (x - x.mean(0))).square().sum(1).mean()
+    assert spread == pytest.approx(D_IN, rel=1e-4)
+    assert scales[1] == pytest.approx(scales[0], rel=1e-6)
+    assert trainer.sae.b_dec.abs().max() < 100
+
+
+@pytest.mark.parametrize("start", ["geometric_median", "mean", "zeros", "keep"])
+def test_b_dec_starts_where_it_is_told(start):
+    x, sae = rows(), make()
+    sae.b_dec = torch.full((D_IN,), 7.0)
+    expected = {"mean": x.mean(0), "zeros": torch.zeros(D_IN), "keep": sae.b_dec.detach().clone()}
+    state = Trainer(sae, x, settings(b_dec_init=start))._start(resume=False)
+    sae.fold_input_scale_(state.scale)
+    if start == "geometric_median":
+        away = torch.nn.functional.normalize(sae.b_dec - x, dim=1)
+        assert away.sum(0).norm() < 0.05
+    else:
+        torch.testing.assert_close(sae.b_dec.detach(), expected[start])
+
+
+def test_auxk_revives_dead_latents():
+    x = rows(2000)
+    counts = {}
+    for alpha in (0.0, 1 / 32):
+        sae = make(aux_alpha=alpha)
+        sae.b_enc = torch.where(torch.arange(D_SAE) < 40, -50.0, 0.0)
+        result = Trainer(sae, x, settings(steps=300, b_dec_init="mean", lr=1e-2)).fit()
+        assert result.history[2]["dead"] >= 30
+        assert (max(row["aux_loss"] for row in result.history) > 0) == (alpha > 0)
+        counts[alpha] = result.final["dead"]
+    assert counts[0.0] >= 30
+
+
+def test_a_batch_with_nan_changes_nothing(tmp_path):
+    def poison(i):
+        if i == 30:
+            bad = rows(20)
+            bad[3, 1], bad[11, 0] = torch.nan, torch.inf
+            return bad
+        return None
+
+    clean, sae = make(BatchTopKSAE), make(BatchTopKSAE)
+    config = settings(out=tmp_path / "a", checkpoint_every=10)
+    with pytest.raises(ValueError, match="at step 30, got 2 of 20 rows with NaN or Inf; nothing"):
+        Trainer(sae, Watched(rows(), poison), config).fit()
+    assert latest(tmp_path / "a/checkpoints").name == "step_000000030"
+
+    def stop(i):
+        if i == 30:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        Trainer(clean, Watched(rows(), stop), settings(out=tmp_path / "b")).fit()
+    for name, tensor in clean.state_dict().items():
+        assert torch.equal(sae.state_dict()[name], tensor), name
+
+
+def test_nan_in_the_sample_stops_before_anything_starts(tmp_path):
+    x = rows()
+    x[0, 0] = torch.nan
+    sae = make()
+    before = copy.deepcopy(sae.state_dict())
+    with pytest.raises(ValueError, match="at step 0, got 1 of 400 rows"):
+        Trainer(sae, x, settings(out=tmp_path)).fit()
+    assert all(torch.equal(before[k], v) for k, v in sae.state_dict().items())
+
+
+def test_constant_data_and_diverging_weights_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="expected activations that vary, got equal rows"):
+        Trainer(make(), torch.ones(40, D_IN), settings()).fit()
+    sae = make()
+    config = settings(lr=1e30, out=tmp_path, checkpoint_every=1, log_every=1)
+    with pytest.raises(RuntimeError, match=r"expected (a finite loss|finite weights), got"):
+        Trainer(sae, rows(), config).fit()
+    found = latest(tmp_path / "checkpoints")
+    assert found is None or all(p.isfinite().all() for p in load(found).parameters())
+
+
+@pytest.mark.parametrize("cls", [TopKSAE, BatchTopKSAE])
+@pytest.mark.parametrize("stop_at", [7, 33, 40])
+def test_a_resumed_run_is_the_same_to_the_last_bit(cls, stop_at, tmp_path):
+    def crash(i):
+        if i == stop_at:
+            raise RuntimeError("crash")
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    result = Trainer(make(cls), rows(), settings(out=whole, checkpoint_every=6)).fit()
+    assert max(row["dead"] for row in result.history) > 0
+    assert max(row["aux_loss"] for row in result.history) > 0
+    config = settings(out=cut, checkpoint_every=6)
+    with pytest.raises(RuntimeError, match="crash"):
+        Trainer(make(cls), Watched(rows(), crash), config).fit()
+    resumed = Trainer(make(cls, seed=99), rows(), config).fit(resume=True)
+    for name in ("checkpoints/step_000000050/state.safetensors", "sae_weights.safetensors"):
+        assert same_tensors(whole / name, cut / name), name
+    keep = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in result.history]
+    again = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in resumed.history]
+    assert again == keep
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(name, tmp_path):
+    def send(i):
+        if i == 17:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    Trainer(make(), rows(), settings(out=whole)).fit()
+    with pytest.raises(KeyboardInterrupt, match=f"{name} at step 18 of 50; .* fit.resume=True"):
+        Trainer(make(), Watched(rows(), send), settings(out=cut)).fit()
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert latest(cut / "checkpoints").name == "step_000000018"
+    Trainer(make(seed=5), rows(), settings(out=cut)).fit(resume=True)
+    assert same_tensors(whole / "sae_weights.safetensors", cut / "sae_weights.safetensors")
+
+
+def test_a_signal_without_a_folder_says_that_nothing_was_saved():
+    def send(i):
+        if i == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt, match=r"nothing was saved, because config\.out is None"):
+        Trainer(make(), Watched(rows(), send), settings()).fit()
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    original = checkpoint_module.write_tensors
+
+    def fill(i):
+        if i == 25:
+            monkeypatch.setattr(checkpoint_module, "write_tensors", full)
+
+    def full(file, tensors):
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = settings(out=tmp_path, checkpoint_every=10)
+    message = r"^checkpoint: could not write .*step_000000030 \(No space .*step_000000020$"
+    with pytest.raises(RuntimeError, match=message) as caught:
+        Trainer(make(), Watched(rows(), fill), config).fit()
+    assert isinstance(caught.value.__cause__, OSError)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_000000010", "step_000000020"]
+    monkeypatch.setattr(checkpoint_module, "write_tensors", original)
+    assert Trainer(make(), rows(), config).fit(resume=True).final["step"] == 50
+
+
+def test_a_folder_with_another_run_is_not_overwritten(tmp_path):
+    Trainer(make(), rows(), settings(out=tmp_path)).fit()
+    with pytest.raises(ValueError, match=r"hold no earlier run, got .*; fit\(resume=True\)"):
+        Trainer(make(), rows(), settings(out=tmp_path)).fit()
+    finished = Trainer(make(seed=7), rows(), settings(out=tmp_path)).fit(resume=True)
+    assert finished.final["step"] == 50
+    assert torch.equal(finished.sae.W_enc, load(tmp_path).W_enc)
+    for other, message in (
+        (Trainer(make(), rows(), settings(out=tmp_path, lr=1e-3)), "expected lr = 0.003 .* 0.001"),
+        (Trainer(make(), rows(380), settings(out=tmp_path)), "expected rows = 400 .* got 380"),
+        (Trainer(make(k=5), rows(), settings(out=tmp_path)), "expected k = 3 .* got 5"),
+        (Trainer(make(BatchTopKSAE), rows(), settings(out=tmp_path)), "expected class = 'TopKSAE'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.fit(resume=True)
+
+
+def test_data_that_end_early_are_an_error():
+    class Short(TensorData):
+        def batches(self, *arguments):
+            return iter(list(super().batches(*arguments))[:3])
+
+    with pytest.raises(RuntimeError, match="expected 20 batches in epoch 0, got 3"):
+        Trainer(make(), Short(rows()), settings()).fit()
+
+
+def test_half_precision_data_train_a_float32_module():
+    result = Trainer(make(), rows().half(), settings()).fit()
+    assert result.sae.W_enc.dtype == torch.float32
+    assert result.final["fvu"] < 1
+
+
+def test_tensorboard_files_and_the_message_without_the_package(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    Trainer(make(), rows(), settings(out=tmp_path / "a", tensorboard=True)).fit()
+    assert list((tmp_path / "a/tensorboard").glob("events*"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    sae, x = make(), rows()
+    with pytest.raises(RuntimeError, match=r"pip install 'fastsae\[tensorboard\]'"):
+        Trainer(sae, x, settings(out=tmp_path / "b", tensorboard=True, b_dec_init="mean")).fit()
+    torch.testing.assert_close(sae.b_dec.detach(), x.mean(0))  # back in the unit of the data
+
+
+def test_progress_is_quiet_unless_asked_for(capfd):
+    Trainer(make(), rows(), settings(progress=None)).fit()
+    assert capfd.readouterr().err == ""
+    Trainer(make(), rows(), settings(progress=True)).fit()
+    assert "50/50" in capfd.readouterr().err
