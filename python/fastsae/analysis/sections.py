@@ -86,6 +86,7 @@ def numbers(sae: SAE, result: EvalResult, ce: CrossEntropy | None) -> str:
 
 def plots(sae: SAE, result: EvalResult, history: Sequence[dict[str, float]]) -> str:
     """Return the plots with their captions."""
+    low, high = (float(norm) for norm in sae.W_dec.detach().float().norm(dim=1).aminmax())
     shown = [
         (
             firing_frequency(result.frequency),
@@ -95,7 +96,8 @@ def plots(sae: SAE, result: EvalResult, history: Sequence[dict[str, float]]) -> 
         (
             alignment(sae),
             "At 1, a latent writes the very direction that makes it fire; it reads a different "
-            "one where that tells it apart from similar latents.",
+            "one where that tells it apart from similar latents. "
+            f"Writing directions have lengths {low:.3f} to {high:.3f}.",
         ),
     ]
     if history:
