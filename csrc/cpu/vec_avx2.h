@@ -28,6 +28,18 @@ struct VecF {
     _mm256_store_ps(lanes, v);
     for (int i = 0; i < 8; ++i) p[i] = narrow<bf16>(lanes[i]);
   }
+  // 16 entries as the even and the odd ones: two instructions where two loads take four.
+  static void load_pair(const bf16* p, VecF& even, VecF& odd) {
+    const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    even.v = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
+    odd.v = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(-65536)));
+  }
+  static void store_pair(bf16* p, VecF even, VecF odd) {
+    alignas(32) float lanes[2][8];
+    _mm256_store_ps(lanes[0], even.v);
+    _mm256_store_ps(lanes[1], odd.v);
+    for (int i = 0; i < 16; ++i) p[i] = narrow<bf16>(lanes[i & 1][i >> 1]);
+  }
   void store(fp16* p) const {
     const __m128i h = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h);

@@ -24,14 +24,26 @@ struct VecF {
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(bf16* p) const {
+    const __m256i h = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(), 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
+  }
+  // 32 entries as the even and the odd ones: two instructions where two loads take four.
+  static void load_pair(const bf16* p, VecF& even, VecF& odd) {
+    const __m512i u = _mm512_loadu_si512(p);
+    even.v = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
+    odd.v = _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(-65536)));
+  }
+  static void store_pair(bf16* p, VecF even, VecF odd) {
+    const __m512i high = _mm512_and_si512(odd.rounded(), _mm512_set1_epi32(-65536));
+    _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(even.rounded(), 16), high));
+  }
+  // The bits with the upper half rounded to nearest, ties to even; a NaN stays a NaN.
+  __m512i rounded() const {
     const __m512i u = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    const __m512i bump = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, bump), 16);
+    const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
-    const __m256i h = _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
+    return _mm512_mask_or_epi32(up, nan, u, _mm512_set1_epi32(0x400000));
   }
   void store(fp16* p) const {
     const __m256i h = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

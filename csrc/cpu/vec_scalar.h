@@ -21,6 +21,14 @@ struct ScalarVec {
   void store(T* p) const {
     *p = narrow<T>(v);
   }
+  static void load_pair(const bf16* p, ScalarVec& even, ScalarVec& odd) {
+    even.v = widen(p[0]);
+    odd.v = widen(p[1]);
+  }
+  static void store_pair(bf16* p, ScalarVec even, ScalarVec odd) {
+    p[0] = narrow<bf16>(even.v);
+    p[1] = narrow<bf16>(odd.v);
+  }
   friend ScalarVec operator+(ScalarVec a, ScalarVec b) { return {a.v + b.v}; }
   static ScalarVec fma(ScalarVec a, ScalarVec b, ScalarVec c) { return {a.v * b.v + c.v}; }
   // The larger of the two; `best` where x is NaN.
