@@ -129,3 +129,14 @@ def test_calibration_gives_k_on_the_rows_it_is_given():
     assert abs(after / 12.5 - 1) < 0.01
     with pytest.raises(ValueError, match="expected x to have positive pre-activations, got none"):
         identity(1).calibrate_(-torch.ones(2, 4))
+
+
+def test_settling_takes_the_mean_of_the_smallest_kept_values():
+    sae = identity(1)
+    first = torch.tensor([[5.0, 2, 0, 0], [4, 1, 0, 0]])
+    silent = -torch.ones(2, 4)
+    sae.settle_([])
+    sae.settle_([silent])
+    assert sae.threshold == math.inf
+    sae.settle_([first, silent, 2 * first])
+    assert sae.threshold == (4 + 8) / 2

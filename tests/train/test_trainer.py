@@ -140,6 +140,13 @@ def test_b_dec_starts_where_it_is_told(start):
         torch.testing.assert_close(sae.b_dec.detach(), expected[start])
 
 
+def test_the_threshold_is_settled_on_the_last_training_batches():
+    x = rows(4000)
+    sae = Trainer(make(BatchTopKSAE), x, settings(steps=200, lr=1e-2)).fit().sae
+    l0 = sae.encode_sparse(x).l0()
+    assert l0 == pytest.approx(3, rel=0.03)
+
+
 def test_auxk_revives_dead_latents():
     x = rows(2000)
     counts = {}

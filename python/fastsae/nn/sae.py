@@ -1,13 +1,9 @@
-"""The base of every sparse autoencoder: parameters, decoder, and a loss without units.
+"""The base of every sparse autoencoder: encode, decode, and a loss without units.
 
     z     = (x - b_dec) W_enc + b_enc          pre-activations, never held as [n, d_sae]
     f     = select(relu(z))                    what a subclass chooses
     x_hat = f W_dec + b_dec
     loss  = fvu(x_hat, x) + aux_alpha * aux_loss(dead latents)
-
-Both matrices are stored feature-major, one contiguous row of `d_in` numbers per latent. `W_enc` is
-still a `[d_in, d_sae]` parameter; its strides are those of a transposed `[d_sae, d_in]` tensor, and
-gradients, Adam states, copies and casts keep them.
 
 Source: Gao et al. 2024 (arXiv 2406.04093), section 2 and appendix A.2.
 """
@@ -18,19 +14,19 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsae import ops
-from fastsae.nn.check import check_rows
 from fastsae.nn.init import center
 from fastsae.nn.loss import SAEOutput, accumulate, unexplained, unexplained_residual
+from fastsae.nn.parameters import Parameters
 from fastsae.ops import SparseActs
 
 
-class SAE(nn.Module, ABC):
+class SAE(Parameters, ABC):
     """A sparse autoencoder; subclasses say which latents stay active.
 
     Args:
@@ -48,11 +44,6 @@ class SAE(nn.Module, ABC):
 
     registry: ClassVar[dict[str, type[SAE]]] = {}
 
-    W_enc: Tensor
-    W_dec: Tensor
-    b_enc: Tensor
-    b_dec: Tensor
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         SAE.registry[cls.__name__] = cls
@@ -67,24 +58,16 @@ class SAE(nn.Module, ABC):
         aux_k: int | None = None,
         aux_alpha: float = 1 / 32,
     ) -> None:
-        super().__init__()
-        if min(d_in, d_sae) < 1:
-            self._fail(f"d_in >= 1 and d_sae >= 1, got d_in = {d_in}, d_sae = {d_sae}")
+        super().__init__(d_in, d_sae, dtype, device)
         if aux_k is None:
             aux_k = min(d_sae, 2 ** max(0, round(math.log2(d_in / 2))))
         if not 1 <= aux_k <= d_sae:
             self._fail(f"1 <= aux_k <= d_sae = {d_sae}, got aux_k = {aux_k}")
         if not aux_alpha >= 0:
             self._fail(f"aux_alpha >= 0, got {aux_alpha}")
-        self.d_in, self.d_sae = d_in, d_sae
         self.aux_k, self.aux_alpha = aux_k, aux_alpha
         self.metadata: dict[str, Any] = {}
         """Free-form facts saved along (model_name, hook_name, ...); JSON types only."""
-        rows = torch.randn(d_sae, d_in, dtype=dtype, device=device)
-        self.W_dec = nn.Parameter(rows / rows.norm(dim=1, keepdim=True))
-        self.W_enc = nn.Parameter(self.W_dec.detach().clone().t())
-        self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device))
-        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
 
     @abstractmethod
     def _encode(self, x: Tensor) -> SparseActs:
@@ -187,25 +170,6 @@ class SAE(nn.Module, ABC):
         self.b_dec.copy_(center(self._rows(x, "x"), method))
 
     @torch.no_grad()
-    def normalize_decoder_(self) -> None:
-        """Scale every row of W_dec to norm 1; rows of zeros stay."""
-        norm = torch.linalg.vector_norm(accumulate(self.W_dec), dim=1, keepdim=True)
-        self.W_dec.div_(torch.where(norm > 0, norm, 1.0))
-
-    @torch.no_grad()
-    def remove_parallel_grad_(self) -> None:
-        """Remove from W_dec.grad what points along each row: it would only change the row's norm.
-
-        With d = row / |row| the gradient becomes g - (g . d) d. Rows of zeros keep theirs.
-        """
-        if (grad := self.W_dec.grad) is None:
-            return
-        along = torch.einsum("fd,fd->f", grad, self.W_dec)
-        squared = torch.einsum("fd,fd->f", self.W_dec, self.W_dec)
-        share = torch.where(squared > 0, along / squared, 0.0)
-        grad.addcmul_(share.unsqueeze(1), self.W_dec, value=-1)
-
-    @torch.no_grad()
     def fold_input_scale_(self, scale: float) -> None:
         """Turn an SAE trained on `scale * x` into one for `x`, which reconstructs the same rows.
 
@@ -242,29 +206,3 @@ class SAE(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Show the constructor arguments in `repr`."""
         return ", ".join(f"{key}={value}" for key, value in self.config().items())
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # A plain tensor is copied into the parameter, which keeps its layout and its optimizer
-        # state; anything else (a new nn.Parameter too) is assigned as in every module.
-        held = self.__dict__.get("_parameters", {}).get(name)
-        if held is None or not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
-            super().__setattr__(name, value)
-            return
-        if value.shape != held.shape:
-            self._fail(f"{name} to be {[*held.shape]}, got {[*value.shape]}")
-        with torch.no_grad():
-            held.copy_(value)
-
-    def _rows(self, x: Tensor, name: str) -> Tensor:
-        """Check `x: [..., d_in]` and flatten its leading dimensions."""
-        return check_rows(type(self).__name__, x, name, like=self.W_enc)
-
-    def _rows_enc(self) -> Tensor:
-        """Return W_enc as the ops take it, `[d_sae, d_in]`: a view, as long as it is feature-major.
-
-        Only a W_enc assigned as a new parameter, or loaded with `assign=True`, costs a copy.
-        """
-        return self.W_enc.t().contiguous()
-
-    def _fail(self, expectation: str) -> NoReturn:
-        raise ValueError(f"{type(self).__name__}: expected {expectation}")
