@@ -33,7 +33,23 @@ def model_folder(tmp_path_factory) -> str:
 def text(tmp_path) -> str:
     """Return a text file of 60 different paragraphs, 9,000 characters."""
     path = Path(tmp_path) / "text.txt"
-    words = "the a fox dog jumps over lazy quick brown and or not to be is".split()
+    words = [
+        "the",
+        "a",
+        "fox",
+        "dog",
+        "jumps",
+        "over",
+        "lazy",
+        "quick",
+        "brown",
+        "and",
+        "or",
+        "not",
+        "to",
+        "be",
+        "is",
+    ]
     paragraphs = []
     for i in range(60):
         sentence = " ".join(words[(i * 7 + j * (i + 3)) % len(words)] for j in range(30))

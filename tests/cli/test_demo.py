@@ -84,15 +84,11 @@ def test_an_interrupted_demo_continues(argv, capsys, monkeypatch, phase):
             module = harvest_module()
             patch.setattr(module, "read", interrupting(module.read))
         else:
-            patch.setattr(
-                fastsae.train.Trainer, "_step", interrupting(fastsae.train.Trainer._step)
-            )
+            patch.setattr(fastsae.train.Trainer, "_step", interrupting(fastsae.train.Trainer._step))
         assert main(argv) == 130
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines()[-1] == (
-        "fastsae: interrupted; run the same command again to continue"
-    )
+    assert err.splitlines()[-1] == ("fastsae: interrupted; run the same command again to continue")
     assert "Traceback" not in err
     folder = Path(argv[argv.index("--out") + 1])
     assert not list(folder.rglob("*.tmp"))
