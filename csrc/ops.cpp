@@ -21,16 +21,18 @@ STABLE_TORCH_LIBRARY(fastsae, m) {
       " -> (Tensor values, Tensor indices, Tensor offsets)");
 
   // topk, batch_topk and threshold_select of (x - b_dec) W_enc^T + b_enc, which is never stored
-  // beyond one bounded chunk. Only latents where mask [F] is true take part.
+  // whole. Only latents where mask [F] is true take part. bf16_product: both factors of the product
+  // may be rounded to bfloat16, its sums are float32.
   m.def(
       "encode_topk(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, int k, Tensor? mask,"
-      " bool relu) -> (Tensor values, Tensor indices)");
+      " bool relu, bool bf16_product) -> (Tensor values, Tensor indices)");
   m.def(
       "encode_batch_topk(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, int budget,"
-      " Tensor? mask) -> (Tensor values, Tensor indices, Tensor offsets, Tensor threshold)");
+      " Tensor? mask, bool bf16_product, Tensor? hint) -> (Tensor values, Tensor indices, Tensor "
+      "offsets, Tensor threshold)");
   m.def(
       "encode_threshold(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor theta,"
-      " int cap) -> (Tensor values, Tensor indices, Tensor offsets)");
+      " int cap, bool bf16_product) -> (Tensor values, Tensor indices, Tensor offsets)");
 
   // out[n, d] = sum over the active entries j of row n of values_j W_dec[indices_j] (+ b_dec).
   m.def(

@@ -3,12 +3,15 @@
 
 #include "cpu/filter_impl.h"
 #include "cpu/gather_impl.h"
+#include "cpu/select_impl.h"
+#include "cpu/tile_impl.h"
 
 namespace fastsae::cpu::avx2 {
 namespace {
 
 template <class V, class T>
-constexpr Kernels<T> kTable{group_max<V, T>, filter<V, T>, gather_sum<V, T>, gather_dot<V, T>};
+constexpr Kernels<T> kTable{group_max<V, T>,  filter<V, T>,    keep_largest<V>, kth_bound<V>,
+                            gather_sum<V, T>, widen_row<V, T>, gather_dot<V, T>};
 
 }  // namespace
 
@@ -27,6 +30,15 @@ const Kernels<bf16>& table() {
 template <>
 const Kernels<fp16>& table() {
   return kTable<VecF, fp16>;
+}
+
+template <>
+const TileKernels<float>& tile() {
+  return kTileTable<VecF, PlainWords<VecF>>;
+}
+template <>
+const TileKernels<double>& tile() {
+  return kTileTable<VecD, PlainWords<VecD>>;
 }
 
 }  // namespace fastsae::cpu::avx2

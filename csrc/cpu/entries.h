@@ -52,13 +52,18 @@ inline Entries checked_entries(const char* op, const Tensor& values, const Tenso
   }
   check_entries(op, values.numel());
   e.index = data_of<int32_t>(e.indices);
-  int32_t low = 0, high = 0;
+  // The sign bit of `outside` is set by an index below 0 or above the last one.
+  const uint32_t last = static_cast<uint32_t>(d_sae) - 1;
+  uint32_t outside = 0;
   for (int64_t j = 0; j < e.total; ++j) {
-    low = std::min(low, e.index[j]);
-    high = std::max(high, e.index[j]);
+    const uint32_t index = static_cast<uint32_t>(e.index[j]);
+    outside |= index | (last - index);
   }
-  FASTSAE_CHECK(e.total == 0 || (low >= 0 && high < d_sae), op,
-                ": expected 0 <= indices < d_sae = ", d_sae, ", got ", low < 0 ? low : high);
+  if (outside >> 31) {
+    const auto wrong = [d_sae](int32_t index) { return index < 0 || index >= d_sae; };
+    const int32_t* found = std::find_if(e.index, e.index + e.total, wrong);
+    FASTSAE_CHECK(false, op, ": expected 0 <= indices < d_sae = ", d_sae, ", got ", *found);
+  }
   return e;
 }
 

@@ -17,21 +17,40 @@ inline V load_sum(const T* x, const typename V::A* bias, int64_t j) {
   return v;
 }
 
+// Maxima of groups [g, g + kStrip * kWidth), in registers while the whole row goes by.
+template <class V, bool kBias, int kStrip, class T>
+inline void group_max_strip(const T* x, const typename V::A* bias, int64_t n, int64_t groups,
+                            int64_t g, typename V::A* out) {
+  V best[kStrip];
+  for (int r = 0; r < kStrip; ++r) best[r] = V::load(out + g + r * V::kWidth);
+  for (int64_t j = g; j + kStrip * V::kWidth <= n; j += groups) {
+    for (int r = 0; r < kStrip; ++r) {
+      best[r] = V::max(load_sum<V, kBias>(x, bias, j + r * V::kWidth), best[r]);
+    }
+  }
+  for (int r = 0; r < kStrip; ++r) best[r].store(out + g + r * V::kWidth);
+}
+
 template <class V, bool kBias, class T>
 void group_max_loop(const T* x, const typename V::A* bias, int64_t n, int64_t groups,
                     typename V::A* out) {
   using A = typename V::A;
+  constexpr int kStrip = V::kAccumulators >= 16 ? 16 : 8;
   for (int64_t g = 0; g < groups; ++g) out[g] = static_cast<A>(-__builtin_inf());
-  for (int64_t block = 0; block < n; block += groups) {
-    const int64_t size = n - block < groups ? n - block : groups;
-    int64_t g = 0;
-    for (; g + V::kWidth <= size; g += V::kWidth) {
-      V::max(load_sum<V, kBias>(x, bias, block + g), V::load(out + g)).store(out + g);
-    }
-    for (; g < size; ++g) {
-      const A v = widen(x[block + g]) + (kBias ? bias[block + g] : A(0));
-      if (v > out[g]) out[g] = v;
-    }
+  int64_t g = 0;
+  const int64_t whole = n / groups * groups;
+  for (; g + kStrip * V::kWidth <= groups; g += kStrip * V::kWidth) {
+    group_max_strip<V, kBias, kStrip>(x, bias, whole, groups, g, out);
+  }
+  for (; g + 8 * V::kWidth <= groups; g += 8 * V::kWidth) {
+    group_max_strip<V, kBias, 8>(x, bias, whole, groups, g, out);
+  }
+  for (; g < groups; g += V::kWidth) {
+    group_max_strip<V, kBias, 1>(x, bias, whole, groups, g, out);
+  }
+  for (int64_t j = whole; j < n; ++j) {
+    const A v = widen(x[j]) + (kBias ? bias[j] : A(0));
+    if (v > out[j - whole]) out[j - whole] = v;
   }
 }
 
@@ -83,8 +102,11 @@ template <class V, bool kBias, class T>
 int64_t filter_with(const T* x, const typename V::A* bias, int64_t n, const typename V::A* tau,
                     bool per_column, Pass pass, int32_t base, typename V::A* values,
                     int32_t* indices) {
-  if (per_column) {
+  if (per_column && pass == Pass::kAbove) {
     return filter_loop<V, kBias, true, Pass::kAbove>(x, bias, n, tau, base, values, indices);
+  }
+  if (per_column) {
+    return filter_loop<V, kBias, true, Pass::kNotBelow>(x, bias, n, tau, base, values, indices);
   }
   if (pass == Pass::kAbove) {
     return filter_loop<V, kBias, false, Pass::kAbove>(x, bias, n, tau, base, values, indices);

@@ -59,6 +59,15 @@ Isa best_isa() {
   return best;
 }
 
+bool has_avx512_bf16() {
+#if defined(__x86_64__)
+  static const bool found = best_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  return found;
+#else
+  return false;
+#endif
+}
+
 Isa isa() {
   return static_cast<Isa>(level().load(std::memory_order_relaxed));
 }
@@ -73,6 +82,11 @@ __attribute__((visibility("default"))) const char* fastsae_isa() {
 
 __attribute__((visibility("default"))) const char* fastsae_best_isa() {
   return fastsae::cpu::kNames[static_cast<int>(fastsae::cpu::best_isa())];
+}
+
+__attribute__((visibility("default"))) int fastsae_has_bf16() {
+  using namespace fastsae::cpu;
+  return isa() == Isa::kAvx512 && has_avx512_bf16();
 }
 
 __attribute__((visibility("default"))) int fastsae_set_isa(const char* name) {

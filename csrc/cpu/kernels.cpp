@@ -18,6 +18,46 @@ const Kernels<T>& kernels() {
   }
 }
 
+template <class W>
+const TileKernels<W>& tile_kernels() {
+  switch (isa()) {
+#if defined(__x86_64__)
+    case Isa::kAvx512:
+      return avx512::tile<W>();
+    case Isa::kAvx2:
+      return avx2::tile<W>();
+#endif
+    default:
+      return scalar::tile<W>();
+  }
+}
+
+#if defined(__x86_64__)
+bool has_bf16_tile() {
+  return isa() == Isa::kAvx512 && has_avx512_bf16();
+}
+template <>
+const TileKernels<bf16x2>& tile_kernels() {
+  return avx512::bf16_tile();
+}
+void round_row(const float* x, int64_t n, bf16x2* out) {
+  avx512::round_row(x, n, out);
+}
+#else
+bool has_bf16_tile() {
+  return false;
+}
+template <>
+const TileKernels<bf16x2>& tile_kernels() {
+  __builtin_trap();  // has_bf16_tile() says no
+}
+void round_row(const float*, int64_t, bf16x2*) {
+  __builtin_trap();
+}
+#endif
+
+template const TileKernels<float>& tile_kernels<float>();
+template const TileKernels<double>& tile_kernels<double>();
 template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
 template const Kernels<bf16>& kernels<bf16>();

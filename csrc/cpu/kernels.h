@@ -17,6 +17,7 @@ enum class Pass {
 template <class T>
 struct Kernels {
   using A = Acc<T>;
+  using Key = decltype(order_key(A(0)));  // orders like A
 
   // out[g] = max over j = g (mod groups) of x[j] + bias[j], NaN ignored, -inf for an empty group.
   // bias may be null. groups is a multiple of 64.
@@ -27,30 +28,74 @@ struct Kernels {
   int64_t (*filter)(const T* x, const A* bias, int64_t n, const A* tau, bool per_column, Pass pass,
                     int32_t base, A* values, int32_t* indices);
 
+  // Keeps the k largest of n candidates in place, in order; the first ones among equals. Returns
+  // the smallest value kept. NaN is the largest, -0 equals +0. 1 <= k <= n; keys [n] is scratch.
+  A (*keep_largest)(A* values, int32_t* indices, int64_t n, int64_t k, Key* keys);
+
+  // A number that at least k of n values reach: the k-th largest, or one just below it.
+  A (*kth_bound)(const A* values, int64_t n, int64_t k, Key* keys);
+
   // out[d] = bias[d] + sum over j < count of weights[j] rows[indices[j]][d], j ascending.
-  // acc [d] is scratch. bias may be null.
+  // bias may be null.
   void (*gather_sum)(const A* weights, const int32_t* indices, int64_t count, const T* rows,
-                     int64_t d, const T* bias, A* acc, T* out);
+                     int64_t d, const T* bias, T* out);
+
+  // out[0, n) = x in the type of sums.
+  void (*widen_row)(const T* x, int64_t n, A* out);
 
   // out[j] = <x, rows[indices[j]]> for j < count.
   void (*gather_dot)(const T* x, const int32_t* indices, int64_t count, const T* rows, int64_t d,
                      A* out);
 };
 
+// The encoder's product: a tile of `latents` rows w against a panel of `tokens` packed columns x,
+// in words that are numbers of type A or pairs of bfloat16.
+template <class W>
+struct TileKernels {
+  using A = Acc<W>;
+  int64_t latents, tokens;
+
+  // out[l * out_stride + t] = <w[l], x[t]> + bias[l]; w has row stride `stride`, x holds word p of
+  // token t at p * tokens + t.
+  void (*store)(const W* w, int64_t stride, const W* x, int64_t depth, const A* bias, A* out,
+                int64_t out_stride);
+
+  // Appends (value, l * tokens + t) of those that pass tau[t], or tau[l] if `per_latent` (then
+  // always kAbove), l ascending; returns how many. Room for latents * tokens + 64.
+  int64_t (*filter)(const W* w, int64_t stride, const W* x, int64_t depth, const A* bias,
+                    const A* tau, bool per_latent, Pass pass, A* values, int32_t* codes);
+};
+
 namespace scalar {
 template <class T>
 const Kernels<T>& table();
-}
+template <class W>
+const TileKernels<W>& tile();
+}  // namespace scalar
 namespace avx2 {
 template <class T>
 const Kernels<T>& table();
-}
+template <class W>
+const TileKernels<W>& tile();
+}  // namespace avx2
 namespace avx512 {
 template <class T>
 const Kernels<T>& table();
-}
+template <class W>
+const TileKernels<W>& tile();
+const TileKernels<bf16x2>& bf16_tile();
+void round_row(const float* x, int64_t n, bf16x2* out);
+}  // namespace avx512
 
 template <class T>
 const Kernels<T>& kernels();
+
+// W: float, double or bf16x2.
+template <class W>
+const TileKernels<W>& tile_kernels();
+// Whether tile_kernels<bf16x2>() and round_row exist at the current level.
+bool has_bf16_tile();
+// out = x [n] rounded to bfloat16, with a 0 at the end if n is odd.
+void round_row(const float* x, int64_t n, bf16x2* out);
 
 }  // namespace fastsae::cpu

@@ -18,6 +18,13 @@
 
 namespace fastsae::cpu {
 
+// Entries found in consecutive rows, by (row, column).
+template <class A>
+struct FoundEntries {
+  std::vector<A> values;
+  std::vector<int32_t> columns, counts;  // counts: of each row
+};
+
 template <class A>
 class MatrixSelect {
  public:
@@ -53,6 +60,39 @@ class MatrixSelect {
     if (static_cast<int64_t>(values_.size()) > budget_ + budget_ / 2) keep_largest();
   }
 
+  // For a caller that filters the matrix itself: adds what it found in rows first, first + 1, ...
+  // above `lowest()`, as it was before.
+  void append(int64_t first, const FoundEntries<A>& found) {
+    values_.insert(values_.end(), found.values.begin(), found.values.end());
+    columns_.insert(columns_.end(), found.columns.begin(), found.columns.end());
+    std::copy(found.counts.begin(), found.counts.end(), counts_.begin() + first);
+    if (static_cast<int64_t>(values_.size()) > budget_ + budget_ / 2) keep_largest();
+  }
+
+  // What an entry must exceed to be among the largest, if there is one threshold for all columns.
+  A lowest() const { return bounded_ ? std::max(bound_, theta_[0]) : theta_[0]; }
+
+  void clear() {
+    values_.clear();
+    columns_.clear();
+    std::fill(counts_.begin(), counts_.end(), 0);
+    bounded_ = false;
+  }
+
+  bool full() const { return static_cast<int64_t>(values_.size()) >= budget_; }
+
+  // A number that somewhat more than `budget` entries of the matrix exceed, judged by a sample of
+  // it; theta where the sample does not say.
+  A guess(const A* sample, int64_t size, int64_t total) {
+    const double expected =
+        static_cast<double>(budget_) * static_cast<double>(size) / static_cast<double>(total);
+    const int64_t rank = static_cast<int64_t>(1.25 * expected + 4.0 * std::sqrt(expected)) + 8;
+    if (rank >= size) return theta_[0];
+    keys_.resize(std::max(keys_.size(), static_cast<size_t>(size)));
+    const A found = kernels<A>().kth_bound(sample, size, rank, keys_.data());
+    return std::max(theta_[0], std::nextafter(found, -std::numeric_limits<A>::infinity()));
+  }
+
   // Writes the selection in the variable layout; returns the smallest kept value, +inf if none.
   template <class T>
   A finish(T* values, int32_t* indices, int32_t* offsets, int64_t cap) {
@@ -77,33 +117,29 @@ class MatrixSelect {
   // Entries that a scan without a useful bound may turn into candidates at once (64 MiB).
   static constexpr int64_t kWholeScan = int64_t{1} << 23;
 
-  // Estimates, from pieces of up to 64 rows, a number that somewhat more than `budget` entries of
-  // these rows exceed. False when the sample is too small to say, or all of theta's is needed.
+  // A bound from pieces of up to 64 rows. False when the sample is too small to say, or all of
+  // theta's is needed.
   template <class T>
   bool sample_bound(const T* x, const A* bias, int64_t rows, A* bound) {
     constexpr int64_t kSampleRows = 64, kPiece = 256;
     const int64_t total = rows * m_;
     if (total < 16 * kSampleRows * kPiece) return false;
+    const Kernels<T>& kernel = kernels<T>();
     const int64_t sample_rows = std::min(kSampleRows, rows);
     const int64_t pieces = std::max<int64_t>(1, m_ / (8 * kPiece));
-    std::vector<A> sample;
+    std::vector<A> sample(static_cast<size_t>(sample_rows * pieces * kPiece));
+    int64_t size = 0;
     for (int64_t r = 0; r < sample_rows; ++r) {
       const int64_t row = r * rows / sample_rows;
       for (int64_t p = 0; p < pieces; ++p) {
         const int64_t column = (p * m_ / pieces + r * kPiece) % m_;
-        for (int64_t c = column; c < std::min(column + kPiece, m_); ++c) {
-          sample.push_back(widen(x[row * m_ + c]) + (bias ? bias[c] : A(0)));
-        }
+        const int64_t count = std::min(kPiece, m_ - column);
+        kernel.widen_row(x + row * m_ + column, count, sample.data() + size);
+        for (int64_t c = 0; bias && c < count; ++c) sample[size + c] += bias[column + c];
+        size += count;
       }
     }
-    const double expected = static_cast<double>(budget_) * static_cast<double>(sample.size()) /
-                            static_cast<double>(total);
-    const int64_t rank = static_cast<int64_t>(1.25 * expected + 4.0 * std::sqrt(expected)) + 8;
-    const auto above_theta = [this](A v) { return v > theta_[0]; };
-    const auto end = std::partition(sample.begin(), sample.end(), above_theta);
-    if (rank >= end - sample.begin()) return false;
-    std::nth_element(sample.begin(), sample.begin() + rank, end, std::greater<>());
-    *bound = std::nextafter(sample[rank], -std::numeric_limits<A>::infinity());
+    *bound = guess(sample.data(), size, total);
     return *bound > theta_[0];
   }
 
@@ -111,18 +147,14 @@ class MatrixSelect {
   void scan(const Kernels<T>& kernel, const T* x, const A* bias, int64_t first, int64_t rows,
             const A* tau, bool per_column) {
     constexpr int64_t kBlock = 4096;
-    struct Part {
-      std::vector<A> values;
-      std::vector<int32_t> columns;
-    };
     const int64_t task_rows = std::max<int64_t>(1, 65536 / m_);
     const int64_t tasks = (rows + task_rows - 1) / task_rows;
-    std::vector<Part> parts(static_cast<size_t>(tasks));
+    std::vector<FoundEntries<A>> parts(static_cast<size_t>(tasks));
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       thread_local std::vector<A> v(kBlock + 64);
       thread_local std::vector<int32_t> c(kBlock + 64);
       for (int64_t task = begin; task < end; ++task) {
-        Part& part = parts[task];
+        FoundEntries<A>& part = parts[task];
         const int64_t last = std::min(rows, (task + 1) * task_rows);
         for (int64_t row = task * task_rows; row < last; ++row) {
           int32_t kept = 0;
@@ -139,7 +171,7 @@ class MatrixSelect {
         }
       }
     });
-    for (const Part& part : parts) {
+    for (const FoundEntries<A>& part : parts) {
       values_.insert(values_.end(), part.values.begin(), part.values.end());
       columns_.insert(columns_.end(), part.columns.begin(), part.columns.end());
     }
@@ -149,11 +181,9 @@ class MatrixSelect {
   void keep_largest() {
     const int64_t size = static_cast<int64_t>(values_.size());
     if (size < budget_ || size == 0) return;
-    ranked_.assign(values_.begin(), values_.end());
-    std::nth_element(ranked_.begin(), ranked_.begin() + (budget_ - 1), ranked_.end(),
-                     std::greater<>());
-    bound_ = ranked_[budget_ - 1];  // later entries of this value lose the tie: strict is right
-    bounded_ = true;
+    keys_.resize(std::max(keys_.size(), static_cast<size_t>(size)));
+    bound_ = kernels<A>().kth_bound(values_.data(), size, budget_, keys_.data());
+    bounded_ = true;  // later entries of the bound's value lose the tie: strict is right
     if (size == budget_) return;
     int64_t ties = budget_;
     for (int64_t j = 0; j < size; ++j) ties -= values_[j] > bound_;
@@ -177,7 +207,8 @@ class MatrixSelect {
   bool per_column_;
   bool bounded_ = false;
   A bound_ = A(0);
-  std::vector<A> values_, ranked_;
+  std::vector<A> values_;
+  std::vector<typename Kernels<A>::Key> keys_;
   std::vector<int32_t> columns_, counts_;
 };
 

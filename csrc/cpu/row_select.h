@@ -9,58 +9,29 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
 
 namespace fastsae::cpu {
 
-// A key that orders like (value, lower index first): larger key wins, no two keys are equal.
-inline uint64_t order_key(float value, int32_t index) {
-  uint32_t u = float_to_bits(value + 0.0f);  // -0 + 0 = +0
-  u = std::isnan(value) ? 0xffffffffu : u ^ ((u >> 31) ? 0xffffffffu : 0x80000000u);
-  return (static_cast<uint64_t>(u) << 32) | (0xffffffffu - static_cast<uint32_t>(index));
-}
-inline unsigned __int128 order_key(double value, int32_t index) {
-  const double canonical = value + 0.0;
-  uint64_t u;
-  memcpy(&u, &canonical, sizeof u);
-  u = std::isnan(value) ? ~uint64_t{0} : u ^ ((u >> 63) ? ~uint64_t{0} : uint64_t{1} << 63);
-  return (static_cast<unsigned __int128>(u) << 32) | (0xffffffffu - static_cast<uint32_t>(index));
-}
-inline int32_t key_index(uint64_t key) {
-  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));
-}
-inline int32_t key_index(unsigned __int128 key) {
-  return key_index(static_cast<uint64_t>(key));
-}
-
 template <class A>
 struct RowScratch {
-  using Key = decltype(order_key(A(0), 0));
   std::vector<A> values;         // candidates, ascending index
   std::vector<int32_t> indices;  // the same
   std::vector<A> maxima;
-  std::vector<Key> keys;
+  std::vector<decltype(order_key(A(0)))> keys;
   int64_t count = 0;
 
-  // Keeps the k largest candidates in place; returns the value of the smallest of them.
-  A keep_largest(int64_t k) {
-    keys.resize(static_cast<size_t>(count));
-    for (int64_t j = 0; j < count; ++j) keys[j] = order_key(values[j], indices[j]);
-    std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end(), std::greater<>());
-    const Key cut = keys[k - 1];
-    A smallest = A(0);
-    int64_t m = 0;
-    for (int64_t j = 0; j < count; ++j) {
-      const Key key = order_key(values[j], indices[j]);
-      if (key < cut) continue;
-      if (key == cut) smallest = values[j];
-      values[m] = values[j];
-      indices[m++] = indices[j];
+  void reserve(size_t candidates, size_t groups) {
+    if (values.size() < candidates) {
+      values.resize(candidates);
+      indices.resize(candidates);
     }
-    count = m;
-    return smallest;
+    if (maxima.size() < groups) maxima.resize(groups);
+    if (keys.size() < std::max(candidates, groups)) keys.resize(std::max(candidates, groups));
   }
 };
 
@@ -73,22 +44,16 @@ void select_row(const Kernels<T>& kernel, const T* x, const Acc<T>* bias, int64_
   constexpr int64_t kBlock = 4096;   // entries filtered between two looks at the buffer
   constexpr int64_t kMinCap = 8192;  // candidates held before the bound is tightened
   const int64_t cap = std::max<int64_t>(kMinCap, 2 * k);
-  const size_t room = static_cast<size_t>(cap + kBlock + 64);
-  if (s.values.size() < room) {
-    s.values.resize(room);
-    s.indices.resize(room);
-  }
+  const int64_t groups = (4 * k + 63) / 64 * 64;
+  s.reserve(static_cast<size_t>(cap + kBlock + 64), static_cast<size_t>(groups));
 
   // NaN lets everything through: for k too near n, and for rows of -inf, there is no useful bound.
   A tau = std::numeric_limits<A>::quiet_NaN();
-  const int64_t groups = (4 * k + 63) / 64 * 64;
   if (groups * 2 <= n) {
-    s.maxima.resize(static_cast<size_t>(groups));
     kernel.group_max(x, bias, n, groups, s.maxima.data());
-    std::nth_element(s.maxima.begin(), s.maxima.begin() + (k - 1), s.maxima.end(),
-                     std::greater<>());
+    const A bound = kernel.kth_bound(s.maxima.data(), groups, k, s.keys.data());
     // Entries equal to the bound belong: the filter is strict, so it gets the number below.
-    if (s.maxima[k - 1] > -kInf) tau = std::nextafter(s.maxima[k - 1], -kInf);
+    if (bound > -kInf) tau = std::nextafter(bound, -kInf);
   }
 
   s.count = 0;
@@ -99,27 +64,26 @@ void select_row(const Kernels<T>& kernel, const T* x, const Acc<T>* bias, int64_
                              s.indices.data() + s.count);
     if (s.count > cap) {
       // What comes later and equals the k-th value has a higher index and loses: strict is right.
-      tau = s.keep_largest(k);
+      tau = kernel.keep_largest(s.values.data(), s.indices.data(), s.count, k, s.keys.data());
+      s.count = k;
       if (std::isnan(tau)) break;  // k NaNs: nothing later can win
     }
   }
-  if (s.count > k) s.keep_largest(k);
+  if (s.count > k) {
+    kernel.keep_largest(s.values.data(), s.indices.data(), s.count, k, s.keys.data());
+  }
+  s.count = k;
 }
 
-// Reorders the candidates by descending value, lowest index first among equals.
+// Reorders the k candidates by descending value, lowest index first among equals.
 template <class A>
 void sort_descending(RowScratch<A>& s) {
-  s.keys.resize(static_cast<size_t>(s.count));
-  for (int64_t j = 0; j < s.count; ++j) s.keys[j] = order_key(s.values[j], s.indices[j]);
-  std::sort(s.keys.begin(), s.keys.end(), std::greater<>());
-  std::vector<A> by_index(s.values.begin(), s.values.begin() + s.count);
-  std::vector<int32_t> indices(s.indices.begin(), s.indices.begin() + s.count);
-  for (int64_t j = 0; j < s.count; ++j) {
-    const int32_t index = key_index(s.keys[j]);
-    const auto at = std::lower_bound(indices.begin(), indices.end(), index) - indices.begin();
-    s.values[j] = by_index[at];
-    s.indices[j] = index;
-  }
+  std::vector<std::pair<A, int32_t>> pairs(static_cast<size_t>(s.count));
+  for (int64_t j = 0; j < s.count; ++j) pairs[j] = {s.values[j], s.indices[j]};
+  std::stable_sort(pairs.begin(), pairs.end(), [](const auto& a, const auto& b) {
+    return order_key(a.first) > order_key(b.first);
+  });
+  for (int64_t j = 0; j < s.count; ++j) std::tie(s.values[j], s.indices[j]) = pairs[j];
 }
 
 }  // namespace fastsae::cpu

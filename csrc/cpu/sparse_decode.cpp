@@ -69,11 +69,9 @@ Tensor sparse_decode(const Tensor& values, const Tensor& indices, std::optional<
     T* to = mutable_data_of<T>(out);
     torch::stable::parallel_for(0, e.n, 8, [&](int64_t begin, int64_t end) {
       thread_local ActiveRow<A> active;
-      thread_local std::vector<A> sums;
-      sums.resize(static_cast<size_t>(d));
       for (int64_t row = begin; row < end; ++row) {
         active.read(e, value, row);
-        kernel.gather_sum(active.weights, active.indices, active.count, rows, d, shift, sums.data(),
+        kernel.gather_sum(active.weights, active.indices, active.count, rows, d, shift,
                           to + row * d);
       }
     });

@@ -65,8 +65,7 @@ std::tuple<Tensor, Tensor> sparse_weight_grad(const Tensor& values_in, const Ten
     T* to_bias = mutable_data_of<T>(bias);
     prefer_huge_pages(to, sizeof(T) * static_cast<size_t>(d_sae * d));
     torch::stable::parallel_for(0, d_sae, 64, [&](int64_t begin, int64_t end) {
-      thread_local std::vector<A> weights, sums;
-      sums.resize(static_cast<size_t>(d));
+      thread_local std::vector<A> weights;
       for (int64_t f = begin; f < end; ++f) {
         const int64_t count = bound[f + 1] - bound[f];
         if (static_cast<int64_t>(weights.size()) < count) {
@@ -74,8 +73,7 @@ std::tuple<Tensor, Tensor> sparse_weight_grad(const Tensor& values_in, const Ten
         }
         A total = 0;
         for (int64_t j = 0; j < count; ++j) total += weights[j] = value[slot[bound[f] + j]];
-        kernel.gather_sum(weights.data(), row + bound[f], count, from, d, nullptr, sums.data(),
-                          to + f * d);
+        kernel.gather_sum(weights.data(), row + bound[f], count, from, d, nullptr, to + f * d);
         to_bias[f] = narrow<T>(total);
       }
     });

@@ -13,6 +13,9 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+struct bf16x2 {
+  uint32_t bits;  // the first one in the lower half
+};
 
 template <class T>
 struct AccOf {
@@ -52,6 +55,20 @@ static inline float widen(fp16 x) {
   // Shifting the exponent into place scales a half by 2^-112, subnormals included.
   const float scaled = bits_to_float(magnitude << 13) * 0x1p112f;
   return bits_to_float(sign | float_to_bits(scaled));
+}
+
+// Signed integers that order like the values: NaN largest, -0 equal to +0.
+static inline int32_t order_key(float x) {
+  int32_t u;
+  x += 0.0f;  // -0 + 0 = +0
+  memcpy(&u, &x, sizeof u);
+  return x != x ? INT32_MAX : u ^ ((u >> 31) & INT32_MAX);
+}
+static inline int64_t order_key(double x) {
+  int64_t u;
+  x += 0.0;
+  memcpy(&u, &x, sizeof u);
+  return x != x ? INT64_MAX : u ^ ((u >> 63) & INT64_MAX);
 }
 
 // Round to nearest, ties to even; a NaN stays a NaN.

@@ -11,6 +11,8 @@ namespace {
 struct VecF {
   using A = float;
   static constexpr int kWidth = 8;
+  static constexpr int kAccumulators = 12;  // that fit the registers beside operands
+  static constexpr int kTileLatents = 6, kTileVectors = 2;  // see tile_impl.h
   __m256 v;
 
   static VecF set1(float x) { return {_mm256_set1_ps(x)}; }
@@ -70,11 +72,30 @@ struct VecF {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
+
+  // Integers that order like the values: NaN largest, -0 equal to +0.
+  using Key = int32_t;
+  void store_keys(Key* out) const {
+    const __m256 x = _mm256_add_ps(v, _mm256_setzero_ps());  // -0 + 0 = +0
+    const __m256i u = _mm256_castps_si256(x);
+    const __m256i magnitude = _mm256_srli_epi32(_mm256_srai_epi32(u, 31), 1);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i key = _mm256_xor_si256(u, magnitude);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm256_blendv_epi8(key, _mm256_set1_epi32(0x7fffffff), nan));
+  }
+  static unsigned at_least(const Key* keys, Key bound) {
+    const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys));
+    const __m256i less = _mm256_cmpgt_epi32(_mm256_set1_epi32(bound), k);
+    return ~static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(less))) & 0xffu;
+  }
 };
 
 struct VecD {
   using A = double;
   static constexpr int kWidth = 4;
+  static constexpr int kAccumulators = 12;  // that fit the registers beside operands
+  static constexpr int kTileLatents = 6, kTileVectors = 2;  // see tile_impl.h
   __m256d v;
 
   static VecD set1(double x) { return {_mm256_set1_pd(x)}; }
@@ -103,6 +124,18 @@ struct VecD {
   double sum() const {
     const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+  }
+
+  using Key = int64_t;
+  void store_keys(Key* out) const {
+    alignas(32) double lanes[4];
+    _mm256_store_pd(lanes, v);
+    for (int i = 0; i < 4; ++i) out[i] = order_key(lanes[i]);
+  }
+  static unsigned at_least(const Key* keys, Key bound) {
+    const __m256i k = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys));
+    const __m256i less = _mm256_cmpgt_epi64(_mm256_set1_epi64x(bound), k);
+    return ~static_cast<unsigned>(_mm256_movemask_pd(_mm256_castsi256_pd(less))) & 0xfu;
   }
 };
 

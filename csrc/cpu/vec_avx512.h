@@ -11,6 +11,8 @@ namespace {
 struct VecF {
   using A = float;
   static constexpr int kWidth = 16;
+  static constexpr int kAccumulators = 24;  // that fit the registers beside operands
+  static constexpr int kTileLatents = 12, kTileVectors = 2;  // see tile_impl.h
   __m512 v;
 
   static VecF set1(float x) { return {_mm512_set1_ps(x)}; }
@@ -67,11 +69,27 @@ struct VecF {
     return __builtin_popcount(mask);
   }
   float sum() const { return _mm512_reduce_add_ps(v); }
+
+  // Integers that order like the values: NaN largest, -0 equal to +0.
+  using Key = int32_t;
+  void store_keys(Key* out) const {
+    const __m512 x = _mm512_add_ps(v, _mm512_setzero_ps());  // -0 + 0 = +0
+    const __m512i u = _mm512_castps_si512(x);
+    const __m512i magnitude = _mm512_srli_epi32(_mm512_srai_epi32(u, 31), 1);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i key = _mm512_xor_si512(u, magnitude);
+    _mm512_storeu_si512(out, _mm512_mask_mov_epi32(key, nan, _mm512_set1_epi32(0x7fffffff)));
+  }
+  static unsigned at_least(const Key* keys, Key bound) {
+    return _mm512_cmpge_epi32_mask(_mm512_loadu_si512(keys), _mm512_set1_epi32(bound));
+  }
 };
 
 struct VecD {
   using A = double;
   static constexpr int kWidth = 8;
+  static constexpr int kAccumulators = 24;  // that fit the registers beside operands
+  static constexpr int kTileLatents = 12, kTileVectors = 2;  // see tile_impl.h
   __m512d v;
 
   static VecD set1(double x) { return {_mm512_set1_pd(x)}; }
@@ -93,6 +111,19 @@ struct VecD {
     return __builtin_popcount(mask);
   }
   double sum() const { return _mm512_reduce_add_pd(v); }
+
+  using Key = int64_t;
+  void store_keys(Key* out) const {
+    const __m512d x = _mm512_add_pd(v, _mm512_setzero_pd());
+    const __m512i u = _mm512_castpd_si512(x);
+    const __m512i magnitude = _mm512_srli_epi64(_mm512_srai_epi64(u, 63), 1);
+    const __mmask8 nan = _mm512_cmp_pd_mask(x, x, _CMP_UNORD_Q);
+    const __m512i key = _mm512_xor_si512(u, magnitude);
+    _mm512_storeu_si512(out, _mm512_mask_mov_epi64(key, nan, _mm512_set1_epi64(INT64_MAX)));
+  }
+  static unsigned at_least(const Key* keys, Key bound) {
+    return _mm512_cmpge_epi64_mask(_mm512_loadu_si512(keys), _mm512_set1_epi64(bound));
+  }
 };
 
 inline void prefetch(const void* p) {

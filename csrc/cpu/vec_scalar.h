@@ -10,6 +10,8 @@ template <class Number>
 struct ScalarVec {
   using A = Number;
   static constexpr int kWidth = 1;
+  static constexpr int kAccumulators = 8;  // that fit the registers beside operands
+  static constexpr int kTileLatents = 4, kTileVectors = 2;  // see tile_impl.h
   A v;
 
   template <class T>
@@ -42,6 +44,11 @@ struct ScalarVec {
     return 1;
   }
   A sum() const { return v; }
+
+  // Integers that order like the values: NaN largest, -0 equal to +0.
+  using Key = decltype(order_key(Number(0)));
+  void store_keys(Key* out) const { *out = order_key(v); }
+  static unsigned at_least(const Key* keys, Key bound) { return *keys >= bound; }
 };
 
 using VecF = ScalarVec<float>;

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fastsae import ops, reference
+from fastsae import _host, ops, reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -61,21 +61,112 @@ def test_selection_is_exact_for_its_pre_activations(isa) -> None:
     assert torch.equal(kept.offsets, ref_kept.offsets)
 
 
-def test_many_chunks() -> None:
-    # 128 MiB hold 1,024 rows of 32,768 float32.
-    x = torch.randint(-2, 3, (2500, 4)).float()
-    W = torch.randint(-2, 3, (32_768, 4)).float() + torch.arange(32_768).unsqueeze(1) / 2**15
-    pre = x @ W.t()
-    got = ops.encode_topk(x, W, None, 3)
-    want = torch.topk(pre, 3).values.relu().sort(1).values
-    assert torch.equal(got.values.sort(1).values, want)
-    acts, threshold = ops.encode_batch_topk(x, W, None, 3)
-    kept = torch.topk(pre.flatten(), 3 * 2500).values
-    assert torch.equal(acts.values.sort().values, kept.sort().values)
-    assert threshold == kept.min()
-    theta = torch.tensor(6.0)
-    count = (pre > theta).sum()
-    assert ops.encode_threshold(x, W, None, theta, pre.numel()).offsets[-1] == count
+def integers(n, d_in, d_sae):
+    """Return inputs whose products are exact in every order, with many ties."""
+    x = torch.randint(-3, 4, (n, d_in)).float()
+    W, b = torch.randint(-3, 4, (d_sae, d_in)).float(), torch.randint(-3, 4, (d_sae,)).float()
+    return x, W, b, x @ W.t() + b
+
+
+# n, d_in, d_sae, k: one panel, odd everything, more than one block of tokens, every latent a seed,
+# more seeds than the smallest number of them, candidates that overflow.
+@pytest.mark.parametrize(
+    ("n", "d_in", "d_sae", "k"),
+    [(64, 16, 3000, 25), (131, 7, 2501, 3), (1100, 5, 5000, 8), (70, 9, 700, 100)]
+    + [(80, 4, 9001, 600), (64, 3, 40_000, 1000), (66, 1, 13, 13)],
+)
+def test_blocks_of_tokens_select_exactly(isa, n, d_in, d_sae, k) -> None:
+    x, W, b, pre = integers(n, d_in, d_sae)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        got = ops.encode_topk(x.to(dtype), W.to(dtype), b.to(dtype), k, relu=False)
+        want = reference.topk(pre, k)
+        assert torch.equal(got.indices, want.indices)
+        assert torch.equal(got.values, want.values.to(dtype))
+    got = ops.encode_topk(x, W, b, k, relu=False, compute_dtype=torch.bfloat16)
+    assert torch.equal(got.indices, want.indices)
+    ref = reference.batch_topk(pre, k)
+    for hint in (None, ref.threshold, ref.threshold * 100, torch.tensor(float("nan"))):
+        acts, threshold = ops.encode_batch_topk(x, W, b, k, hint=hint)
+        assert torch.equal(threshold, ref.threshold)
+        assert torch.equal(acts.offsets, ref.acts.offsets)
+        assert torch.equal(acts.indices, ref.acts.indices)
+        assert torch.equal(acts.values, ref.acts.values)
+    for theta in (ref.threshold, torch.randint(0, 9, (d_sae,)).float()):
+        kept = ops.encode_threshold(x, W, b, theta, 2 * n * k)
+        ref_kept = reference.threshold_select(pre, theta, 2 * n * k)
+        assert torch.equal(kept.offsets, ref_kept.offsets)
+        assert torch.equal(kept.indices, ref_kept.indices)
+        assert torch.equal(kept.values, ref_kept.values)
+
+
+def test_blocks_of_tokens_and_masks() -> None:
+    x, W, b, pre = integers(200, 6, 4000)
+    for allowed in (30, 31, 300, 3999):
+        mask = torch.zeros(4000, dtype=torch.bool)
+        mask[torch.randperm(4000)[:allowed]] = True
+        got = ops.encode_topk(x, W, b, 31, mask=mask, relu=False)
+        want = reference.encode_topk(x, W, b, 31, mask=mask, relu=False)
+        assert torch.equal(got.indices, want.indices)
+        assert torch.equal(got.values, want.values)
+        acts, threshold = ops.encode_batch_topk(x, W, b, 7, mask=mask)
+        ref = reference.batch_topk(pre.masked_fill(~mask, -1.0), 7)
+        assert torch.equal(acts.indices, ref.acts.indices)
+        assert torch.equal(threshold, ref.threshold)
+
+
+def test_blocks_of_tokens_and_b_dec() -> None:
+    x, W, b, _ = integers(150, 9, 3000)
+    c = torch.randint(-2, 3, (9,)).float()
+    want = reference.encode_topk(x, W, b, 10, b_dec=c)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        arguments = (t.to(dtype) for t in (x, W, b))
+        got = ops.encode_topk(*arguments, 10, b_dec=c.to(dtype))
+        assert torch.equal(got.indices, want.indices)
+        assert torch.equal(got.values, want.values.to(dtype))
+
+
+def test_bad_rows_in_a_block_stay_alone(isa) -> None:
+    x, W, b, _ = integers(100, 8, 5000)
+    clean = ops.encode_topk(x, W, b, 40)
+    x[3], x[50, 2], x[99, 0] = float("nan"), float("inf"), float("-inf")
+    got = ops.encode_topk(x, W, b, 40)
+    good = torch.ones(100, dtype=torch.bool)
+    good[[3, 50, 99]] = False
+    assert torch.equal(got.values[good], clean.values[good])
+    assert torch.equal(got.indices[good], clean.indices[good])
+    assert got.values[3].isnan().all()
+    assert torch.equal(got.indices[3], torch.arange(40, dtype=torch.int32))
+
+
+def test_a_row_has_the_same_bits_in_every_batch_and_thread_count() -> None:
+    x, (W, b, c) = torch.randn(700, 96), weights(6000, 96)
+    whole = ops.encode_topk(x, W, b, 20, b_dec=c)
+    part = ops.encode_topk(x[100:401], W, b, 20, b_dec=c)
+    assert torch.equal(part.values, whole.values[100:401])
+    assert torch.equal(part.indices, whole.indices[100:401])
+    threads = torch.get_num_threads()
+    batch = ops.encode_batch_topk(x, W, b, 20, b_dec=c)
+    try:
+        torch.set_num_threads(1)
+        alone = ops.encode_topk(x, W, b, 20, b_dec=c)
+        batch_alone = ops.encode_batch_topk(x, W, b, 20, b_dec=c)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(alone.values, whole.values)
+    assert torch.equal(alone.indices, whole.indices)
+    assert torch.equal(batch_alone.acts.values, batch.acts.values)
+    assert torch.equal(batch_alone.acts.indices, batch.acts.indices)
+
+
+def test_bfloat16_product_is_close() -> None:
+    x, (W, b, c) = torch.randn(300, 200), weights(4000, 200)
+    exact = ops.encode_topk(x, W, b, 16, b_dec=c)
+    got = ops.encode_topk(x, W, b, 16, b_dec=c, compute_dtype=torch.bfloat16)
+    rounded = reference.encode_topk((x - c).bfloat16().float(), W.bfloat16().float(), b, 16)
+    same = (got.indices == (rounded if _host.has_bf16() else exact).indices).all(1)
+    assert same.float().mean() > 0.97  # the order of a sum may swap two nearly equal latents
+    assert_close(got.values.sort().values, exact.values.sort().values, rtol=0, atol=0.03)
+    assert got.values.dtype == torch.float32
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 5, 30])
@@ -224,11 +315,13 @@ def test_opcheck() -> None:
     W, b_enc, b_dec = (t.requires_grad_() for t in weights(20, 5))
     mask = torch.rand(20) < 0.7
     o = torch.ops.fastsae
-    torch.library.opcheck(o.encode_topk.default, (x, W, b_enc, b_dec, 3, mask, True))
-    torch.library.opcheck(o.encode_topk.default, (x, W, None, None, 3, None, False))
-    torch.library.opcheck(o.encode_batch_topk.default, (x, W, b_enc, b_dec, 13, mask))
+    torch.library.opcheck(o.encode_topk.default, (x, W, b_enc, b_dec, 3, mask, True, False))
+    torch.library.opcheck(o.encode_topk.default, (x, W, None, None, 3, None, False, True))
+    torch.library.opcheck(
+        o.encode_batch_topk.default, (x, W, b_enc, b_dec, 13, mask, False, torch.tensor(0.3))
+    )
     theta = torch.tensor(0.1)
-    torch.library.opcheck(o.encode_threshold.default, (x, W, b_enc, b_dec, theta, 30))
+    torch.library.opcheck(o.encode_threshold.default, (x, W, b_enc, b_dec, theta, 30, False))
 
 
 def test_compiles() -> None:
@@ -266,5 +359,9 @@ def test_wrong_arguments() -> None:
         ops.encode_topk(x, W.to("meta"), b_enc, 3)
     with pytest.raises(ValueError, match=r"expected select_dtype to be None, float32"):
         ops.encode_topk(x.double(), W.double(), None, 3, select_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"expected compute_dtype to be None, the dtype of x"):
+        ops.encode_topk(x, W, b_enc, 3, compute_dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"encode_batch_topk: expected hint to be \[\], got \[2\]"):
+        ops.encode_batch_topk(x, W, b_enc, 3, hint=torch.zeros(2))
     with pytest.raises(RuntimeError, match=r"encode_topk: expected b_dec to be \[5\], got \[20\]"):
-        torch.ops.fastsae.encode_topk(x, W, b_enc, b_enc, 3, None, True)
+        torch.ops.fastsae.encode_topk(x, W, b_enc, b_enc, 3, None, True, False)

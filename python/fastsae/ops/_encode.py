@@ -17,6 +17,7 @@ class EncodeInput(NamedTuple):
     W_enc: Tensor
     b_enc: Tensor | None
     b_dec: Tensor | None
+    bf16_product: bool
 
 
 def check(
@@ -27,6 +28,7 @@ def check(
     b_dec: Tensor | None,
     mask: Tensor | None,
     select_dtype: torch.dtype | None,
+    compute_dtype: torch.dtype | None,
 ) -> EncodeInput:
     """Check the arguments that every encode op has; cast them to `select_dtype` if given."""
     _check.floating(op, "x", x)
@@ -57,8 +59,17 @@ def check(
                 f"{op}: expected mask on the device of x, {x.device}, got {mask.device}"
             )
     x = x.reshape(-1, d_in)
+    if compute_dtype not in (None, x.dtype) and (compute_dtype, x.dtype) != (
+        torch.bfloat16,
+        torch.float32,
+    ):
+        raise ValueError(
+            f"{op}: expected compute_dtype to be None, the dtype of x, {x.dtype}, or bfloat16 for "
+            f"a float32 x, got {compute_dtype}"
+        )
+    bf16_product = compute_dtype == torch.bfloat16 and x.dtype == torch.float32
     if select_dtype is None or select_dtype == x.dtype:
-        return EncodeInput(x, W_enc, b_enc, b_dec)
+        return EncodeInput(x, W_enc, b_enc, b_dec, bf16_product)
     if select_dtype != torch.float32 or x.dtype == torch.float64:
         raise ValueError(
             f"{op}: expected select_dtype to be None, float32 or the dtype of x, {x.dtype}, "
@@ -69,6 +80,7 @@ def check(
         W_enc.float(),
         None if b_enc is None else b_enc.float(),
         None if b_dec is None else b_dec.float(),
+        False,
     )
 
 

@@ -23,6 +23,8 @@ def encode_batch_topk(
     b_dec: Tensor | None = None,
     mask: Tensor | None = None,
     select_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
+    hint: Tensor | None = None,
 ) -> BatchTopK:
     """Keep the `int(k * n)` largest positive entries of `(x - b_dec) W_enc^T + b_enc`.
 
@@ -35,6 +37,9 @@ def encode_batch_topk(
         b_dec: [d_in] or None, subtracted from `x` first.
         mask: [d_sae] bool or None: only latents where it is true take part.
         select_dtype: as in `encode_topk`.
+        compute_dtype: as in `encode_topk`.
+        hint: [] or None: about what the threshold will be, for instance that of the last batch. It
+            changes the time, never the result.
 
     Returns:
         `BatchTopK(acts, threshold)` as `batch_topk` gives it.
@@ -47,20 +52,23 @@ def encode_batch_topk(
         In `x`, `W_enc`, `b_enc` and `b_dec`, from the kept entries only.
 
     Numerics:
-        As `encode_topk`; the selection is that of `batch_topk` on the same pre-activations, though
-        they are met a chunk of rows at a time.
+        As `encode_topk`; the selection is that of `batch_topk` on the same pre-activations.
 
     Cost:
-        2 n d_in d_sae flops; at most max(128 MiB, 256 rows) of pre-activations at a time, and a few
-        budgets of candidates.
+        2 n d_in d_sae flops, without a hint 32 rows more, whose pre-activations tell what to look
+        for; a few budgets of candidates. A sample that misleads costs a second pass.
 
     Source:
         BatchTopK (arXiv 2412.06410, section 3); Mutual Choice (arXiv 2411.02124, section 3).
     """
-    a = _encode.check("encode_batch_topk", x, W_enc, b_enc, b_dec, mask, select_dtype)
+    a = _encode.check(
+        "encode_batch_topk", x, W_enc, b_enc, b_dec, mask, select_dtype, compute_dtype
+    )
     _check.mean_k("encode_batch_topk", k)
+    if hint is not None and hint.shape != ():
+        raise ValueError(f"encode_batch_topk: expected hint to be [], got {[*hint.shape]}")
     values, indices, offsets, threshold = torch.ops.fastsae.encode_batch_topk(
-        a.x, a.W_enc, a.b_enc, a.b_dec, int(k * a.x.shape[0]), mask
+        a.x, a.W_enc, a.b_enc, a.b_dec, int(k * a.x.shape[0]), mask, a.bf16_product, hint
     )
     return BatchTopK(SparseActs(values.to(x.dtype), indices, offsets, W_enc.shape[0]), threshold)
 
@@ -73,6 +81,8 @@ def _fake(
     b_dec: Tensor | None,
     budget: int,
     mask: Tensor | None,
+    bf16_product: bool,
+    hint: Tensor | None,
 ) -> tuple[Tensor, ...]:
     selection = fake_selection(x, x.shape[0], W_enc.shape[0], budget)
     return *selection, x.new_empty((), dtype=accumulator_dtype(x.dtype))
@@ -86,16 +96,18 @@ def _plain(
     b_dec: Tensor | None,
     budget: int,
     mask: Tensor | None,
+    bf16_product: bool,
+    hint: Tensor | None,
 ) -> tuple[Tensor, ...]:
     pre = reference.pre_activations(x, W_enc, b_enc, b_dec)
     eligible = pre > 0 if mask is None else (pre > 0) & mask
     acts, threshold = reference.keep_largest(pre, eligible, budget)
     assert acts.offsets is not None
-    return acts.values, acts.indices, acts.offsets, threshold
+    return acts.values.to(x.dtype), acts.indices, acts.offsets, threshold
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return *_encode.gradients(ctx, grad), None, None
+    return *_encode.gradients(ctx, grad), None, None, None, None
 
 
 torch.library.register_autograd(

@@ -24,6 +24,7 @@ def encode_threshold(
     *,
     b_dec: Tensor | None = None,
     select_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> SparseActs:
     """Keep the entries of `(x - b_dec) W_enc^T + b_enc` that are above `theta`.
 
@@ -36,6 +37,7 @@ def encode_threshold(
         cap: room for entries, >= 0. When more are above `theta`, the `cap` largest are kept.
         b_dec: [d_in] or None, subtracted from `x` first.
         select_dtype: as in `encode_topk`.
+        compute_dtype: as in `encode_topk`.
 
     Returns:
         `SparseActs` in the variable layout with `min(cap, n * d_sae)` places.
@@ -51,16 +53,16 @@ def encode_threshold(
         As `encode_topk`; compared in float32 (float64 for float64 `x`).
 
     Cost:
-        2 n d_in d_sae flops; at most max(128 MiB, 256 rows) of pre-activations at a time.
+        2 n d_in d_sae flops, and the candidates.
 
     Source:
         BatchTopK (arXiv 2412.06410, section 3), the inference rule; JumpReLU (arXiv 2407.14435).
     """
-    a = _encode.check("encode_threshold", x, W_enc, b_enc, b_dec, None, select_dtype)
+    a = _encode.check("encode_threshold", x, W_enc, b_enc, b_dec, None, select_dtype, compute_dtype)
     theta = check_theta("encode_threshold", theta, a.x, W_enc.shape[0])
     check_cap("encode_threshold", cap)
     values, indices, offsets = torch.ops.fastsae.encode_threshold(
-        a.x, a.W_enc, a.b_enc, a.b_dec, theta, cap
+        a.x, a.W_enc, a.b_enc, a.b_dec, theta, cap, a.bf16_product
     )
     return SparseActs(values.to(x.dtype), indices, offsets, W_enc.shape[0])
 
@@ -73,6 +75,7 @@ def _fake(
     b_dec: Tensor | None,
     theta: Tensor,
     cap: int,
+    bf16_product: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_selection(x, x.shape[0], W_enc.shape[0], cap)
 
@@ -85,6 +88,7 @@ def _plain(
     b_dec: Tensor | None,
     theta: Tensor,
     cap: int,
+    bf16_product: bool,
 ) -> tuple[Tensor, ...]:
     acts = reference.encode_threshold(x, W_enc, b_enc, theta, cap, b_dec=b_dec)
     assert acts.offsets is not None
@@ -92,7 +96,7 @@ def _plain(
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return *_encode.gradients(ctx, grad), None, None
+    return *_encode.gradients(ctx, grad), None, None, None
 
 
 torch.library.register_autograd(

@@ -23,6 +23,7 @@ def encode_topk(
     mask: Tensor | None = None,
     relu: bool = True,
     select_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> TopK:
     """Return the k largest entries of every row of `(x - b_dec) W_enc^T + b_enc`.
 
@@ -35,8 +36,11 @@ def encode_topk(
         mask: [d_sae] bool or None. Only latents where it is true carry values; when there are fewer
             than k of them, the rest of a row are other latents with value 0.
         relu: replace selected negative values by 0.
-        select_dtype: float32 computes 16-bit inputs in float32 throughout. None multiplies in the
-            dtype of `x`, so for 16-bit inputs the product is rounded to it before selection.
+        select_dtype: float32 casts 16-bit inputs to float32 first. None multiplies them as they
+            are; the sums are float32 and are selected on before rounding either way.
+        compute_dtype: bfloat16 lets the product of float32 inputs round both factors to bfloat16,
+            with float32 sums, where the processor has instructions for that (AVX-512 BF16, `fastsae
+            info`); elsewhere it changes nothing. The backward stays in float32.
 
     Returns:
         `TopK(values [..., k], indices [..., k])` in ascending index: the dtype of `x`, and int32.
@@ -50,19 +54,23 @@ def encode_topk(
         is exactly 0 gets none.
 
     Numerics:
-        Sums of the backward accumulate in float32 (float64 for float64). Selection is exact for the
-        pre-activations computed, with the order of `topk`; these come from the library's matrix
-        product, which may differ between devices and thread counts in the last bit.
+        Sums accumulate in float32 (float64 for float64). Selection is exact for the pre-activations
+        computed, with the order of `topk`. On the CPU each of these is one sum over d_in in order,
+        so a row gives the same bits in every batch of 64 or more rows and with any number of
+        threads; fewer rows of float32 or float64 go through the library's matrix product.
 
     Cost:
-        2 n d_in d_sae flops; at most max(128 MiB, 256 rows) of pre-activations at a time.
+        2 n d_in d_sae flops; W_enc is read once per 512 rows of x and thread; about 25 MiB of
+        scratch per thread.
 
     Source:
         Gao et al., "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), equation 3.
     """
-    a = _encode.check("encode_topk", x, W_enc, b_enc, b_dec, mask, select_dtype)
+    a = _encode.check("encode_topk", x, W_enc, b_enc, b_dec, mask, select_dtype, compute_dtype)
     _check.k_in_range("encode_topk", k, W_enc.shape[0])
-    values, indices = torch.ops.fastsae.encode_topk(a.x, a.W_enc, a.b_enc, a.b_dec, k, mask, relu)
+    values, indices = torch.ops.fastsae.encode_topk(
+        a.x, a.W_enc, a.b_enc, a.b_dec, k, mask, relu, a.bf16_product
+    )
     shape = (*x.shape[:-1], k)
     return TopK(values.to(x.dtype).view(shape), indices.view(shape))
 
@@ -76,6 +84,7 @@ def _fake(
     k: int,
     mask: Tensor | None,
     relu: bool,
+    bf16_product: bool,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
 
@@ -89,12 +98,13 @@ def _plain(
     k: int,
     mask: Tensor | None,
     relu: bool,
+    bf16_product: bool,
 ) -> tuple[Tensor, ...]:
     return tuple(reference.encode_topk(x, W_enc, b_enc, k, b_dec=b_dec, mask=mask, relu=relu))
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return *_encode.gradients(ctx, grad), None, None, None
+    return *_encode.gradients(ctx, grad), None, None, None, None
 
 
 torch.library.register_autograd(

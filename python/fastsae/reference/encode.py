@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsae.reference.select import BatchTopK, TopK, batch_topk, threshold_select, topk
+from fastsae.reference.select import (
+    BatchTopK,
+    TopK,
+    accumulator_dtype,
+    batch_topk,
+    threshold_select,
+    topk,
+)
 from fastsae.reference.sparse_acts import SparseActs
 
 
@@ -16,7 +23,11 @@ def pre_activations(
     b_dec: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return `(x - b_dec) W_enc^T + b_enc`: `[..., d_sae]`, with `W_enc: [d_sae, d_in]`."""
+    """Return `(x - b_dec) W_enc^T + b_enc`: `[..., d_sae]`, with `W_enc: [d_sae, d_in]`.
+
+    Computed in `dtype`; None: float32, or float64 for a float64 `x`.
+    """
+    dtype = accumulator_dtype(x.dtype) if dtype is None else dtype
     if b_dec is not None:
         x = x.to(dtype) - b_dec.to(dtype)
     pre = x.to(dtype) @ W_enc.to(dtype).t()
