@@ -1,6 +1,7 @@
 // The kernels at one instruction-set level; this file alone has its compiler flags.
 #include "cpu/vec_avx512.h"
 
+#include "cpu/adam_impl.h"
 #include "cpu/filter_impl.h"
 #include "cpu/gather_impl.h"
 #include "cpu/select_impl.h"
@@ -39,6 +40,15 @@ const TileKernels<float>& tile() {
 template <>
 const TileKernels<double>& tile() {
   return kTileTable<VecD, PlainWords<VecD>>;
+}
+
+template <>
+const AdamKernels<float>& adam() {
+  return kAdamTable<VecF>;
+}
+template <>
+const AdamKernels<double>& adam() {
+  return kAdamTable<VecD>;
 }
 
 }  // namespace fastsae::cpu::avx512

@@ -172,7 +172,7 @@ inline bool encodes_in_blocks(const EncoderInput& in) {
   const bool narrow =
       in.x.scalar_type() == ScalarType::BFloat16 || in.x.scalar_type() == ScalarType::Half;
   if (narrow || in.bf16_product) return true;
-  return isa() != Isa::kScalar && in.x.size(0) >= 64;
+  return isa() != Isa::kScalar && in.x.size(0) >= 16;
 }
 
 // Calls f(Type<T>{}, Type<W>{}) with the storage type of x and the word of the product.

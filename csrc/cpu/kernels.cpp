@@ -32,6 +32,20 @@ const TileKernels<W>& tile_kernels() {
   }
 }
 
+template <class A>
+const AdamKernels<A>& adam_kernels() {
+  switch (isa()) {
+#if defined(__x86_64__)
+    case Isa::kAvx512:
+      return avx512::adam<A>();
+    case Isa::kAvx2:
+      return avx2::adam<A>();
+#endif
+    default:
+      return scalar::adam<A>();
+  }
+}
+
 #if defined(__x86_64__)
 bool has_bf16_tile() {
   return isa() == Isa::kAvx512 && has_avx512_bf16();
@@ -56,6 +70,8 @@ void round_row(const float*, int64_t, bf16x2*) {
 }
 #endif
 
+template const AdamKernels<float>& adam_kernels<float>();
+template const AdamKernels<double>& adam_kernels<double>();
 template const TileKernels<float>& tile_kernels<float>();
 template const TileKernels<double>& tile_kernels<double>();
 template const Kernels<float>& kernels<float>();

@@ -66,29 +66,57 @@ struct TileKernels {
                     const A* tau, bool per_latent, Pass pass, A* values, int32_t* codes);
 };
 
+// Constants of one Adam step.
+template <class A>
+struct AdamScalars {
+  A one_minus_beta1, beta2, one_minus_beta2;
+  A step_size;         // lr / (1 - beta1^t)
+  A sqrt_correction2;  // sqrt(1 - beta2^t)
+  A eps;
+};
+
+// One row of d numbers at a time; A is float or double.
+template <class A>
+struct AdamKernels {
+  A (*row_dot)(const A* a, const A* b, int64_t d);
+  void (*add_scaled)(A* y, const A* x, A a, int64_t d);  // y += a x
+  void (*scale_row)(A* x, A a, int64_t d);
+  // An Adam step of p with gradient scale * g, or 0 if g is null; returns the new <p, p>.
+  A (*adam_row)(A* p, A* m, A* v, const A* g, A scale, int64_t d, const AdamScalars<A>& s);
+};
+
 namespace scalar {
 template <class T>
 const Kernels<T>& table();
 template <class W>
 const TileKernels<W>& tile();
+template <class A>
+const AdamKernels<A>& adam();
 }  // namespace scalar
 namespace avx2 {
 template <class T>
 const Kernels<T>& table();
 template <class W>
 const TileKernels<W>& tile();
+template <class A>
+const AdamKernels<A>& adam();
 }  // namespace avx2
 namespace avx512 {
 template <class T>
 const Kernels<T>& table();
 template <class W>
 const TileKernels<W>& tile();
+template <class A>
+const AdamKernels<A>& adam();
 const TileKernels<bf16x2>& bf16_tile();
 void round_row(const float* x, int64_t n, bf16x2* out);
 }  // namespace avx512
 
 template <class T>
 const Kernels<T>& kernels();
+
+template <class A>
+const AdamKernels<A>& adam_kernels();
 
 // W: float, double or bf16x2.
 template <class W>

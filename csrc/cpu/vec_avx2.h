@@ -47,6 +47,10 @@ struct VecF {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h);
   }
   friend VecF operator+(VecF a, VecF b) { return {_mm256_add_ps(a.v, b.v)}; }
+  friend VecF operator-(VecF a, VecF b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  friend VecF operator*(VecF a, VecF b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  friend VecF operator/(VecF a, VecF b) { return {_mm256_div_ps(a.v, b.v)}; }
+  static VecF sqrt(VecF a) { return {_mm256_sqrt_ps(a.v)}; }
   static VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   // maxps returns its second operand when either is NaN.
   static VecF max(VecF x, VecF best) { return {_mm256_max_ps(x.v, best.v)}; }
@@ -102,6 +106,10 @@ struct VecD {
   static VecD load(const double* p) { return {_mm256_loadu_pd(p)}; }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
   friend VecD operator+(VecD a, VecD b) { return {_mm256_add_pd(a.v, b.v)}; }
+  friend VecD operator-(VecD a, VecD b) { return {_mm256_sub_pd(a.v, b.v)}; }
+  friend VecD operator*(VecD a, VecD b) { return {_mm256_mul_pd(a.v, b.v)}; }
+  friend VecD operator/(VecD a, VecD b) { return {_mm256_div_pd(a.v, b.v)}; }
+  static VecD sqrt(VecD a) { return {_mm256_sqrt_pd(a.v)}; }
   static VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   static VecD max(VecD x, VecD best) { return {_mm256_max_pd(x.v, best.v)}; }
   static unsigned not_below_or_equal(VecD a, VecD b) {

@@ -52,6 +52,10 @@ struct VecF {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
   }
   friend VecF operator+(VecF a, VecF b) { return {_mm512_add_ps(a.v, b.v)}; }
+  friend VecF operator-(VecF a, VecF b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  friend VecF operator*(VecF a, VecF b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  friend VecF operator/(VecF a, VecF b) { return {_mm512_div_ps(a.v, b.v)}; }
+  static VecF sqrt(VecF a) { return {_mm512_sqrt_ps(a.v)}; }
   static VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   // vmaxps returns its second operand when either is NaN.
   static VecF max(VecF x, VecF best) { return {_mm512_max_ps(x.v, best.v)}; }
@@ -96,6 +100,10 @@ struct VecD {
   static VecD load(const double* p) { return {_mm512_loadu_pd(p)}; }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
   friend VecD operator+(VecD a, VecD b) { return {_mm512_add_pd(a.v, b.v)}; }
+  friend VecD operator-(VecD a, VecD b) { return {_mm512_sub_pd(a.v, b.v)}; }
+  friend VecD operator*(VecD a, VecD b) { return {_mm512_mul_pd(a.v, b.v)}; }
+  friend VecD operator/(VecD a, VecD b) { return {_mm512_div_pd(a.v, b.v)}; }
+  static VecD sqrt(VecD a) { return {_mm512_sqrt_pd(a.v)}; }
   static VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   static VecD max(VecD x, VecD best) { return {_mm512_max_pd(x.v, best.v)}; }
   static unsigned not_below_or_equal(VecD a, VecD b) {

@@ -32,6 +32,13 @@ struct ScalarVec {
     p[1] = narrow<bf16>(odd.v);
   }
   friend ScalarVec operator+(ScalarVec a, ScalarVec b) { return {a.v + b.v}; }
+  friend ScalarVec operator-(ScalarVec a, ScalarVec b) { return {a.v - b.v}; }
+  friend ScalarVec operator*(ScalarVec a, ScalarVec b) { return {a.v * b.v}; }
+  friend ScalarVec operator/(ScalarVec a, ScalarVec b) { return {a.v / b.v}; }
+  static ScalarVec sqrt(ScalarVec a) {
+    if constexpr (sizeof(A) == sizeof(float)) return {__builtin_sqrtf(a.v)};
+    else return {__builtin_sqrt(a.v)};
+  }
   static ScalarVec fma(ScalarVec a, ScalarVec b, ScalarVec c) { return {a.v * b.v + c.v}; }
   // The larger of the two; `best` where x is NaN.
   static ScalarVec max(ScalarVec x, ScalarVec best) { return {x.v > best.v ? x.v : best.v}; }

@@ -7,22 +7,33 @@ from fastsae.ops.batch_topk import batch_topk
 from fastsae.ops.encode_batch_topk import encode_batch_topk
 from fastsae.ops.encode_threshold import encode_threshold
 from fastsae.ops.encode_topk import encode_topk
+from fastsae.ops.sparse_adam_step import sparse_adam_step_
 from fastsae.ops.sparse_decode import sparse_decode
 from fastsae.ops.sparse_weight_grad import sparse_weight_grad
 from fastsae.ops.threshold_select import threshold_select
 from fastsae.ops.topk import topk
 from fastsae.ops.transpose import transpose
-from fastsae.reference import BatchTopK, FeatureLists, SparseActs, TopK
+from fastsae.reference import (
+    BatchTopK,
+    FeatureLists,
+    LatentGradients,
+    SparseActs,
+    StepTensors,
+    TopK,
+)
 
 __all__ = [
     "BatchTopK",
     "FeatureLists",
+    "LatentGradients",
     "SparseActs",
+    "StepTensors",
     "TopK",
     "batch_topk",
     "encode_batch_topk",
     "encode_threshold",
     "encode_topk",
+    "sparse_adam_step_",
     "sparse_decode",
     "sparse_weight_grad",
     "threshold_select",

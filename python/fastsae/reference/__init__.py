@@ -1,5 +1,6 @@
 """Every op in plain torch: the specification, and the answer that every test compares with."""
 
+from fastsae.reference.adam import LatentGradients, StepTensors, sparse_adam_step_
 from fastsae.reference.decode import FeatureLists, sparse_decode, sparse_weight_grad, transpose
 from fastsae.reference.encode import (
     encode_batch_topk,
@@ -21,7 +22,9 @@ from fastsae.reference.sparse_acts import SparseActs
 __all__ = [
     "BatchTopK",
     "FeatureLists",
+    "LatentGradients",
     "SparseActs",
+    "StepTensors",
     "TopK",
     "accumulator_dtype",
     "batch_topk",
@@ -30,6 +33,7 @@ __all__ = [
     "encode_topk",
     "keep_largest",
     "pre_activations",
+    "sparse_adam_step_",
     "sparse_decode",
     "sparse_weight_grad",
     "threshold_select",

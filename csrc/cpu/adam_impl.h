@@ -1,0 +1,100 @@
+// What an Adam step does with one row of a matrix while it is in the first-level cache.
+//
+//   m <- m + (1 - beta1) (g - m),  v <- beta2 v + (1 - beta2) g^2
+//   p <- p - step_size m / (sqrt(v) / sqrt(1 - beta2^t) + eps),  step_size = lr / (1 - beta1^t)
+//
+// as torch.optim.Adam computes it (Kingma & Ba 2015, algorithm 1). Sums over a row run in a fixed
+// order, so they depend on the instruction set at most.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace fastsae::cpu {
+namespace {
+
+template <class V>
+typename V::A row_dot(const typename V::A* a, const typename V::A* b, int64_t d) {
+  using A = typename V::A;
+  V sum[4] = {V::set1(A(0)), V::set1(A(0)), V::set1(A(0)), V::set1(A(0))};
+  int64_t c = 0;
+  for (; c + 4 * V::kWidth <= d; c += 4 * V::kWidth) {
+    for (int i = 0; i < 4; ++i) {
+      const int64_t o = c + i * V::kWidth;
+      sum[i] = V::fma(V::load(a + o), V::load(b + o), sum[i]);
+    }
+  }
+  for (; c + V::kWidth <= d; c += V::kWidth) sum[0] = V::fma(V::load(a + c), V::load(b + c), sum[0]);
+  A total = ((sum[0] + sum[1]) + (sum[2] + sum[3])).sum();
+  for (; c < d; ++c) total += a[c] * b[c];
+  return total;
+}
+
+template <class V>
+void add_scaled(typename V::A* y, const typename V::A* x, typename V::A a, int64_t d) {
+  const V scale = V::set1(a);
+  int64_t c = 0;
+  for (; c + V::kWidth <= d; c += V::kWidth) {
+    V::fma(scale, V::load(x + c), V::load(y + c)).store(y + c);
+  }
+  for (; c < d; ++c) y[c] += a * x[c];
+}
+
+template <class V>
+void scale_row(typename V::A* x, typename V::A a, int64_t d) {
+  const V scale = V::set1(a);
+  int64_t c = 0;
+  for (; c + V::kWidth <= d; c += V::kWidth) (scale * V::load(x + c)).store(x + c);
+  for (; c < d; ++c) x[c] *= a;
+}
+
+template <class V>
+inline V adam_update(V g, typename V::A* p, typename V::A* m, typename V::A* v,
+                     const AdamScalars<typename V::A>& s) {
+  const V old = V::load(m);
+  const V mean = V::fma(V::set1(s.one_minus_beta1), g - old, old);
+  const V square = V::fma(V::set1(s.one_minus_beta2), g * g, V::set1(s.beta2) * V::load(v));
+  const V denominator = V::sqrt(square) / V::set1(s.sqrt_correction2) + V::set1(s.eps);
+  const V moved = V::load(p) - V::set1(s.step_size) * (mean / denominator);
+  mean.store(m);
+  square.store(v);
+  moved.store(p);
+  return moved;
+}
+
+template <class V>
+typename V::A adam_row(typename V::A* p, typename V::A* m, typename V::A* v,
+                       const typename V::A* g, typename V::A scale, int64_t d,
+                       const AdamScalars<typename V::A>& s) {
+  using A = typename V::A;
+  const V zero = V::set1(A(0)), factor = V::set1(scale);
+  V sum = zero;
+  int64_t c = 0;
+  for (; c + V::kWidth <= d; c += V::kWidth) {
+    const V gradient = g ? factor * V::load(g + c) : zero;
+    const V moved = adam_update<V>(gradient, p + c, m + c, v + c, s);
+    sum = V::fma(moved, moved, sum);
+  }
+  A total = sum.sum();
+  if (c < d) {
+    // The rest of the row as one vector, filled up with zeros, which stay zeros.
+    const size_t bytes = sizeof(A) * static_cast<size_t>(d - c);
+    A rest[4][V::kWidth] = {};
+    memcpy(rest[0], p + c, bytes);
+    memcpy(rest[1], m + c, bytes);
+    memcpy(rest[2], v + c, bytes);
+    if (g) memcpy(rest[3], g + c, bytes);
+    const V moved = adam_update<V>(factor * V::load(rest[3]), rest[0], rest[1], rest[2], s);
+    total += (moved * moved).sum();
+    memcpy(p + c, rest[0], bytes);
+    memcpy(m + c, rest[1], bytes);
+    memcpy(v + c, rest[2], bytes);
+  }
+  return total;
+}
+
+template <class V>
+constexpr AdamKernels<typename V::A> kAdamTable{row_dot<V>, add_scaled<V>, scale_row<V>,
+                                                adam_row<V>};
+
+}  // namespace
+}  // namespace fastsae::cpu

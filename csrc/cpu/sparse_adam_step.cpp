@@ -1,0 +1,284 @@
+// One training step, latent by latent. For each latent f, while its rows are in cache:
+//
+//   g_dec = sum over its entries of value error[row],  g_enc = sum of g (x - b_dec)[row],
+//   g_b = sum of g;  g_dec loses what points along W_dec[f];  Adam on all three;  |W_dec[f]| <- 1
+//
+// and -g_b W_enc[f] is added to the gradient of b_dec, which is that of b_dec in the encoder. So no
+// gradient of a matrix is ever stored: the step reads and writes parameters and Adam's averages once,
+// 24 bytes a float32 parameter, and everything else comes from caches. With clipping, a first pass
+// over the same sums finds the norm of the whole gradient.
+//
+// Threads own latents, and b_dec is summed over fixed groups of latents in order: the result does not
+// depend on the number of threads. Rows without entries take the same step with gradient 0, as Adam
+// does with dense gradients.
+#include <cmath>
+#include <limits>
+
+#include "cpu/counting_sort.h"
+#include "cpu/kernels.h"
+
+namespace fastsae::cpu {
+namespace {
+
+constexpr const char* kOp = "sparse_adam_step_";
+constexpr int64_t kGroup = 64;  // latents whose shares of the gradient of b_dec are added up together
+
+// A parameter and Adam's two averages of it.
+template <class A>
+struct Moving {
+  A *p, *m, *v;
+  Moving at(int64_t offset) const { return {p + offset, m + offset, v + offset}; }
+};
+
+template <class A>
+struct Step {
+  int64_t n, d, d_sae;
+  Moving<A> W_enc, W_dec, b_enc, b_dec;
+  const A *values, *grad_values;
+  const int32_t *offsets, *rows, *slots;     // feature-major lists
+  const A *centred, *error;                  // [n, d]
+  const int32_t* extra;                      // [d_sae]: row of the added gradients, or -1; or null
+  const A *extra_W_enc, *extra_W_dec, *extra_b_enc;
+  AdamScalars<A> adam;
+  bool unit_norm;
+  const Kernels<A>& kernel;
+  const AdamKernels<A>& row;
+
+  // The gradients of one latent; false if all are 0.
+  struct Gradient {
+    std::vector<A> enc, dec, weights;
+    A b;
+  };
+
+  bool gradient(int64_t f, Gradient& g) const {
+    const int64_t begin = offsets[f], count = offsets[f + 1] - begin;
+    const int32_t more = extra ? extra[f] : -1;
+    g.b = A(0);
+    if (count == 0 && more < 0) return false;
+    if (static_cast<int64_t>(g.weights.size()) < count) g.weights.resize(static_cast<size_t>(count));
+    const int32_t* tokens = rows + begin;
+    for (int64_t j = 0; j < count; ++j) g.weights[j] = values[slots[begin + j]];
+    kernel.gather_sum(g.weights.data(), tokens, count, error, d, nullptr, g.dec.data());
+    for (int64_t j = 0; j < count; ++j) g.b += g.weights[j] = grad_values[slots[begin + j]];
+    kernel.gather_sum(g.weights.data(), tokens, count, centred, d, nullptr, g.enc.data());
+    if (more >= 0) {
+      row.add_scaled(g.dec.data(), extra_W_dec + more * d, A(1), d);
+      row.add_scaled(g.enc.data(), extra_W_enc + more * d, A(1), d);
+      g.b += extra_b_enc[more];
+    }
+    const A* w = W_dec.p + f * d;
+    const A squared = row.row_dot(w, w, d);
+    if (squared > A(0)) {
+      row.add_scaled(g.dec.data(), w, -row.row_dot(g.dec.data(), w, d) / squared, d);
+    }
+    return true;
+  }
+
+  // Calls f(first, last) for groups of latents, on threads of about equal work.
+  template <class F>
+  void for_groups(F&& f) const {
+    const int64_t groups = (d_sae + kGroup - 1) / kGroup;
+    // A row costs as much as some ten entries (bytes moved); lists may be very unequal.
+    const auto cost = [this](int64_t latent) { return offsets[latent] + 10 * latent; };
+    const int64_t parts = std::max<int64_t>(1, torch::stable::get_num_threads());
+    const auto bound = [&](int64_t part) {
+      int64_t low = 0, high = groups;
+      while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (cost(middle * kGroup) * parts < cost(d_sae) * part) low = middle + 1;
+        else high = middle;
+      }
+      return low;
+    };
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t last = part + 1 == parts ? groups : bound(part + 1);
+        Gradient g;
+        g.enc.resize(static_cast<size_t>(d));
+        g.dec.resize(static_cast<size_t>(d));
+        for (int64_t group = bound(part); group < last; ++group) {
+          f(group, std::min(d_sae, (group + 1) * kGroup), g);
+        }
+      }
+    });
+  }
+
+  // -W_enc^T g_b of one group, added to out [d].
+  void add_encoder_share(int64_t f, A g_b, A* out) const {
+    if (g_b != A(0)) row.add_scaled(out, W_enc.p + f * d, -g_b, d);
+  }
+
+  // The gradient of b_dec from the shares [groups, d].
+  std::vector<A> b_dec_gradient(const std::vector<A>& shares) const {
+    std::vector<A> g(static_cast<size_t>(d), A(0));
+    for (int64_t r = 0; r < n; ++r) row.add_scaled(g.data(), error + r * d, A(1), d);
+    for (size_t s = 0; s < shares.size(); s += static_cast<size_t>(d)) {
+      row.add_scaled(g.data(), shares.data() + s, A(1), d);
+    }
+    return g;
+  }
+
+  // What all gradients have to be multiplied with so that their norm is at most max_norm.
+  A clip_factor(double max_norm) const {
+    const int64_t groups = (d_sae + kGroup - 1) / kGroup;
+    std::vector<A> shares(static_cast<size_t>(groups * d), A(0));
+    std::vector<double> squares(static_cast<size_t>(groups), 0.0);
+    for_groups([&](int64_t group, int64_t last, Gradient& g) {
+      for (int64_t f = group * kGroup; f < last; ++f) {
+        if (!gradient(f, g)) continue;
+        squares[group] += static_cast<double>(row.row_dot(g.dec.data(), g.dec.data(), d)) +
+                          static_cast<double>(row.row_dot(g.enc.data(), g.enc.data(), d)) +
+                          static_cast<double>(g.b) * static_cast<double>(g.b);
+        add_encoder_share(f, g.b, shares.data() + group * d);
+      }
+    });
+    const std::vector<A> g = b_dec_gradient(shares);
+    double total = static_cast<double>(row.row_dot(g.data(), g.data(), d));
+    for (double square : squares) total += square;
+    return static_cast<A>(std::min(1.0, max_norm / (std::sqrt(total) + 1e-6)));
+  }
+
+  void run(double max_norm) const {
+    const A scale = std::isinf(max_norm) ? A(1) : clip_factor(max_norm);
+    std::vector<A> shares(static_cast<size_t>((d_sae + kGroup - 1) / kGroup * d), A(0));
+    for_groups([&](int64_t group, int64_t last, Gradient& g) {
+      for (int64_t f = group * kGroup; f < last; ++f) {
+        const bool any = gradient(f, g);
+        add_encoder_share(f, g.b, shares.data() + group * d);
+        const Moving<A> enc = W_enc.at(f * d), dec = W_dec.at(f * d), b = b_enc.at(f);
+        row.adam_row(enc.p, enc.m, enc.v, any ? g.enc.data() : nullptr, scale, d, adam);
+        const A squared =
+            row.adam_row(dec.p, dec.m, dec.v, any ? g.dec.data() : nullptr, scale, d, adam);
+        if (unit_norm && squared > A(0)) row.scale_row(dec.p, A(1) / std::sqrt(squared), d);
+        row.adam_row(b.p, b.m, b.v, &g.b, scale, 1, adam);
+      }
+    });
+    const std::vector<A> g = b_dec_gradient(shares);
+    row.adam_row(b_dec.p, b_dec.m, b_dec.v, g.data(), scale, d, adam);
+  }
+};
+
+void check_state(const char* name, const Tensor& t, const Tensor& like) {
+  bool same = t.dim() == like.dim() && t.scalar_type() == like.scalar_type() && t.is_contiguous();
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
+  FASTSAE_CHECK(same, kOp, ": expected ", name, " to be contiguous, with the dtype of W_enc and ",
+                shape_of(like), ", got ", shape_of(t));
+}
+
+void check_rows(const char* name, const Tensor& t, const Tensor& like, int64_t n) {
+  FASTSAE_CHECK(t.dim() == 2 && t.size(0) == n && t.size(1) == like.size(1) &&
+                    t.scalar_type() == like.scalar_type(),
+                kOp, ": expected ", name, " to be [", n, ", ", like.size(1),
+                "] with the dtype of W_enc, got ", shape_of(t));
+}
+
+void sparse_adam_step(Tensor W_enc, Tensor W_dec, Tensor b_enc, Tensor b_dec, Tensor m_W_enc,
+                      Tensor m_W_dec, Tensor m_b_enc, Tensor m_b_dec, Tensor v_W_enc,
+                      Tensor v_W_dec, Tensor v_b_enc, Tensor v_b_dec, const Tensor& values_in,
+                      const Tensor& grad_in, const Tensor& indices, std::optional<Tensor> offsets,
+                      const Tensor& x_in, const Tensor& error_in, std::optional<Tensor> rows,
+                      std::optional<Tensor> rows_W_enc, std::optional<Tensor> rows_W_dec,
+                      std::optional<Tensor> rows_b_enc, double lr, double beta1, double beta2,
+                      double eps, int64_t step, double max_norm, bool unit_norm) {
+  check_matrix(kOp, "W_enc", W_enc);
+  FASTSAE_CHECK(
+      W_enc.scalar_type() == ScalarType::Float || W_enc.scalar_type() == ScalarType::Double, kOp,
+      ": expected W_enc to be float32 or float64");
+  const int64_t d_sae = W_enc.size(0), d = W_enc.size(1);
+  check_vector(kOp, "b_enc", b_enc, d_sae);
+  check_vector(kOp, "b_dec", b_dec, d);
+  for (const Tensor* t : {&W_enc, &W_dec, &m_W_enc, &m_W_dec, &v_W_enc, &v_W_dec}) {
+    check_state("every matrix", *t, W_enc);
+  }
+  for (const Tensor* t : {&b_enc, &m_b_enc, &v_b_enc}) check_state("b_enc and its state", *t, b_enc);
+  for (const Tensor* t : {&b_dec, &m_b_dec, &v_b_dec}) check_state("b_dec and its state", *t, b_dec);
+  FASTSAE_CHECK(b_enc.scalar_type() == W_enc.scalar_type() &&
+                    b_dec.scalar_type() == W_enc.scalar_type(),
+                kOp, ": expected biases with the dtype of W_enc");
+  check_same_type(kOp, "values", values_in, W_enc.scalar_type());
+  const Entries e = checked_entries(kOp, values_in, indices, offsets, d_sae);
+  FASTSAE_CHECK(grad_in.dim() == values_in.dim() && grad_in.numel() == values_in.numel() &&
+                    grad_in.scalar_type() == values_in.scalar_type(),
+                kOp, ": expected grad_values to be like values, got ", shape_of(grad_in));
+  check_rows("x", x_in, W_enc, e.n);
+  check_rows("error", error_in, W_enc, e.n);
+  FASTSAE_CHECK(step >= 1, kOp, ": expected step >= 1, got ", step);
+  const Tensor grad = as_contiguous(grad_in), error = as_contiguous(error_in);
+  const Tensor centred = as_contiguous(torch::stable::subtract(x_in, b_dec));
+
+  std::vector<int32_t> extra;
+  Tensor extra_enc = W_enc, extra_dec = W_enc, extra_b = b_enc;
+  if (rows) {
+    FASTSAE_CHECK(rows_W_enc && rows_W_dec && rows_b_enc, kOp,
+                  ": expected rows_W_enc, rows_W_dec and rows_b_enc with rows");
+    check_int32(kOp, "rows", *rows);
+    const int64_t count = rows->numel();
+    check_vector(kOp, "rows", *rows, count);
+    check_rows("rows_W_enc", *rows_W_enc, W_enc, count);
+    check_rows("rows_W_dec", *rows_W_dec, W_enc, count);
+    check_vector(kOp, "rows_b_enc", *rows_b_enc, count);
+    check_same_type(kOp, "rows_b_enc", *rows_b_enc, W_enc.scalar_type());
+    extra.assign(static_cast<size_t>(d_sae), -1);
+    const Tensor list = as_contiguous(*rows);
+    for (int64_t j = 0; j < count; ++j) {
+      const int32_t f = data_of<int32_t>(list)[j];
+      FASTSAE_CHECK(f >= 0 && f < d_sae, kOp, ": expected 0 <= rows < d_sae = ", d_sae, ", got ",
+                    f);
+      FASTSAE_CHECK(extra[f] < 0, kOp, ": expected different rows, got ", f, " twice");
+      extra[f] = static_cast<int32_t>(j);
+    }
+    extra_enc = as_contiguous(*rows_W_enc);
+    extra_dec = as_contiguous(*rows_W_dec);
+    extra_b = as_contiguous(*rows_b_enc);
+  }
+
+  const auto run = [&](auto type) {
+    using A = typename decltype(type)::type;
+    const int64_t cap = e.values.numel();
+    std::vector<int32_t> lists(static_cast<size_t>(d_sae + 1 + 2 * cap));
+    int32_t *bounds = lists.data(), *tokens = bounds + d_sae + 1, *slots = tokens + cap;
+    counting_sort<A>(e, d_sae, bounds, tokens, slots);
+    const auto moving = [](Tensor& p, Tensor& m, Tensor& v) {
+      return Moving<A>{mutable_data_of<A>(p), mutable_data_of<A>(m), mutable_data_of<A>(v)};
+    };
+    const double correction1 = 1.0 - std::pow(beta1, static_cast<double>(step));
+    const double correction2 = 1.0 - std::pow(beta2, static_cast<double>(step));
+    const AdamScalars<A> adam{
+        static_cast<A>(1.0 - beta1),        static_cast<A>(beta2),
+        static_cast<A>(1.0 - beta2),        static_cast<A>(lr / correction1),
+        static_cast<A>(std::sqrt(correction2)), static_cast<A>(eps)};
+    const Step<A> all{e.n,
+                      d,
+                      d_sae,
+                      moving(W_enc, m_W_enc, v_W_enc),
+                      moving(W_dec, m_W_dec, v_W_dec),
+                      moving(b_enc, m_b_enc, v_b_enc),
+                      moving(b_dec, m_b_dec, v_b_dec),
+                      data_of<A>(e.values),
+                      data_of<A>(grad),
+                      bounds,
+                      tokens,
+                      slots,
+                      data_of<A>(centred),
+                      data_of<A>(error),
+                      rows ? extra.data() : nullptr,
+                      data_of<A>(extra_enc),
+                      data_of<A>(extra_dec),
+                      data_of<A>(extra_b),
+                      adam,
+                      unit_norm,
+                      kernels<A>(),
+                      adam_kernels<A>()};
+    all.run(max_norm);
+  };
+  if (W_enc.scalar_type() == ScalarType::Double) run(Type<double>{});
+  else run(Type<float>{});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastsae, CPU, m) {
+  m.impl("sparse_adam_step_", TORCH_BOX(&sparse_adam_step));
+}
+
+}  // namespace fastsae::cpu

@@ -1,0 +1,86 @@
+"""One training step of an SAE in plain torch: gradients as tensors, then Adam."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae.reference.decode import sparse_weight_grad, transpose
+from fastsae.reference.sparse_acts import SparseActs
+
+
+class StepTensors(NamedTuple):
+    """The parameters of an SAE as the ops take them, or one of Adam's averages of them."""
+
+    W_enc: Tensor
+    """[d_sae, d_in]"""
+    W_dec: Tensor
+    """[d_sae, d_in]"""
+    b_enc: Tensor
+    """[d_sae]"""
+    b_dec: Tensor
+    """[d_in]"""
+
+
+class LatentGradients(NamedTuple):
+    """Gradients of some latents only: what an auxiliary loss of dead latents leaves."""
+
+    latents: Tensor
+    """[e] int32, all different"""
+    W_enc: Tensor
+    """[e, d_in]"""
+    W_dec: Tensor
+    """[e, d_in]"""
+    b_enc: Tensor
+    """[e]"""
+
+
+def sparse_adam_step_(
+    parameters: StepTensors,
+    exp_avg: StepTensors,
+    exp_avg_sq: StepTensors,
+    acts: SparseActs,
+    grad_values: Tensor,
+    x: Tensor,
+    error: Tensor,
+    *,
+    lr: float,
+    step: int,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    clip_grad_norm: float | None = None,
+    unit_norm: bool = True,
+    added: LatentGradients | None = None,
+) -> None:
+    """See `fastsae.ops.sparse_adam_step_`."""
+    W_enc, W_dec, _, b_dec = parameters
+    lists = transpose(acts)
+    active = torch.where(acts.values != 0, grad_values, 0)
+    g_dec, _ = sparse_weight_grad(acts.values, lists, error)
+    g_enc, g_b = sparse_weight_grad(active, lists, x - b_dec)
+    if added is not None:
+        latents = added.latents.long()
+        g_enc = g_enc.index_add(0, latents, added.W_enc)
+        g_dec = g_dec.index_add(0, latents, added.W_dec)
+        g_b = g_b.index_add(0, latents, added.b_enc)
+    g_b_dec = error.sum(0) - g_b @ W_enc
+    squared = W_dec.square().sum(1, keepdim=True)
+    along = (g_dec * W_dec).sum(1, keepdim=True)
+    g_dec = g_dec - torch.where(squared > 0, along / squared, 0) * W_dec
+    gradients = StepTensors(g_enc, g_dec, g_b, g_b_dec)
+    if clip_grad_norm is not None:
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        factor = (clip_grad_norm / (norm + 1e-6)).clamp(max=1)
+        gradients = StepTensors(*(g * factor for g in gradients))
+    step_size = lr / (1 - betas[0] ** step)
+    correction = math.sqrt(1 - betas[1] ** step)
+    for p, m, v, g in zip(parameters, exp_avg, exp_avg_sq, gradients, strict=True):
+        m.lerp_(g, 1 - betas[0])
+        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+        p.sub_(step_size * m / (v.sqrt() / correction + eps))
+    if unit_norm:
+        norm = W_dec.norm(dim=1, keepdim=True)
+        W_dec.div_(torch.where(norm > 0, norm, 1))

@@ -1,0 +1,166 @@
+"""The feature-major update against autograd and torch.optim.Adam, and against its reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fastsae import ops, reference
+from fastsae.ops import LatentGradients, SparseActs, StepTensors
+from tests.ops.inputs import acts as make_acts
+
+SHAPES = ((5, 3, 9, 2), (20, 16, 64, 4), (33, 37, 200, 7), (40, 70, 131, 12))  # n, d, d_sae, k
+
+
+def make(n, d, d_sae, k, dtype, layout="fixed", device="cpu"):
+    """Return arguments of a step; some latents have no entries, some entries are 0."""
+    W = torch.randn(d_sae, d, dtype=torch.float64)
+    parameters = [torch.randn(d_sae, d), W / W.norm(dim=1, keepdim=True)]
+    parameters += [torch.randn(d_sae), torch.randn(d)]
+    parameters[1][0] = 0
+    m = [0.1 * torch.randn_like(p) for p in parameters]
+    v = [0.01 * torch.rand_like(p) for p in parameters]
+    move = [[t.to(dtype).to(device) for t in tensors] for tensors in (parameters, m, v)]
+    acts = make_acts(n, d_sae, k, dtype, layout, device)
+    grad = torch.randn(acts.values.shape).to(dtype).to(device)
+    x, error = (torch.randn(n, d).to(dtype).to(device) for _ in range(2))
+    return [StepTensors(*tensors) for tensors in move], acts, grad, x, error
+
+
+def added_rows(d_sae, d, dtype, device="cpu"):
+    latents = torch.randperm(d_sae)[: d_sae // 3].int()
+    shapes = ((len(latents), d), (len(latents), d), (len(latents),))
+    tensors = [torch.randn(s).to(dtype).to(device) for s in shapes]
+    return LatentGradients(latents.to(device), *tensors)
+
+
+def copies(state):
+    return [StepTensors(*(t.clone() for t in tensors)) for tensors in state]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", ["fixed", "variable"])
+@pytest.mark.parametrize("clip", [None, 0.5, 1e9])
+@pytest.mark.parametrize("extra", [False, True])
+def test_equals_reference_in_float64(device, isa, shape, layout, clip, extra) -> None:
+    state, *batch = make(*shape, torch.float64, layout, device)
+    added = added_rows(shape[2], shape[1], torch.float64, device) if extra else None
+    got, want = copies(state), copies(state)
+    options = {"lr": 1e-2, "step": 3, "clip_grad_norm": clip, "added": added}
+    ops.sparse_adam_step_(*got, *batch, **options)
+    reference.sparse_adam_step_(*want, *batch, **options)
+    for a, b, before in zip(sum(got, ()), sum(want, ()), sum(state, ()), strict=True):
+        assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert not torch.equal(a, before)
+
+
+def autograd_step(parameters, optimizer, x, k, clip):
+    W_enc, W_dec, b_enc, b_dec = parameters
+    top = ops.encode_topk(x, W_enc, b_enc, k, b_dec=b_dec)
+    values = top.values
+    values.retain_grad()
+    out = ops.sparse_decode(SparseActs(values, top.indices, None, W_enc.shape[0]), W_dec, b_dec)
+    out.retain_grad()
+    ((out - x).square().sum() / x.square().sum()).backward()
+    g = W_dec.grad
+    g -= (g * W_dec).sum(1, keepdim=True) * W_dec
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        W_dec /= W_dec.norm(dim=1, keepdim=True)
+    return SparseActs(values.detach(), top.indices, None, W_enc.shape[0]), values.grad, out.grad
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_equals_autograd_and_torch_adam(isa, dtype, tolerance, clip) -> None:
+    n, d, d_sae, k = 60, 24, 150, 5
+    (parameters, _, _), *_ = make(n, d, d_sae, k, dtype)
+    parameters.W_dec[0, 0] = 1
+    theirs = [p.clone().requires_grad_() for p in parameters]
+    m, v = (StepTensors(*(torch.zeros_like(p) for p in parameters)) for _ in range(2))
+    optimizer = torch.optim.Adam(theirs, lr=1e-3, eps=1e-8)
+    for step in range(1, 6):
+        x = torch.randn(n, d, dtype=dtype)
+        for mine, other in zip(parameters, theirs, strict=True):  # one step at a time
+            mine.copy_(other.detach())
+        acts, grad_values, error = autograd_step(theirs, optimizer, x, k, clip)
+        ops.sparse_adam_step_(
+            parameters, m, v, acts, grad_values, x, error, lr=1e-3, step=step, clip_grad_norm=clip
+        )
+        for mine, other in zip(parameters, theirs, strict=True):
+            assert_close(mine, other.detach(), rtol=0, atol=tolerance)
+        for mine, other in zip(m, theirs, strict=True):
+            assert_close(mine, optimizer.state[other]["exp_avg"], rtol=0, atol=tolerance)
+
+
+def test_bitwise_the_same_for_every_number_of_threads() -> None:
+    state, *batch = make(300, 48, 1000, 20, torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            got = copies(state)
+            ops.sparse_adam_step_(*got, *batch, lr=1e-3, step=1, clip_grad_norm=0.1)
+            results.append(sum(got, ()))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_an_empty_batch_still_moves_by_the_averages() -> None:
+    state, *_ = make(4, 6, 10, 2, torch.float64)
+    empty = SparseActs(torch.zeros(0, 2, dtype=torch.float64), torch.zeros(0, 2).int(), None, 10)
+    nothing = torch.zeros(0, 6, dtype=torch.float64)
+    got, want = copies(state), copies(state)
+    for module, tensors in ((ops, got), (reference, want)):
+        module.sparse_adam_step_(*tensors, empty, empty.values, nothing, nothing, lr=1e-2, step=2)
+    for a, b in zip(sum(got, ()), sum(want, ()), strict=True):
+        assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_of_the_decoder_have_norm_one_and_zero_rows_stay() -> None:
+    state, *batch = make(8, 12, 30, 3, torch.float32)
+    state[0].W_dec[7] = 0
+    state[1].W_dec[7] = 0
+    batch[0].indices[batch[0].indices == 7] = 8
+    ops.sparse_adam_step_(*state, *batch, lr=1e-2, step=1)
+    norm = state[0].W_dec.norm(dim=1)
+    assert norm[7] == 0
+    norm[7] = 1
+    assert_close(norm, torch.ones(30))
+
+
+def test_opcheck() -> None:
+    state, acts, grad, x, error = make(6, 5, 20, 3, torch.float32)
+    arguments = (*sum(state, ()), acts.values, grad, acts.indices, None, x, error)
+    rows = added_rows(20, 5, torch.float32)
+    rest = (1e-3, 0.9, 0.999, 1e-8, 1, 0.5, True)
+    op = torch.ops.fastsae.sparse_adam_step_.default
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(op, (*arguments, *rows, *rest), test_utils=tests)
+    torch.library.opcheck(op, (*arguments, None, None, None, None, *rest), test_utils=tests)
+
+
+def test_wrong_arguments() -> None:
+    state, acts, grad, x, error = make(6, 5, 20, 3, torch.float32)
+    step = ops.sparse_adam_step_
+    with pytest.raises(ValueError, match=r"expected x to be \[n, d_in\] = \[6, 5\], got \[5, 5\]"):
+        step(*state, acts, grad, x[:5], error, lr=1e-3, step=1)
+    with pytest.raises(ValueError, match=r"sparse_adam_step_: expected step >= 1, got 0"):
+        step(*state, acts, grad, x, error, lr=1e-3, step=0)
+    with pytest.raises(ValueError, match=r"expected clip_grad_norm > 0 or None, got 0"):
+        step(*state, acts, grad, x, error, lr=1e-3, step=1, clip_grad_norm=0)
+    with pytest.raises(TypeError, match=r"expected x to have the dtype of W_enc, torch.float32"):
+        step(*state, acts, grad, x.double(), error, lr=1e-3, step=1)
+    half = StepTensors(*(t.bfloat16() for t in state[0]))
+    with pytest.raises(TypeError, match=r"expected W_enc to be float32 or float64, got torch.bflo"):
+        step(half, *state[1:], acts, grad, x, error, lr=1e-3, step=1)
+    acts.indices[0, 0] = 20
+    with pytest.raises(RuntimeError, match=r"expected 0 <= indices < d_sae = 20, got 20"):
+        step(*state, acts, grad, x, error, lr=1e-3, step=1)
