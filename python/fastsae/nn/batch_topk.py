@@ -43,6 +43,8 @@ class BatchTopKSAE(SAE):
         RuntimeError: encoding in eval mode before any training batch.
     """
 
+    feature_major_update = True
+
     threshold: Tensor
 
     def __init__(
@@ -99,7 +101,7 @@ class BatchTopKSAE(SAE):
             x, self._rows_enc(), self.b_enc, self.threshold, cap, b_dec=self.b_dec
         )
 
-    def _encode_for_loss(self, x: Tensor) -> SparseActs:
+    def encode_for_loss(self, x: Tensor) -> SparseActs:
         if not self.training:
             return self._encode(x)
         acts, smallest = self._encode_batch(x)
@@ -107,7 +109,15 @@ class BatchTopKSAE(SAE):
         return acts
 
     def _encode_batch(self, x: Tensor) -> ops.BatchTopK:
-        return ops.encode_batch_topk(x, self._rows_enc(), self.b_enc, self.k, b_dec=self.b_dec)
+        return ops.encode_batch_topk(
+            x,
+            self._rows_enc(),
+            self.b_enc,
+            self.k,
+            b_dec=self.b_dec,
+            compute_dtype=self._product(),
+            hint=self.threshold,
+        )
 
     @torch.no_grad()
     def _update_threshold(self, smallest: Tensor) -> None:

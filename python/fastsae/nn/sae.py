@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from fastsae import ops
+from fastsae.nn.auxk import LatentRows, auxk_loss
 from fastsae.nn.init import center
-from fastsae.nn.loss import SAEOutput, accumulate, unexplained, unexplained_residual
+from fastsae.nn.loss import SAEOutput, accumulate, unexplained
 from fastsae.nn.parameters import Parameters
 from fastsae.ops import SparseActs
 
@@ -43,6 +44,9 @@ class SAE(Parameters, ABC):
     """
 
     registry: ClassVar[dict[str, type[SAE]]] = {}
+    feature_major_update: ClassVar[bool] = False
+    """Whether the gradients of all parameters follow from those of the code, of the reconstruction
+    and of the dead rows, as `loss_of` has them: what `sparse_adam_step_` needs."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -66,6 +70,9 @@ class SAE(Parameters, ABC):
         if not aux_alpha >= 0:
             self._fail(f"aux_alpha >= 0, got {aux_alpha}")
         self.aux_k, self.aux_alpha = aux_k, aux_alpha
+        self.compute_dtype: torch.dtype | None = None
+        """What the encoder's product may round its factors to in training mode; see
+        `ops.encode_topk`. Not saved: inference is exact."""
         self.metadata: dict[str, Any] = {}
         """Free-form facts saved along (model_name, hook_name, ...); JSON types only."""
 
@@ -73,9 +80,12 @@ class SAE(Parameters, ABC):
     def _encode(self, x: Tensor) -> SparseActs:
         """Select the active latents of `x: [n, d_in]`."""
 
-    def _encode_for_loss(self, x: Tensor) -> SparseActs:
-        """Like `_encode`, and update what the class learns from a batch besides gradients."""
+    def encode_for_loss(self, x: Tensor) -> SparseActs:
+        """Return the code of `x: [n, d_in]`, and learn from it what gradients do not teach."""
         return self._encode(x)
+
+    def _product(self) -> torch.dtype | None:
+        return self.compute_dtype if self.training else None
 
     def settle_(self, batches: Iterable[Tensor]) -> None:
         """Fix, from training batches `[n, d_in]`, what inference needs beside the parameters."""
@@ -132,30 +142,54 @@ class SAE(Parameters, ABC):
         goal = rows if target is None else self._rows(target, "target")
         if goal.shape != rows.shape:
             self._fail(f"target to have {rows.shape[0]} rows like x, got {goal.shape[0]}")
-        acts = self._encode_for_loss(rows)
-        reconstruction = self.decode(acts)
-        error = accumulate(goal) - accumulate(reconstruction)
-        fvu = unexplained(error, goal)
-        aux = fvu.new_zeros(()) if dead is None else self._aux_loss(rows, error.detach(), dead)
-        return SAEOutput(
-            loss=fvu + self.aux_alpha * aux,
-            reconstruction=reconstruction.reshape((x if target is None else target).shape),
-            acts=acts,
-            fvu=fvu,
-            mse=error.detach().square().sum() / max(rows.shape[0], 1),
-            aux_loss=aux,
-        )
+        out = self.loss_of(rows, goal, self.encode_for_loss(rows), self.dead_rows(dead))
+        out.reconstruction = out.reconstruction.reshape((x if target is None else target).shape)
+        return out
 
-    def _aux_loss(self, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
-        """Return how badly dead latents reconstruct `error: [n, d_in]`, which carries no graph."""
+    def dead_rows(self, dead: Tensor | None) -> LatentRows | None:
+        """Return the rows of dead latents that the auxiliary loss works on, None without any.
+
+        Args:
+            dead: bool [d_sae] or None.
+        """
+        if dead is None:
+            return None
         if dead.shape != (self.d_sae,) or dead.dtype != torch.bool:
             self._fail(f"dead to be bool [{self.d_sae}], got {dead.dtype} {[*dead.shape]}")
-        k = min(self.aux_k, int(dead.sum())) if self.aux_alpha else 0
-        if k == 0:
-            return error.new_zeros(())
-        top = ops.encode_topk(x, self._rows_enc(), self.b_enc, k, b_dec=self.b_dec, mask=dead)
-        guess = ops.sparse_decode(SparseActs(*top, None, self.d_sae), self.W_dec)
-        return unexplained_residual(guess, error)
+        latents = dead.nonzero().squeeze(1) if self.aux_alpha else dead.new_empty(0)
+        if latents.numel() == 0:
+            return None
+        W_enc = self.W_enc.t().index_select(0, latents)
+        return LatentRows(
+            latents,
+            W_enc,
+            self.W_dec.index_select(0, latents),
+            self.b_enc.index_select(0, latents),
+        )
+
+    def loss_of(
+        self, x: Tensor, target: Tensor, acts: SparseActs, dead: LatentRows | None
+    ) -> SAEOutput:
+        """Return the loss of `x, target: [n, d_in]` for a code that is already there.
+
+        `loss` is this after encoding; an update that forms no gradients of the parameters takes
+        those of `acts.values`, of `dead` and of the reconstruction from here.
+        """
+        reconstruction = self.decode(acts)
+        error = accumulate(target) - accumulate(reconstruction)
+        fvu = unexplained(error, target)
+        aux = fvu.new_zeros(())
+        if dead is not None:
+            k = min(self.aux_k, dead.latents.shape[0])
+            aux = auxk_loss(x, self.b_dec, error.detach(), dead, k)
+        return SAEOutput(
+            loss=fvu + self.aux_alpha * aux,
+            reconstruction=reconstruction,
+            acts=acts,
+            fvu=fvu,
+            mse=error.detach().square().sum() / max(x.shape[0], 1),
+            aux_loss=aux,
+        )
 
     @torch.no_grad()
     def init_b_dec(self, x: Tensor, method: str = "geometric_median") -> None:

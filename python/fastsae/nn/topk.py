@@ -30,6 +30,8 @@ class TopKSAE(SAE):
         ValueError: k is not an integer in 1..d_sae.
     """
 
+    feature_major_update = True
+
     def __init__(self, d_in: int, d_sae: int, k: int, **kwargs: Any) -> None:
         super().__init__(d_in, d_sae, **kwargs)
         if int(k) != k or not 1 <= k <= d_sae:
@@ -37,7 +39,14 @@ class TopKSAE(SAE):
         self.k = int(k)
 
     def _encode(self, x: Tensor) -> SparseActs:
-        top = ops.encode_topk(x, self._rows_enc(), self.b_enc, self.k, b_dec=self.b_dec)
+        top = ops.encode_topk(
+            x,
+            self._rows_enc(),
+            self.b_enc,
+            self.k,
+            b_dec=self.b_dec,
+            compute_dtype=self._product(),
+        )
         return SparseActs(*top, None, self.d_sae)
 
     def config(self) -> dict[str, Any]:

@@ -36,6 +36,14 @@ class TrainConfig:
     """Share of the run, at its end, over which the learning rate falls linearly to 0."""
     clip_grad_norm: float | None = None
     """Largest norm of the whole gradient; None does not clip."""
+    update: str = "fused"
+    """How parameters move: fused (latent by latent, no gradient of a matrix exists) or autograd (one
+    backward and the optimizer; the same step, slower). SAEs, dtypes and devices that the fused one
+    does not cover take autograd."""
+    compute_dtype: str = "auto"
+    """What the encoder's product rounds its two factors to while training: float32 (nothing),
+    bfloat16, or auto: bfloat16 where the processor multiplies it natively. Parameters, sums,
+    selection, thresholds and statistics are float32 in any case."""
     dead_after_tokens: int | None = None
     """Tokens without firing that make a latent dead; None: a tenth of the run, at most 10^7."""
     normalize: bool = True
@@ -89,6 +97,12 @@ class TrainConfig:
             "at most one of steps and total_tokens",
             "steps",
         )
+        for name, choices in (
+            ("update", ("fused", "autograd")),
+            ("compute_dtype", ("auto", "float32", "bfloat16")),
+        ):
+            known = getattr(self, name) in choices
+            self._expect(known, f"{name} in {', '.join(choices)}", name)
         starts = ("geometric_median", "mean", "zeros", "keep")
         self._expect(self.b_dec_init in starts, f"b_dec_init in {', '.join(starts)}", "b_dec_init")
         if self.out is None:

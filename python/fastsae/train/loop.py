@@ -1,6 +1,6 @@
 """The training loop.
 
-    rate -> loss -> backward -> remove parallel decoder gradient -> clip -> Adam -> unit decoder
+    rate -> loss -> gradients -> remove the parallel decoder gradient -> clip -> Adam -> unit decoder
     rows -> dead latents
 
 Decoder rows are normalised after the update, so they have norm 1 in every forward.
@@ -38,6 +38,7 @@ from fastsae.train.dead import DeadLatents
 from fastsae.train.interrupt import StopSignals
 from fastsae.train.metrics import MetricsLog, Row, fvu_no_outliers, usual_rows, validate
 from fastsae.train.schedule import make_plan
+from fastsae.train.update import autograd_update, compute_dtype, fused_update, is_fused
 
 SETTLE_BATCHES = 32
 """Training batches from which thresholds are fixed at the end of a run."""
@@ -108,11 +109,13 @@ class Trainer:
         state = self._start(resume)
         log = MetricsLog(self.out, tensorboard=self.config.tensorboard, start=state.step)
         self.sae.train()
+        self.sae.compute_dtype = compute_dtype(self.sae, self.config)
         try:
             with log, StopSignals() as stop:
                 self._run(state, log, stop)
         finally:
             self.sae.fold_input_scale_(state.scale)
+            self.sae.compute_dtype = None
             self.sae.eval()
         if self.out is not None:
             self.sae.save(self.out)
@@ -222,14 +225,8 @@ class Trainer:
             group["lr"] = self.plan.lr_at(state.step)
         # No latent can be dead before that many tokens, so the first part of a run never asks.
         some_may_be = state.step * x.shape[0] >= dead.after_tokens
-        out = sae.loss(x, dead=dead.mask() if some_may_be else None)
-        out.loss.backward()
-        sae.remove_parallel_grad_()
-        if self.config.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), self.config.clip_grad_norm)
-        adam.step()
-        adam.zero_grad()
-        sae.normalize_decoder_()
+        update = fused_update if is_fused(sae, adam, self.config) else autograd_update
+        out = update(sae, adam, x, dead.mask() if some_may_be else None, self.config)
         dead.update(out.acts.fired(), x.shape[0])
         state.step += 1
         return out

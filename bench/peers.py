@@ -1,0 +1,200 @@
+"""One TopK training step in fastsae, in plain torch and in other libraries.
+
+Every way starts from the same weights, keeps its own memory layout, trains on the same batch with
+Adam at the same learning rate, and is called through the interface its library offers. No latent is
+dead in so few steps, so nobody computes an auxiliary loss.
+
+The other libraries are optional: pip install eai-sparsify dictionary-learning sae-lens
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from operator import attrgetter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsae import TopKSAE, TrainConfig, Trainer
+
+STEPS = 100_000  # of the runs that the timed steps are the first of
+SETTINGS = {field.name for field in fields(TrainConfig)}
+
+
+@dataclass
+class Start:
+    """What every way begins with: a batch, unit rows for both matrices, and biases."""
+
+    x: Tensor
+    W: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+    k: int
+    lr: float
+
+
+@dataclass
+class Way:
+    """One implementation: an update; reconstruction and loss before the first; what the loss is."""
+
+    step: Callable[[], object]
+    forward: Callable[[], tuple[Tensor, Tensor]]
+    loss: str = "fvu"  # or mse: squared error summed over d, mean over tokens
+
+
+def start(n: int, d: int, d_sae: int, k: int) -> Start:
+    """Return tokens made of k random latents of very unequal frequency (log-normal), and noise."""
+    generator = torch.Generator().manual_seed(0)
+    W = F.normalize(torch.randn(d_sae, d, generator=generator), dim=1)
+    popularity = (1.5 * torch.randn(d_sae, generator=generator)).exp()
+    latents = torch.multinomial(popularity.expand(n, d_sae), k, generator=generator)
+    values = torch.rand(n, k, generator=generator) + 0.1
+    x = F.embedding_bag(latents, W, per_sample_weights=values, mode="sum")
+    x += 0.1 * torch.randn(n, d, generator=generator)
+    b_enc, b_dec = (0.03 * torch.randn(size, generator=generator) for size in (d_sae, d))
+    # The default of fastsae, dictionary-learning and (with Adam) sparsify.
+    return Start(x, W, b_enc, b_dec, k, lr=2e-4 / (d_sae / 2**14) ** 0.5)
+
+
+def _fastsae(s: Start, **settings: str) -> Way:
+    """Run Trainer's step; its forward is that of the first step, before the update."""
+    sae = TopKSAE(s.W.shape[1], s.W.shape[0], k=s.k).train()
+    sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec = s.W.t(), s.W, s.b_enc, s.b_dec
+    run = {"lr": s.lr, "batch_size": len(s.x), "steps": STEPS, "warmup_steps": 0, "progress": False}
+    run |= {"dead_after_tokens": 10**7, "normalize": False, "b_dec_init": "keep"}
+    run |= {name: value for name, value in settings.items() if name in SETTINGS}
+    trainer = Trainer(sae, s.x, TrainConfig(**run))
+    state = trainer._start(False)
+    found = attrgetter("reconstruction", "fvu")
+    return Way(lambda: trainer._step(s.x, state), lambda: found(trainer._step(s.x, state)))
+
+
+def _dense_torch(s: Start, autocast: bool = False) -> Way:
+    """Run the same equations in autograd, with [n, d_sae] latents and a fused Adam."""
+    parameters = [torch.nn.Parameter(p.clone()) for p in (s.W, s.W, s.b_enc, s.b_dec)]
+    W_enc, W_dec, b_enc, b_dec = parameters
+    adam = torch.optim.Adam(parameters, lr=s.lr, fused=True)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            z = F.linear(s.x - b_dec, W_enc, b_enc)
+            top = z.topk(s.k, sorted=False)
+            acts = torch.zeros_like(z).scatter_(1, top.indices, top.values.relu())
+            guess = acts @ W_dec + b_dec
+        error = (s.x - guess.float()).square().sum()
+        return guess, error / (s.x - s.x.mean(0)).square().sum()
+
+    def step() -> None:
+        forward()[1].backward()
+        with torch.no_grad():
+            along = torch.einsum("fd,fd->f", W_dec.grad, W_dec)
+            W_dec.grad.addcmul_(along.unsqueeze(1), W_dec, value=-1)
+            adam.step()
+            adam.zero_grad()
+            W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
+
+    return Way(step, forward)
+
+
+def _sparsify(s: Start) -> Way:
+    """Run what Trainer.fit of eai-sparsify does per batch, less its counters and logging.
+
+    Decoder rows are normalised before the forward. Adam is fused, which it does not ask for.
+    """
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    sae = SparseCoder(s.W.shape[1], SparseCoderConfig(num_latents=s.W.shape[0], k=s.k))
+    weights = {"encoder.weight": s.W, "encoder.bias": s.b_enc, "W_dec": s.W, "b_dec": s.b_dec}
+    sae.load_state_dict(weights)
+    adam = torch.optim.Adam(sae.parameters(), lr=s.lr, fused=True)
+
+    def step() -> None:
+        sae.set_decoder_norm_to_unit_norm()
+        sae(s.x).fvu.backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        adam.step()
+        adam.zero_grad()
+
+    return Way(step, lambda: attrgetter("sae_out", "fvu")(sae(s.x)))
+
+
+def _dictionary_learning(s: Start) -> Way:
+    """Run TopKTrainer.update: mse loss, gradient clipped to norm 1, its own Adam (not fused)."""
+    from dictionary_learning.trainers import TopKTrainer
+
+    run = {"lr": s.lr, "warmup_steps": 0, "device": "cpu", "layer": 0, "lm_name": "none"}
+    trainer = TopKTrainer(STEPS, s.W.shape[1], s.W.shape[0], s.k, **run)
+    weights = {"encoder.weight": s.W, "encoder.bias": s.b_enc, "decoder.weight": s.W.t()}
+    trainer.ae.load_state_dict(trainer.ae.state_dict() | weights | {"b_dec": s.b_dec})
+
+    def forward() -> tuple[Tensor, Tensor]:
+        out = trainer.loss(s.x, step=1, logging=True)
+        return out.x_hat, torch.tensor(out.losses["l2_loss"])
+
+    # Step 0 would set b_dec to the geometric median of the batch.
+    return Way(lambda: trainer.update(1, s.x), forward, "mse")
+
+
+def _sae_lens(s: Start, sparse: bool = False) -> Way:
+    """Run SAETrainer.step: mse loss, gradient clipped to norm 1, its own Adam (not fused).
+
+    Decoder rows keep their norms; latents are scaled by them, which sparse ones cannot be here.
+    """
+    from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.saes.sae import TrainStepInput
+
+    config = TopKTrainingSAEConfig(d_in=s.W.shape[1], d_sae=s.W.shape[0], k=s.k)
+    config.use_sparse_activations, config.rescale_acts_by_decoder_norm = sparse, not sparse
+    sae = TopKTrainingSAE(config)
+    sae.load_state_dict({"W_enc": s.W.t(), "W_dec": s.W, "b_enc": s.b_enc, "b_dec": s.b_dec})
+    run = SAETrainerConfig(len(s.x) * STEPS, len(s.x), lr=s.lr, lr_end=s.lr)
+    trainer = SAETrainer(run, sae, data_provider=iter(()))
+    batch, found = TrainStepInput(s.x, {}, None, 0, False), attrgetter("sae_out", "loss")
+
+    def step() -> None:
+        trainer.step(s.x)
+        trainer.n_training_steps += 1
+
+    return Way(step, lambda: found(sae.training_forward_pass(batch)), "mse")
+
+
+# Name -> what builds it, its settings, and the module (or field of TrainConfig) it needs.
+WAYS: dict[str, tuple[Callable[..., Way], dict[str, object], str]] = {
+    "fastsae": (_fastsae, {"update": "fused", "compute_dtype": "float32"}, ""),
+    "fastsae bf16": (_fastsae, {"update": "fused", "compute_dtype": "bfloat16"}, "compute_dtype"),
+    "fastsae autograd": (_fastsae, {"update": "autograd", "compute_dtype": "float32"}, "update"),
+    "dense torch": (_dense_torch, {}, "torch"),
+    "dense torch bf16": (_dense_torch, {"autocast": True}, "torch"),
+    "eai-sparsify": (_sparsify, {}, "sparsify"),
+    "dictionary-learning": (_dictionary_learning, {}, "dictionary_learning.trainers"),
+    "sae-lens": (_sae_lens, {}, "sae_lens"),
+    "sae-lens sparse": (_sae_lens, {"sparse": True}, "sae_lens"),
+}
+
+
+def build(name: str, s: Start) -> Way:
+    """Return the way called `name`, ready for its first step."""
+    builder, settings, _ = WAYS[name]
+    return builder(s, **settings)
+
+
+def missing(name: str) -> str:
+    """Return why a way cannot be run here, or nothing."""
+    need = WAYS[name][2]
+    if name.startswith("fastsae"):
+        return f"TrainConfig has no {need}" if need and need not in SETTINGS else ""
+    # Read by sparsify at import: its Triton decoder takes no CPU tensors.
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            importlib.import_module(need)
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
+    return ""
