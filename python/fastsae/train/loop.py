@@ -109,7 +109,6 @@ class Trainer:
         state = self._start(resume)
         log = MetricsLog(self.out, tensorboard=self.config.tensorboard, start=state.step)
         self.sae.train()
-        self.sae.compute_dtype = compute_dtype(self.sae, self.config)
         try:
             with log, StopSignals() as stop:
                 self._run(state, log, stop)
@@ -123,6 +122,7 @@ class Trainer:
 
     def _start(self, resume: bool) -> TrainState:
         """Return the state at the first step to do: a checkpoint's, or a fresh one."""
+        self.sae.compute_dtype = compute_dtype(self.sae, self.config)
         device = self.sae.W_enc.device
         adam = torch.optim.Adam(
             self.sae.parameters(),
