@@ -23,7 +23,8 @@ typename V::A row_dot(const typename V::A* a, const typename V::A* b, int64_t d)
       sum[i] = V::fma(V::load(a + o), V::load(b + o), sum[i]);
     }
   }
-  for (; c + V::kWidth <= d; c += V::kWidth) sum[0] = V::fma(V::load(a + c), V::load(b + c), sum[0]);
+  for (; c + V::kWidth <= d; c += V::kWidth)
+    sum[0] = V::fma(V::load(a + c), V::load(b + c), sum[0]);
   A total = ((sum[0] + sum[1]) + (sum[2] + sum[3])).sum();
   for (; c < d; ++c) total += a[c] * b[c];
   return total;
@@ -62,9 +63,8 @@ inline V adam_update(V g, typename V::A* p, typename V::A* m, typename V::A* v,
 }
 
 template <class V>
-typename V::A adam_row(typename V::A* p, typename V::A* m, typename V::A* v,
-                       const typename V::A* g, typename V::A scale, int64_t d,
-                       const AdamScalars<typename V::A>& s) {
+typename V::A adam_row(typename V::A* p, typename V::A* m, typename V::A* v, const typename V::A* g,
+                       typename V::A scale, int64_t d, const AdamScalars<typename V::A>& s) {
   using A = typename V::A;
   const V zero = V::set1(A(0)), factor = V::set1(scale);
   V sum = zero;

@@ -65,7 +65,7 @@ void select_chunked(const EncoderInput& in, int64_t k, bool relu, T* values, int
     torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
       thread_local RowScratch<Acc<T>> s;
       for (int64_t r = begin; r < end; ++r) {
-        select_row(kernel, pre + r * m, bias, m, k, s);
+        select_row(kernel, pre + r * m, bias, m, k, static_cast<const T*>(nullptr), s);
         T* v = values + (first + r) * k;
         int32_t* index = indices + (first + r) * k;
         for (int64_t j = 0; j < k; ++j) {

@@ -74,17 +74,18 @@ int64_t filter_loop(const T* x, const typename V::A* bias, int64_t n, const type
   constexpr int kUnroll = 4;
   for (; j + kUnroll * V::kWidth <= n; j += kUnroll * V::kWidth) {
     V v[kUnroll];
-    unsigned mask[kUnroll], any = 0;
+    typename V::Mask mask[kUnroll];
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t at = j + u * V::kWidth;
       v[u] = load_sum<V, kBias>(x, bias, at);
-      any |= mask[u] = passing(v[u], at);
+      mask[u] = passing(v[u], at);
     }
-    if (__builtin_expect(any == 0, 1)) continue;
+    if (__builtin_expect(V::none(mask[0], mask[1], mask[2], mask[3]), 1)) continue;
     for (int u = 0; u < kUnroll; ++u) {
-      if (!mask[u]) continue;
+      const unsigned bits = V::bits(mask[u]);
+      if (!bits) continue;
       const int32_t at = base + static_cast<int32_t>(j) + u * V::kWidth;
-      m += V::compress(v[u], mask[u], at, values + m, indices + m);
+      m += V::compress(v[u], bits, at, values + m, indices + m);
     }
   }
   for (; j < n; ++j) {

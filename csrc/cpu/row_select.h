@@ -35,14 +35,17 @@ struct RowScratch {
   }
 };
 
-// Leaves exactly k candidates in `s`, ascending index. 1 <= k <= n.
+// Leaves exactly k candidates in `s`, ascending index. 1 <= k <= n. The row is read from memory
+// once; while it is read again from L2, what lies at `next` (the start of the next row, or null) is
+// fetched.
 template <class T>
 void select_row(const Kernels<T>& kernel, const T* x, const Acc<T>* bias, int64_t n, int64_t k,
-                RowScratch<Acc<T>>& s) {
+                const T* next, RowScratch<Acc<T>>& s) {
   using A = Acc<T>;
   constexpr A kInf = std::numeric_limits<A>::infinity();
   constexpr int64_t kBlock = 4096;   // entries filtered between two looks at the buffer
   constexpr int64_t kMinCap = 8192;  // candidates held before the bound is tightened
+  constexpr int64_t kAhead = 32768;  // entries of the next row that L2 has room for
   const int64_t cap = std::max<int64_t>(kMinCap, 2 * k);
   const int64_t groups = (4 * k + 63) / 64 * 64;
   s.reserve(static_cast<size_t>(cap + kBlock + 64), static_cast<size_t>(groups));
@@ -59,6 +62,10 @@ void select_row(const Kernels<T>& kernel, const T* x, const Acc<T>* bias, int64_
   s.count = 0;
   for (int64_t j = 0; j < n; j += kBlock) {
     const int64_t size = std::min(kBlock, n - j);
+    if (next && j < kAhead) {
+      constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+      for (int64_t c = 0; c < size; c += kLine) __builtin_prefetch(next + j + c, 0, 2);
+    }
     s.count += kernel.filter(x + j, bias ? bias + j : nullptr, size, &tau, false, Pass::kNotBelow,
                              static_cast<int32_t>(j), s.values.data() + s.count,
                              s.indices.data() + s.count);

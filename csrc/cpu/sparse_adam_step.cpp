@@ -4,13 +4,13 @@
 //   g_b = sum of g;  g_dec loses what points along W_dec[f];  Adam on all three;  |W_dec[f]| <- 1
 //
 // and -g_b W_enc[f] is added to the gradient of b_dec, which is that of b_dec in the encoder. So no
-// gradient of a matrix is ever stored: the step reads and writes parameters and Adam's averages once,
-// 24 bytes a float32 parameter, and everything else comes from caches. With clipping, a first pass
-// over the same sums finds the norm of the whole gradient.
+// gradient of a matrix is ever stored: the step reads and writes parameters and Adam's averages
+// once, 24 bytes a float32 parameter, and everything else comes from caches. With clipping, a first
+// pass over the same sums finds the norm of the whole gradient.
 //
-// Threads own latents, and b_dec is summed over fixed groups of latents in order: the result does not
-// depend on the number of threads. Rows without entries take the same step with gradient 0, as Adam
-// does with dense gradients.
+// Threads own latents, and b_dec is summed over fixed groups of latents in order: the result does
+// not depend on the number of threads. Rows without entries take the same step with gradient 0, as
+// Adam does with dense gradients.
 #include <cmath>
 #include <limits>
 
@@ -21,7 +21,8 @@ namespace fastsae::cpu {
 namespace {
 
 constexpr const char* kOp = "sparse_adam_step_";
-constexpr int64_t kGroup = 64;  // latents whose shares of the gradient of b_dec are added up together
+constexpr int64_t kGroup =
+    64;  // latents whose shares of the gradient of b_dec are added up together
 
 // A parameter and Adam's two averages of it.
 template <class A>
@@ -35,9 +36,9 @@ struct Step {
   int64_t n, d, d_sae;
   Moving<A> W_enc, W_dec, b_enc, b_dec;
   const A *values, *grad_values;
-  const int32_t *offsets, *rows, *slots;     // feature-major lists
-  const A *centred, *error;                  // [n, d]
-  const int32_t* extra;                      // [d_sae]: row of the added gradients, or -1; or null
+  const int32_t *offsets, *rows, *slots;  // feature-major lists
+  const A *centred, *error;               // [n, d]
+  const int32_t* extra;                   // [d_sae]: row of the added gradients, or -1; or null
   const A *extra_W_enc, *extra_W_dec, *extra_b_enc;
   AdamScalars<A> adam;
   bool unit_norm;
@@ -55,7 +56,8 @@ struct Step {
     const int32_t more = extra ? extra[f] : -1;
     g.b = A(0);
     if (count == 0 && more < 0) return false;
-    if (static_cast<int64_t>(g.weights.size()) < count) g.weights.resize(static_cast<size_t>(count));
+    if (static_cast<int64_t>(g.weights.size()) < count)
+      g.weights.resize(static_cast<size_t>(count));
     const int32_t* tokens = rows + begin;
     for (int64_t j = 0; j < count; ++j) g.weights[j] = values[slots[begin + j]];
     kernel.gather_sum(g.weights.data(), tokens, count, error, d, nullptr, g.dec.data());
@@ -190,11 +192,13 @@ void sparse_adam_step(Tensor W_enc, Tensor W_dec, Tensor b_enc, Tensor b_dec, Te
   for (const Tensor* t : {&W_enc, &W_dec, &m_W_enc, &m_W_dec, &v_W_enc, &v_W_dec}) {
     check_state("every matrix", *t, W_enc);
   }
-  for (const Tensor* t : {&b_enc, &m_b_enc, &v_b_enc}) check_state("b_enc and its state", *t, b_enc);
-  for (const Tensor* t : {&b_dec, &m_b_dec, &v_b_dec}) check_state("b_dec and its state", *t, b_dec);
-  FASTSAE_CHECK(b_enc.scalar_type() == W_enc.scalar_type() &&
-                    b_dec.scalar_type() == W_enc.scalar_type(),
-                kOp, ": expected biases with the dtype of W_enc");
+  for (const Tensor* t : {&b_enc, &m_b_enc, &v_b_enc})
+    check_state("b_enc and its state", *t, b_enc);
+  for (const Tensor* t : {&b_dec, &m_b_dec, &v_b_dec})
+    check_state("b_dec and its state", *t, b_dec);
+  FASTSAE_CHECK(
+      b_enc.scalar_type() == W_enc.scalar_type() && b_dec.scalar_type() == W_enc.scalar_type(), kOp,
+      ": expected biases with the dtype of W_enc");
   check_same_type(kOp, "values", values_in, W_enc.scalar_type());
   const Entries e = checked_entries(kOp, values_in, indices, offsets, d_sae);
   FASTSAE_CHECK(grad_in.dim() == values_in.dim() && grad_in.numel() == values_in.numel() &&
@@ -243,10 +247,12 @@ void sparse_adam_step(Tensor W_enc, Tensor W_dec, Tensor b_enc, Tensor b_dec, Te
     };
     const double correction1 = 1.0 - std::pow(beta1, static_cast<double>(step));
     const double correction2 = 1.0 - std::pow(beta2, static_cast<double>(step));
-    const AdamScalars<A> adam{
-        static_cast<A>(1.0 - beta1),        static_cast<A>(beta2),
-        static_cast<A>(1.0 - beta2),        static_cast<A>(lr / correction1),
-        static_cast<A>(std::sqrt(correction2)), static_cast<A>(eps)};
+    const AdamScalars<A> adam{static_cast<A>(1.0 - beta1),
+                              static_cast<A>(beta2),
+                              static_cast<A>(1.0 - beta2),
+                              static_cast<A>(lr / correction1),
+                              static_cast<A>(std::sqrt(correction2)),
+                              static_cast<A>(eps)};
     const Step<A> all{e.n,
                       d,
                       d_sae,

@@ -81,7 +81,7 @@ int64_t tile_filter_loop(const typename M::Word* w, int64_t stride, const typena
       const V bound = kPerLatent ? V::set1(tau[l]) : V::load(tau + v * V::kWidth);
       const V sum = tile.sum[l][v];
       const unsigned mask =
-          kPass == Pass::kAbove ? V::above(sum, bound) : V::not_below_or_equal(sum, bound);
+          V::bits(kPass == Pass::kAbove ? V::above(sum, bound) : V::not_below_or_equal(sum, bound));
       if (__builtin_expect(mask == 0, 1)) continue;
       count +=
           V::compress(sum, mask, l * T::kTokens + v * V::kWidth, values + count, codes + count);

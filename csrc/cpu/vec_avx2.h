@@ -54,11 +54,12 @@ struct VecF {
   static VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   // maxps returns its second operand when either is NaN.
   static VecF max(VecF x, VecF best) { return {_mm256_max_ps(x.v, best.v)}; }
-  static unsigned not_below_or_equal(VecF a, VecF b) {
-    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ)));
-  }
-  static unsigned above(VecF a, VecF b) {
-    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)));
+  using Mask = __m256;
+  static Mask not_below_or_equal(VecF a, VecF b) { return _mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ); }
+  static Mask above(VecF a, VecF b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
+  static unsigned bits(Mask m) { return static_cast<unsigned>(_mm256_movemask_ps(m)); }
+  static bool none(Mask a, Mask b, Mask c, Mask d) {
+    return bits(_mm256_or_ps(_mm256_or_ps(a, b), _mm256_or_ps(c, d))) == 0;
   }
   static int compress(VecF x, unsigned mask, int32_t base, float* values, int32_t* indices) {
     alignas(32) float lanes[8];
@@ -112,11 +113,12 @@ struct VecD {
   static VecD sqrt(VecD a) { return {_mm256_sqrt_pd(a.v)}; }
   static VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
   static VecD max(VecD x, VecD best) { return {_mm256_max_pd(x.v, best.v)}; }
-  static unsigned not_below_or_equal(VecD a, VecD b) {
-    return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_NLE_UQ)));
-  }
-  static unsigned above(VecD a, VecD b) {
-    return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ)));
+  using Mask = __m256d;
+  static Mask not_below_or_equal(VecD a, VecD b) { return _mm256_cmp_pd(a.v, b.v, _CMP_NLE_UQ); }
+  static Mask above(VecD a, VecD b) { return _mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ); }
+  static unsigned bits(Mask m) { return static_cast<unsigned>(_mm256_movemask_pd(m)); }
+  static bool none(Mask a, Mask b, Mask c, Mask d) {
+    return bits(_mm256_or_pd(_mm256_or_pd(a, b), _mm256_or_pd(c, d))) == 0;
   }
   static int compress(VecD x, unsigned mask, int32_t base, double* values, int32_t* indices) {
     alignas(32) double lanes[4];

@@ -59,10 +59,15 @@ struct VecF {
   static VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   // vmaxps returns its second operand when either is NaN.
   static VecF max(VecF x, VecF best) { return {_mm512_max_ps(x.v, best.v)}; }
-  static unsigned not_below_or_equal(VecF a, VecF b) {
+  using Mask = __mmask16;
+  static Mask not_below_or_equal(VecF a, VecF b) {
     return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ);
   }
-  static unsigned above(VecF a, VecF b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+  static Mask above(VecF a, VecF b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+  static unsigned bits(Mask m) { return m; }
+  static bool none(Mask a, Mask b, Mask c, Mask d) {
+    return _kortestz_mask16_u8(_kor_mask16(a, b), _kor_mask16(c, d));
+  }
   // Compressed in a register and stored whole: compressing into memory is microcoded on Zen 4.
   static int compress(VecF x, unsigned mask, int32_t base, float* values, int32_t* indices) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -106,10 +111,15 @@ struct VecD {
   static VecD sqrt(VecD a) { return {_mm512_sqrt_pd(a.v)}; }
   static VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
   static VecD max(VecD x, VecD best) { return {_mm512_max_pd(x.v, best.v)}; }
-  static unsigned not_below_or_equal(VecD a, VecD b) {
+  using Mask = __mmask8;
+  static Mask not_below_or_equal(VecD a, VecD b) {
     return _mm512_cmp_pd_mask(a.v, b.v, _CMP_NLE_UQ);
   }
-  static unsigned above(VecD a, VecD b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
+  static Mask above(VecD a, VecD b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
+  static unsigned bits(Mask m) { return m; }
+  static bool none(Mask a, Mask b, Mask c, Mask d) {
+    return _kortestz_mask8_u8(_kor_mask8(a, b), _kor_mask8(c, d));
+  }
   static int compress(VecD x, unsigned mask, int32_t base, double* values, int32_t* indices) {
     const __m256i at =
         _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(base));

@@ -42,8 +42,11 @@ struct ScalarVec {
   static ScalarVec fma(ScalarVec a, ScalarVec b, ScalarVec c) { return {a.v * b.v + c.v}; }
   // The larger of the two; `best` where x is NaN.
   static ScalarVec max(ScalarVec x, ScalarVec best) { return {x.v > best.v ? x.v : best.v}; }
-  static unsigned not_below_or_equal(ScalarVec a, ScalarVec b) { return !(a.v <= b.v); }
-  static unsigned above(ScalarVec a, ScalarVec b) { return a.v > b.v; }
+  using Mask = bool;
+  static Mask not_below_or_equal(ScalarVec a, ScalarVec b) { return !(a.v <= b.v); }
+  static Mask above(ScalarVec a, ScalarVec b) { return a.v > b.v; }
+  static unsigned bits(Mask m) { return m; }
+  static bool none(Mask a, Mask b, Mask c, Mask d) { return !(a || b || c || d); }
   static int compress(ScalarVec x, unsigned mask, int32_t base, A* values, int32_t* indices) {
     if (!mask) return 0;
     *values = x.v;
