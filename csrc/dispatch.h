@@ -41,6 +41,14 @@ inline ScalarType accumulator_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// A threshold of an earlier call, in the dtype of thresholds of `x`.
+inline std::optional<Tensor> checked_hint(const char* op, const std::optional<Tensor>& hint,
+                                          const Tensor& x) {
+  if (!hint) return std::nullopt;
+  FASTSAE_CHECK(hint->dim() == 0, op, ": expected hint to be [], got ", shape_of(*hint));
+  return torch::stable::to(*hint, accumulator_type(x));
+}
+
 // Typed pointers; torch's own bfloat16 and half have the same layout as ours.
 template <class T>
 const T* data_of(const Tensor& t) {

@@ -10,10 +10,17 @@ STABLE_TORCH_LIBRARY(fastsae, m) {
   // The k largest entries of each row of x [n, F]; ascending index, or descending value if sorted.
   m.def("topk(Tensor x, int k, bool sorted) -> (Tensor values, Tensor indices)");
 
-  // The `budget` largest positive entries of the whole matrix x [n, F]; the smallest kept value.
+  // The `budget` largest positive entries of the whole matrix x [n, F]; the smallest kept value,
+  // which `hint` [] may guess.
   m.def(
-      "batch_topk(Tensor x, int budget)"
+      "batch_topk(Tensor x, int budget, Tensor? hint)"
       " -> (Tensor values, Tensor indices, Tensor offsets, Tensor threshold)");
+
+  // The m[j] largest positive entries of each column j of x [n, F]; m [F] int32, and
+  // cap >= the sum of min(m, n).
+  m.def(
+      "feature_topk(Tensor x, Tensor m, int cap)"
+      " -> (Tensor values, Tensor indices, Tensor offsets)");
 
   // Entries of x [n, F] above theta ([] or [F]); the `cap` largest of them if there are more.
   m.def(

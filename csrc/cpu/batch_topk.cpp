@@ -13,12 +13,14 @@ struct Selection {
 };
 
 template <class T>
-Selection select(const Tensor& x, int64_t cap, const Acc<T>* theta, bool per_column) {
+Selection select(const Tensor& x, int64_t cap, const Acc<T>* theta, bool per_column,
+                 const Acc<T>* hint) {
   using A = Acc<T>;
   const int64_t n = x.size(0), m = x.size(1);
   Selection out{new_empty(x, {cap}, x.scalar_type()), new_empty(x, {cap}, ScalarType::Int),
                 new_empty(x, {n + 1}, ScalarType::Int), new_empty(x, {}, scalar_type_of<A>())};
   MatrixSelect<A> selected(n, m, cap, theta, per_column);
+  if (hint) selected.expect(*hint);
   selected.add(data_of<T>(x), static_cast<const A*>(nullptr), 0, n);
   *mutable_data_of<A>(out.threshold) =
       selected.finish(mutable_data_of<T>(out.values), mutable_data_of<int32_t>(out.indices),
@@ -26,8 +28,10 @@ Selection select(const Tensor& x, int64_t cap, const Acc<T>* theta, bool per_col
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_topk(const Tensor& x_in, int64_t budget) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_topk(const Tensor& x_in, int64_t budget,
+                                                      std::optional<Tensor> hint_in) {
   check_matrix("batch_topk", "x", x_in);
+  const std::optional<Tensor> hint = checked_hint("batch_topk", hint_in, x_in);
   FASTSAE_CHECK(budget >= 0, "batch_topk: expected budget >= 0, got ", budget);
   const Tensor x = as_contiguous(x_in);
   const int64_t cap = std::min(budget, x.numel());
@@ -35,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_topk(const Tensor& x_in, int64_
   const Selection s = dispatch_floating("batch_topk", "x", x, [&](auto type) {
     using T = typename decltype(type)::type;
     const Acc<T> zero = 0;
-    return select<T>(x, cap, &zero, false);
+    return select<T>(x, cap, &zero, false, hint ? data_of<Acc<T>>(*hint) : nullptr);
   });
   return {s.values, s.indices, s.offsets, s.threshold};
 }
@@ -53,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> threshold_select(const Tensor& x_in, const Te
   check_entries(op, cap);
   const Selection s = dispatch_floating(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::type;
-    return select<T>(x, cap, data_of<Acc<T>>(theta), theta.dim() != 0);
+    return select<T>(x, cap, data_of<Acc<T>>(theta), theta.dim() != 0, nullptr);
   });
   return {s.values, s.indices, s.offsets};
 }

@@ -147,11 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_batch_topk(
   FASTSAE_CHECK(budget >= 0, op, ": expected budget >= 0, got ", budget);
   const int64_t cap = std::min(budget, in.x.size(0) * in.d_sae);
   check_entries(op, cap);
-  std::optional<Tensor> hint;
-  if (hint_in) {
-    FASTSAE_CHECK(hint_in->dim() == 0, op, ": expected hint to be [], got ", shape_of(*hint_in));
-    hint = torch::stable::to(*hint_in, accumulator_type(x));
-  }
+  const std::optional<Tensor> hint = checked_hint(op, hint_in, x);
   const Selection s = dispatch_product(op, in, [&](auto type, auto word) {
     using T = typename decltype(type)::type;
     using W = typename decltype(word)::type;

@@ -43,12 +43,9 @@ class MatrixSelect {
       scan(kernel, x, bias, first, rows, &bound_, false);
     } else {
       A guess;
+      if (hint_ > theta_[0] && !per_column_ && try_bound(kernel, x, bias, first, rows, hint_)) return;
       if (!per_column_ && sample_bound(x, bias, rows, &guess)) {
-        const size_t before = values_.size();
-        scan(kernel, x, bias, first, rows, &guess, false);
-        if (static_cast<int64_t>(values_.size()) >= budget_) return keep_largest();
-        values_.resize(before);
-        columns_.resize(before);
+        if (try_bound(kernel, x, bias, first, rows, guess)) return;
         const int64_t half = rows / 2;
         if (rows * m_ > kWholeScan && half > 0) {
           add(x, bias, first, half);
@@ -59,6 +56,9 @@ class MatrixSelect {
     }
     if (static_cast<int64_t>(values_.size()) > budget_ + budget_ / 2) keep_largest();
   }
+
+  // About what the bound will be; it changes the time, never the result.
+  void expect(A bound) { hint_ = bound * A(0.95); }
 
   // For a caller that filters the matrix itself: adds what it found in rows first, first + 1, ...
   // above `lowest()`, as it was before.
@@ -143,6 +143,21 @@ class MatrixSelect {
     return *bound > theta_[0];
   }
 
+  // Scans with a bound that may be too high; false, and nothing added, if it was.
+  template <class T>
+  bool try_bound(const Kernels<T>& kernel, const T* x, const A* bias, int64_t first, int64_t rows,
+                 A bound) {
+    const size_t before = values_.size();
+    scan(kernel, x, bias, first, rows, &bound, false);
+    if (full()) {
+      keep_largest();
+      return true;
+    }
+    values_.resize(before);
+    columns_.resize(before);
+    return false;
+  }
+
   template <class T>
   void scan(const Kernels<T>& kernel, const T* x, const A* bias, int64_t first, int64_t rows,
             const A* tau, bool per_column) {
@@ -207,6 +222,7 @@ class MatrixSelect {
   bool per_column_;
   bool bounded_ = false;
   A bound_ = A(0);
+  A hint_ = -std::numeric_limits<A>::infinity();
   std::vector<A> values_;
   std::vector<typename Kernels<A>::Key> keys_;
   std::vector<int32_t> columns_, counts_;

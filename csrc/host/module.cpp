@@ -30,9 +30,6 @@ PYBIND11_MODULE(_host, m) {
       "best_isa", [] { return std::string(fastsae_best_isa()); },
       "The best instruction set of this machine.");
   m.def(
-      "has_bf16", [] { return fastsae_has_bf16() != 0; },
-      "Whether bfloat16 products run in hardware (AVX-512 BF16) at the instruction set in use.");
-  m.def(
       "set_isa",
       [](const std::string& name) {
         if (fastsae_set_isa(name.c_str()) != 0) {

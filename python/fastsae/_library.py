@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -68,6 +69,11 @@ def has_kernel(op: str, device_type: str) -> bool:
     return key is not None and bool(
         torch._C._dispatch_has_kernel_for_dispatch_key(f"fastsae::{op}", key)
     )
+
+
+def has_bf16() -> bool:
+    """Return whether the CPU kernels multiply bfloat16 natively at the instruction set in use."""
+    return bool(ctypes.CDLL(str(cpu_library)).fastsae_has_bf16())
 
 
 def fake(op: str) -> Callable[[F], F]:

@@ -64,9 +64,11 @@ def test_large_enough_to_sample_a_bound(isa, kind) -> None:
     else:
         x = matrix(kind, n, m, torch.float32)
     for k in (0.02, 3, 40):
-        got, want = ops.batch_topk(x, k), reference.batch_topk(x, k)
-        assert_same_acts(got.acts, want.acts, k)
-        assert torch.equal(got.threshold, want.threshold)
+        want = reference.batch_topk(x, k)
+        for hint in (None, want.threshold, want.threshold * 2, torch.tensor(-1.0)):
+            got = ops.batch_topk(x, k, hint=hint)
+            assert_same_acts(got.acts, want.acts, k)
+            assert torch.equal(got.threshold, want.threshold)
 
 
 def dense(x, k):
@@ -145,7 +147,7 @@ def test_gradients() -> None:
 
 def test_opcheck() -> None:
     x = torch.randn(6, 20, requires_grad=True)
-    torch.library.opcheck(torch.ops.fastsae.batch_topk.default, (x, 13))
+    torch.library.opcheck(torch.ops.fastsae.batch_topk.default, (x, 13, None))
     theta = torch.tensor(0.3)
     torch.library.opcheck(torch.ops.fastsae.threshold_select.default, (x, theta, 11))
 

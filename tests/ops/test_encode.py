@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fastsae import _host, ops, reference
+from fastsae import _library, ops, reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -163,7 +163,7 @@ def test_bfloat16_product_is_close() -> None:
     exact = ops.encode_topk(x, W, b, 16, b_dec=c)
     got = ops.encode_topk(x, W, b, 16, b_dec=c, compute_dtype=torch.bfloat16)
     rounded = reference.encode_topk((x - c).bfloat16().float(), W.bfloat16().float(), b, 16)
-    same = (got.indices == (rounded if _host.has_bf16() else exact).indices).all(1)
+    same = (got.indices == (rounded if _library.has_bf16() else exact).indices).all(1)
     assert same.float().mean() > 0.97  # the order of a sum may swap two nearly equal latents
     assert_close(got.values.sort().values, exact.values.sort().values, rtol=0, atol=0.03)
     assert got.values.dtype == torch.float32

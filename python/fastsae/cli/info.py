@@ -44,6 +44,7 @@ def _built() -> dict[str, Any]:
         from fastsae import _library
 
         facts["cpu_library"] = str(_library.cpu_library)
+        facts["bfloat16_products"] = "native" if _library.has_bf16() else "in float32"
         facts["cuda_library"] = str(_library.cuda_library) if _library.cuda_library else None
     except (ImportError, RuntimeError, AttributeError):
         pass

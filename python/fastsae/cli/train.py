@@ -28,6 +28,13 @@ def add_to(subparsers: Any) -> None:
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the data")
     parser.add_argument("--steps", type=positive, help="updates, instead of --epochs")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--update", default="fused", choices=("fused", "autograd"))
+    parser.add_argument(
+        "--compute-dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the encoder's product; parameters and sums stay float32 (default: auto)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--checkpoint-every", type=positive, help="updates between checkpoints")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -54,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
         epochs=args.epochs,
         steps=args.steps,
         seed=args.seed,
+        update=args.update,
+        compute_dtype=args.compute_dtype,
         checkpoint_every=args.checkpoint_every,
         tensorboard=args.tensorboard,
         out=args.out,

@@ -40,6 +40,12 @@ def mean_k(op: str, k: float) -> None:
         raise ValueError(f"{op}: expected a finite k >= 0, got k = {k}")
 
 
+def hint(op: str, x: Tensor | None) -> None:
+    """Raise ValueError unless `x` is None or one number."""
+    if x is not None and x.shape != ():
+        raise ValueError(f"{op}: expected hint to be [], got {list(x.shape)}")
+
+
 def same(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """Raise unless `x` has the device and the dtype of `like`."""
     if x.device != like.device:

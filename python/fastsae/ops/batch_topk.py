@@ -13,13 +13,15 @@ from fastsae.ops import _check
 from fastsae.reference import BatchTopK, SparseActs, accumulator_dtype
 
 
-def batch_topk(x: Tensor, k: float) -> BatchTopK:
+def batch_topk(x: Tensor, k: float, *, hint: Tensor | None = None) -> BatchTopK:
     """Keep the `int(k * n)` largest positive entries of the whole matrix.
 
     Args:
         x: [..., d_sae], float32 | float64 | bfloat16 | float16. Leading dimensions are flattened to
             n rows first.
         k: mean number of entries per row, >= 0; may be fractional.
+        hint: [] or None: about what the threshold will be, for instance that of the last batch. It
+            changes the time, never the result.
 
     Returns:
         `BatchTopK(acts, threshold)`: `acts` in the variable layout with
@@ -47,8 +49,11 @@ def batch_topk(x: Tensor, k: float) -> BatchTopK:
     _check.floating("batch_topk", "x", x)
     _check.rows("batch_topk", "x", x)
     _check.mean_k("batch_topk", k)
+    _check.hint("batch_topk", hint)
     x = x.reshape(-1, x.shape[-1])
-    values, indices, offsets, threshold = torch.ops.fastsae.batch_topk(x, int(k * x.shape[0]))
+    values, indices, offsets, threshold = torch.ops.fastsae.batch_topk(
+        x, int(k * x.shape[0]), hint
+    )
     return BatchTopK(SparseActs(values, indices, offsets, x.shape[1]), threshold)
 
 
@@ -63,13 +68,13 @@ def fake_selection(x: Tensor, n: int, m: int, budget: int) -> tuple[Tensor, Tens
 
 
 @fake("batch_topk")
-def _fake(x: Tensor, budget: int) -> tuple[Tensor, ...]:
+def _fake(x: Tensor, budget: int, hint: Tensor | None) -> tuple[Tensor, ...]:
     selection = fake_selection(x, x.shape[0], x.shape[1], budget)
     return *selection, x.new_empty((), dtype=accumulator_dtype(x.dtype))
 
 
 @fallback("batch_topk")
-def _plain(x: Tensor, budget: int) -> tuple[Tensor, ...]:
+def _plain(x: Tensor, budget: int, hint: Tensor | None) -> tuple[Tensor, ...]:
     acts, threshold = reference.keep_largest(x, x > 0, budget)
     assert acts.offsets is not None
     return acts.values, acts.indices, acts.offsets, threshold
@@ -95,8 +100,8 @@ def dense_gradient(ctx: Any, grad: Tensor) -> Tensor:
     return dense.view(n, m)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None]:
-    return dense_gradient(ctx, grad), None
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
+    return dense_gradient(ctx, grad), None, None
 
 
 torch.library.register_autograd("fastsae::batch_topk", _backward, setup_context=setup_context)

@@ -65,8 +65,7 @@ def encode_batch_topk(
         "encode_batch_topk", x, W_enc, b_enc, b_dec, mask, select_dtype, compute_dtype
     )
     _check.mean_k("encode_batch_topk", k)
-    if hint is not None and hint.shape != ():
-        raise ValueError(f"encode_batch_topk: expected hint to be [], got {[*hint.shape]}")
+    _check.hint("encode_batch_topk", hint)
     values, indices, offsets, threshold = torch.ops.fastsae.encode_batch_topk(
         a.x, a.W_enc, a.b_enc, a.b_dec, int(k * a.x.shape[0]), mask, a.bf16_product, hint
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsae import _host, ops
+from fastsae import _library, ops
 from fastsae.nn import SAE, SAEOutput
 from fastsae.nn.auxk import LatentRows
 from fastsae.ops import LatentGradients, SparseActs, StepTensors
@@ -36,7 +36,7 @@ def compute_dtype(sae: SAE, config: TrainConfig) -> torch.dtype | None:
     """Return what the encoder's product rounds its factors to; None: nothing is rounded."""
     if config.compute_dtype == "float32" or sae.W_enc.dtype != torch.float32:
         return None
-    native = sae.W_enc.device.type == "cpu" and _host.has_bf16()
+    native = sae.W_enc.device.type == "cpu" and _library.has_bf16()
     return torch.bfloat16 if config.compute_dtype == "bfloat16" or native else None
 
 

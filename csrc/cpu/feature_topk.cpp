@@ -1,0 +1,272 @@
+// The m[j] largest positive entries of each column j of x [n, F], in the variable layout: rows
+// ascending, columns ascending in a row. Ties: the lowest row. NaN is not positive.
+//
+// Threads own blocks of 64 columns, met in pieces of rows that stay in L2. A piece is copied out of
+// the matrix, whose rows lie far apart; the maxima of interleaved groups of its rows bound every
+// column's m-th largest entry from below, and one pass with a bound per column then finds little
+// more than is kept. Later pieces are bounded by the m-th largest entry so far. What is kept lies
+// by column; a stable counting sort, in which threads own rows, puts it into rows.
+// Cost: x is read once from memory; a MiB or two per thread and the entries kept twice.
+// Source: Feature Choice, Ayonrinde 2024 (arXiv 2411.02124).
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "check.h"
+#include "cpu/aligned_buffer.h"
+#include "cpu/kernels.h"
+#include "dispatch.h"
+#include "torch.h"
+
+namespace fastsae::cpu {
+namespace {
+
+constexpr const char* kOp = "feature_topk";
+constexpr int64_t kWidth = 64;             // columns of a block
+constexpr int64_t kPiece = 2048;           // rows of a piece: 512 KiB of float32
+constexpr int64_t kMostGroups = kPiece / 8;
+constexpr int64_t kRowsAtOnce = 8;         // rows of a piece that one call filters
+constexpr int64_t kAhead = 16;             // rows between a prefetch and its use
+
+// The kept entries by column: those of column j start at start[j], rows ascending.
+template <class T>
+struct ColumnLists {
+  std::vector<int64_t> start;  // [F + 1], sums of min(m, n): room, of which counts are used
+  std::vector<int32_t> counts;
+  AlignedBuffer<T> value_buffer;
+  AlignedBuffer<int32_t> row_buffer;
+  T* values;
+  int32_t* rows;
+
+  ColumnLists(int64_t n, int64_t columns, const int32_t* m)
+      : start(static_cast<size_t>(columns + 1), 0), counts(static_cast<size_t>(columns), 0) {
+    for (int64_t j = 0; j < columns; ++j) start[j + 1] = start[j] + std::min<int64_t>(m[j], n);
+    values = value_buffer.reserve(start[columns]);
+    rows = row_buffer.reserve(start[columns]);
+  }
+};
+
+// Selects in one block of columns after another; one for each thread.
+template <class T>
+class ColumnBlock {
+ public:
+  using A = Acc<T>;
+
+  // Takes all memory it will need: `room` candidates in a block, `longest` of them in one column.
+  void reserve(int64_t room, int64_t longest) {
+    x_ = x_buffer_.reserve(kPiece * kWidth);
+    maxima_ = maxima_buffer_.reserve(kMostGroups * kWidth);
+    column_ = column_buffer_.reserve(kMostGroups);
+    tau_ = tau_buffer_.reserve(kRowsAtOnce * kWidth);
+    found_ = found_buffer_.reserve(kRowsAtOnce * kWidth + 64);
+    codes_ = code_buffer_.reserve(kRowsAtOnce * kWidth + 64);
+    values_ = value_buffer_.reserve(room);
+    rows_ = row_buffer_.reserve(room);
+    keys_ = key_buffer_.reserve(std::max(longest, kMostGroups));
+  }
+
+  // Room for candidates of a column with m entries to keep: those of one piece may come on top.
+  static int64_t room(int64_t m, int64_t n) { return m == 0 ? 0 : std::min(n, m + kPiece); }
+
+  // Keeps the m[c] largest of each of `width` columns of x [n, stride]; `first` is x's column in
+  // the matrix, where m starts.
+  void select(const T* x, int64_t n, int64_t stride, int64_t first, int64_t width,
+              const int32_t* m, ColumnLists<T>& out) {
+    int64_t most = 0;
+    start_[0] = 0;
+    for (int64_t c = 0; c < kWidth; ++c) {
+      const int64_t keep = c < width ? std::min<int64_t>(m[c], n) : 0;
+      most = std::max(most, keep);
+      counts_[c] = 0;
+      start_[c + 1] = start_[c] + room(keep, n);
+      set_tau(c, keep ? A(0) : std::numeric_limits<A>::infinity());
+    }
+    if (most == 0) return;
+    for (int64_t row = 0; row < n; row += kPiece) {
+      const int64_t rows = std::min(kPiece, n - row);
+      // Groups of at least 8 rows, and only where they say something.
+      const int64_t groups = row == 0 ? std::min((4 * most + 15) / 16 * 16, rows / 8) : 0;
+      copy(x + row * stride, rows, stride, width, groups);
+      for (int64_t c = 0; groups && c < width; ++c) {
+        if (m[c] > 0 && 2 * m[c] <= groups) bound(c, groups, m[c]);
+      }
+      filter(row, rows);
+      for (int64_t c = 0; c < width; ++c) {
+        if (counts_[c] <= m[c]) continue;
+        // Later entries of the smallest kept value have a higher row and lose: strict is right.
+        set_tau(c, kernels<A>().keep_largest(values_ + start_[c], rows_ + start_[c], counts_[c],
+                                             m[c], keys_));
+        counts_[c] = m[c];
+      }
+    }
+    for (int64_t c = 0; c < width; ++c) {
+      const int64_t to = out.start[first + c];
+      for (int64_t j = 0; j < counts_[c]; ++j) out.values[to + j] = narrow<T>(values_[start_[c] + j]);
+      std::copy_n(rows_ + start_[c], counts_[c], out.rows + to);
+      out.counts[first + c] = static_cast<int32_t>(counts_[c]);
+    }
+  }
+
+ private:
+  void set_tau(int64_t c, A tau) {
+    for (int64_t r = 0; r < kRowsAtOnce; ++r) tau_[r * kWidth + c] = tau;
+  }
+
+  // x_ = the piece, and maxima_ = the largest positive entries of its groups.
+  void copy(const T* x, int64_t rows, int64_t stride, int64_t width, int64_t groups) {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+    std::fill_n(maxima_, groups * kWidth, A(0));
+    int64_t group = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = x + r * stride;
+      A* to = x_ + r * kWidth;
+      if (r + kAhead < rows) {
+        for (int64_t c = 0; c < width; c += kLine) __builtin_prefetch(from + kAhead * stride + c);
+      }
+      kernel_.widen_row(from, width, to);
+      std::fill(to + width, to + kWidth, A(0));
+      if (groups == 0) continue;
+      A* best = maxima_ + group * kWidth;
+      for (int64_t c = 0; c < kWidth; ++c) best[c] = to[c] > best[c] ? to[c] : best[c];
+      if (++group == groups) group = 0;
+    }
+  }
+
+  // Raises the threshold of column c to just below a number that m of its entries reach.
+  void bound(int64_t c, int64_t groups, int64_t m) {
+    for (int64_t g = 0; g < groups; ++g) column_[g] = maxima_[g * kWidth + c];
+    const A reached = kernels<A>().kth_bound(column_, groups, m, keys_);
+    if (reached > 0) set_tau(c, std::nextafter(reached, A(0)));
+  }
+
+  // Appends the entries of the piece above the thresholds to the candidates of their columns.
+  void filter(int64_t first, int64_t rows) {
+    for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
+      const int64_t size = std::min(kRowsAtOnce, rows - r) * kWidth;
+      const int64_t found = kernels<A>().filter(x_ + r * kWidth, nullptr, size, tau_, true,
+                                                Pass::kAbove, 0, found_, codes_);
+      for (int64_t j = 0; j < found; ++j) {
+        const int64_t c = codes_[j] % kWidth;
+        const int64_t to = start_[c] + counts_[c]++;
+        values_[to] = found_[j];
+        rows_[to] = static_cast<int32_t>(first + r + codes_[j] / kWidth);
+      }
+    }
+  }
+
+  const Kernels<T>& kernel_ = kernels<T>();
+  AlignedBuffer<A> x_buffer_, maxima_buffer_, column_buffer_, tau_buffer_, found_buffer_,
+      value_buffer_;
+  AlignedBuffer<int32_t> code_buffer_, row_buffer_;
+  AlignedBuffer<typename Kernels<A>::Key> key_buffer_;
+  A *x_, *maxima_, *column_, *tau_, *found_, *values_;
+  int32_t *codes_, *rows_;
+  typename Kernels<A>::Key* keys_;
+  int64_t start_[kWidth + 1], counts_[kWidth];
+};
+
+template <class T>
+void select_columns(const T* x, int64_t n, int64_t columns, const int32_t* m,
+                    ColumnLists<T>& out) {
+  const int64_t blocks = (columns + kWidth - 1) / kWidth;
+  const int64_t workers = std::min<int64_t>(blocks, torch::stable::get_num_threads());
+  int64_t room = 0, longest = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    int64_t sum = 0;
+    for (int64_t j = b * kWidth; j < std::min(columns, (b + 1) * kWidth); ++j) {
+      const int64_t candidates = ColumnBlock<T>::room(std::min<int64_t>(m[j], n), n);
+      sum += candidates;
+      longest = std::max(longest, candidates);
+    }
+    room = std::max(room, sum);
+  }
+  std::vector<ColumnBlock<T>> scratch(static_cast<size_t>(workers));
+  for (ColumnBlock<T>& s : scratch) s.reserve(room, longest);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; ++w) {
+      for (int64_t b = w * blocks / workers; b < (w + 1) * blocks / workers; ++b) {
+        const int64_t first = b * kWidth;
+        scratch[w].select(x + first, n, columns, first, std::min(kWidth, columns - first),
+                          m + first, out);
+      }
+    }
+  });
+}
+
+// Calls f(column, place in the lists, row) for the kept entries in rows [begin, end), by column.
+template <class T, class F>
+void for_each_in_rows(const ColumnLists<T>& lists, int64_t begin, int64_t end, F&& f) {
+  for (size_t c = 0; c < lists.counts.size(); ++c) {
+    const int64_t last = lists.start[c] + lists.counts[c];
+    int64_t j = lists.start[c];
+    if (begin > 0) {
+      const int32_t from = static_cast<int32_t>(begin);
+      j = std::lower_bound(lists.rows + j, lists.rows + last, from) - lists.rows;
+    }
+    for (; j < last && lists.rows[j] < end; ++j) f(static_cast<int32_t>(c), j, lists.rows[j]);
+  }
+}
+
+template <class T>
+void to_rows(const ColumnLists<T>& lists, int64_t n, int64_t cap, T* values, int32_t* indices,
+             int32_t* offsets) {
+  std::fill_n(offsets, n + 1, 0);
+  torch::stable::parallel_for(0, n, 256, [&](int64_t begin, int64_t end) {
+    for_each_in_rows(lists, begin, end,
+                     [&](int32_t, int64_t, int32_t row) { ++offsets[row + 1]; });
+  });
+  for (int64_t row = 0; row < n; ++row) offsets[row + 1] += offsets[row];
+  std::vector<int32_t> cursor(offsets, offsets + n);
+  torch::stable::parallel_for(0, n, 256, [&](int64_t begin, int64_t end) {
+    for_each_in_rows(lists, begin, end, [&](int32_t column, int64_t j, int32_t row) {
+      const int32_t to = cursor[row]++;
+      values[to] = lists.values[j];
+      indices[to] = column;
+    });
+  });
+  std::fill(values + offsets[n], values + cap, narrow<T>(0));
+  std::fill(indices + offsets[n], indices + cap, 0);
+}
+
+std::tuple<Tensor, Tensor, Tensor> feature_topk(const Tensor& x_in, const Tensor& m_in,
+                                                int64_t cap_in) {
+  check_matrix(kOp, "x", x_in);
+  const int64_t n = x_in.size(0), columns = x_in.size(1);
+  FASTSAE_CHECK(n < (int64_t{1} << 31), kOp, ": expected x to have fewer than 2^31 rows, got ", n);
+  check_vector(kOp, "m", m_in, columns);
+  check_int32(kOp, "m", m_in);
+  FASTSAE_CHECK(cap_in >= 0, kOp, ": expected cap >= 0, got ", cap_in);
+  const Tensor x = as_contiguous(x_in), m = as_contiguous(m_in);
+  const int64_t cap = std::min(cap_in, x.numel());
+  check_entries(kOp, cap);
+  const int32_t* keep = data_of<int32_t>(m);
+  int64_t total = 0, least = 0;
+  for (int64_t j = 0; j < columns; ++j) {
+    total += std::min<int64_t>(keep[j], n);
+    least = std::min<int64_t>(least, keep[j]);
+  }
+  FASTSAE_CHECK(least >= 0, kOp, ": expected m >= 0, got ", least);
+  FASTSAE_CHECK(total <= cap, kOp, ": expected cap >= the sum of min(m, n) = ", total, ", got ",
+                cap_in);
+  Tensor values = new_empty(x, {cap}, x.scalar_type());
+  Tensor indices = new_empty(x, {cap}, ScalarType::Int);
+  Tensor offsets = new_empty(x, {n + 1}, ScalarType::Int);
+  dispatch_floating(kOp, "x", x, [&](auto type) {
+    using T = typename decltype(type)::type;
+    ColumnLists<T> lists(n, columns, keep);
+    if (total > 0) select_columns(data_of<T>(x), n, columns, keep, lists);
+    to_rows(lists, n, cap, mutable_data_of<T>(values), mutable_data_of<int32_t>(indices),
+            mutable_data_of<int32_t>(offsets));
+  });
+  return {values, indices, offsets};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastsae, CPU, m) {
+  m.impl("feature_topk", TORCH_BOX(&feature_topk));
+}
+
+}  // namespace fastsae::cpu
