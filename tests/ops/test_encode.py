@@ -68,12 +68,22 @@ def integers(n, d_in, d_sae):
     return x, W, b, x @ W.t() + b
 
 
-# n, d_in, d_sae, k: one panel, odd everything, more than one block of tokens, every latent a seed,
-# more seeds than the smallest number of them, candidates that overflow.
+# n, d_in, d_sae, k: whole panels, odd everything, more than one block of tokens, every latent a seed,
+# more seeds than the least, candidates that overflow, and both sides of the choice between the
+# library's product (few rows) and ours.
 @pytest.mark.parametrize(
     ("n", "d_in", "d_sae", "k"),
-    [(64, 16, 3000, 25), (131, 7, 2501, 3), (1100, 5, 5000, 8), (70, 9, 700, 100)]
-    + [(80, 4, 9001, 600), (64, 3, 40_000, 1000), (66, 1, 13, 13)],
+    [
+        (64, 16, 3000, 25),
+        (131, 7, 2501, 3),
+        (1100, 5, 5000, 8),
+        (70, 9, 700, 100),
+        (80, 4, 9001, 600),
+        (64, 3, 40_000, 1000),
+        (66, 1, 13, 13),
+        (15, 8, 500, 4),
+        (16, 8, 500, 4),
+    ],
 )
 def test_blocks_of_tokens_select_exactly(isa, n, d_in, d_sae, k) -> None:
     x, W, b, pre = integers(n, d_in, d_sae)

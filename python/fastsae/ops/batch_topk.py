@@ -51,9 +51,7 @@ def batch_topk(x: Tensor, k: float, *, hint: Tensor | None = None) -> BatchTopK:
     _check.mean_k("batch_topk", k)
     _check.hint("batch_topk", hint)
     x = x.reshape(-1, x.shape[-1])
-    values, indices, offsets, threshold = torch.ops.fastsae.batch_topk(
-        x, int(k * x.shape[0]), hint
-    )
+    values, indices, offsets, threshold = torch.ops.fastsae.batch_topk(x, int(k * x.shape[0]), hint)
     return BatchTopK(SparseActs(values, indices, offsets, x.shape[1]), threshold)
 
 

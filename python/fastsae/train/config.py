@@ -37,8 +37,8 @@ class TrainConfig:
     clip_grad_norm: float | None = None
     """Largest norm of the whole gradient; None does not clip."""
     update: str = "fused"
-    """How parameters move: fused (latent by latent, no gradient of a matrix exists) or autograd (one
-    backward and the optimizer; the same step, slower). SAEs, dtypes and devices that the fused one
+    """How parameters move: fused (latent by latent, no gradient of a matrix exists) or autograd (a
+    backward and the optimizer: the same step, slower). SAEs, dtypes and devices that the fused one
     does not cover take autograd."""
     compute_dtype: str = "auto"
     """What the encoder's product rounds its two factors to while training: float32 (nothing),

@@ -1,7 +1,7 @@
 """The training loop.
 
-    rate -> loss -> gradients -> remove the parallel decoder gradient -> clip -> Adam -> unit decoder
-    rows -> dead latents
+    rate -> loss -> gradients -> remove the parallel decoder gradient -> clip -> Adam
+    -> unit decoder rows -> dead latents
 
 Decoder rows are normalised after the update, so they have norm 1 in every forward.
 

@@ -1,9 +1,9 @@
 """What one step does to the parameters, by one of two ways that agree.
 
-    fused:     gradients of the code, the reconstruction and dead rows; everything else inside
-               `ops.sparse_adam_step_`, which forms no gradient of a matrix
-    autograd:  backward, remove the parallel decoder gradient, clip, optimizer, unit decoder rows;
-               any loss, any optimizer, any device
+fused:     gradients of the code, the reconstruction and dead rows; everything else inside
+           `ops.sparse_adam_step_`, which forms no gradient of a matrix
+autograd:  backward, remove the parallel decoder gradient, clip, optimizer, unit decoder rows;
+           any loss, any optimizer, any device
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def autograd_update(
 ) -> SAEOutput:
     """Do one update with `x: [n, d_in]`; the learning rate is the optimizer's."""
     out = sae.loss(x, dead=dead)
-    out.loss.backward()  # type: ignore[no-untyped-call]
+    out.loss.backward()
     sae.remove_parallel_grad_()
     if config.clip_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_grad_norm)
