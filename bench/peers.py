@@ -9,12 +9,8 @@ The other libraries are optional: pip install eai-sparsify dictionary-learning s
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import os
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
@@ -22,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsae import TopKSAE, TrainConfig, Trainer
+from fastsae.train.checkpoint import TrainState
+from fastsae.train.update import is_fused
 
 STEPS = 100_000  # of the runs that the timed steps are the first of
-SETTINGS = {field.name for field in fields(TrainConfig)}
 
 
 @dataclass
@@ -62,17 +59,24 @@ def start(n: int, d: int, d_sae: int, k: int) -> Start:
     return Start(x, W, b_enc, b_dec, k, lr=2e-4 / (d_sae / 2**14) ** 0.5)
 
 
-def _fastsae(s: Start, **settings: str) -> Way:
-    """Run Trainer's step; its forward is that of the first step, before the update."""
+def trainer(s: Start, update: str, compute_dtype: str) -> tuple[Trainer, TrainState]:
+    """Return fastsae's trainer before its first step, and make sure that it takes that update."""
     sae = TopKSAE(s.W.shape[1], s.W.shape[0], k=s.k).train()
     sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec = s.W.t(), s.W, s.b_enc, s.b_dec
     run = {"lr": s.lr, "batch_size": len(s.x), "steps": STEPS, "warmup_steps": 0, "progress": False}
     run |= {"dead_after_tokens": 10**7, "normalize": False, "b_dec_init": "keep"}
-    run |= {name: value for name, value in settings.items() if name in SETTINGS}
-    trainer = Trainer(sae, s.x, TrainConfig(**run))
-    state = trainer._start(False)
+    found = Trainer(sae, s.x, TrainConfig(**run, update=update, compute_dtype=compute_dtype))
+    state = found._start(False)
+    taken = "fused" if is_fused(sae, state.optimizer, found.config) else "autograd"
+    assert taken == update, f"fastsae: expected the {update} update to be timed, got {taken}"
+    return found, state
+
+
+def _fastsae(s: Start, **settings: str) -> Way:
+    """Run Trainer's step; its forward is that of the first step, before the update."""
+    run, state = trainer(s, **settings)
     found = attrgetter("reconstruction", "fvu")
-    return Way(lambda: trainer._step(s.x, state), lambda: found(trainer._step(s.x, state)))
+    return Way(lambda: run._step(s.x, state), lambda: found(run._step(s.x, state)))
 
 
 def _dense_torch(s: Start, autocast: bool = False) -> Way:
@@ -165,11 +169,11 @@ def _sae_lens(s: Start, sparse: bool = False) -> Way:
     return Way(step, lambda: found(sae.training_forward_pass(batch)), "mse")
 
 
-# Name -> what builds it, its settings, and the module (or field of TrainConfig) it needs.
+# Name -> what builds it, its settings, and the module it needs.
 WAYS: dict[str, tuple[Callable[..., Way], dict[str, object], str]] = {
-    "fastsae": (_fastsae, {"update": "fused", "compute_dtype": "float32"}, ""),
-    "fastsae bf16": (_fastsae, {"update": "fused", "compute_dtype": "bfloat16"}, "compute_dtype"),
-    "fastsae autograd": (_fastsae, {"update": "autograd", "compute_dtype": "float32"}, "update"),
+    "fastsae": (_fastsae, {"update": "fused", "compute_dtype": "float32"}, "fastsae"),
+    "fastsae bf16": (_fastsae, {"update": "fused", "compute_dtype": "bfloat16"}, "fastsae"),
+    "fastsae autograd": (_fastsae, {"update": "autograd", "compute_dtype": "float32"}, "fastsae"),
     "dense torch": (_dense_torch, {}, "torch"),
     "dense torch bf16": (_dense_torch, {"autocast": True}, "torch"),
     "eai-sparsify": (_sparsify, {}, "sparsify"),
@@ -183,18 +187,3 @@ def build(name: str, s: Start) -> Way:
     """Return the way called `name`, ready for its first step."""
     builder, settings, _ = WAYS[name]
     return builder(s, **settings)
-
-
-def missing(name: str) -> str:
-    """Return why a way cannot be run here, or nothing."""
-    need = WAYS[name][2]
-    if name.startswith("fastsae"):
-        return f"TrainConfig has no {need}" if need and need not in SETTINGS else ""
-    # Read by sparsify at import: its Triton decoder takes no CPU tensors.
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            importlib.import_module(need)
-    except Exception as e:
-        return f"{type(e).__name__}: {e}"
-    return ""

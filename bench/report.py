@@ -1,25 +1,44 @@
-"""Print results as a table: `python -m bench.report FILE.jsonl`."""
+"""Print results as Markdown tables, or draw training steps as a bar chart.
+
+    python -m bench.report FILE.jsonl
+    python -m bench.report --plot OUT.svg [--shape A] FILE.jsonl
+
+The file is what `bench.run` or `bench.train_step` wrote with `--out`; only the latter can be drawn.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench.timing import Result
 
+Row = dict[str, object]
+STEP = "training step"  # the kind of row that the chart shows
+OURS, OTHERS = "#2f6fd0", "#a8adb5"
 
-def table(head: dict[str, object], results: Sequence[Result]) -> str:
-    """Return a Markdown table of the results, with the machine above it."""
+
+def machine(head: Row) -> str:
+    """Return the machine and its ceilings in one line."""
     gemm = ", ".join(
         f"{name.removeprefix('gemm_gflops_')} {value:.0f}"
         for name, value in head.items()
         if name.startswith("gemm_gflops_") and isinstance(value, float)
     )
-    lines = [
+    return (
         f"{head.get('gpu', head['cpu'])}, {head['threads']} threads, {head['isa']}, "
-        f"torch {head['torch']}; copy {head['copy_gbs']:.1f} GB/s, GEMM GFLOP/s: {gemm}.",
+        f"torch {head['torch']}; copy {head['copy_gbs']:.1f} GB/s, GEMM GFLOP/s: {gemm}."
+    )
+
+
+def table(head: Row, results: Sequence[Result]) -> str:
+    """Return a Markdown table of the results, with the machine above it."""
+    lines = [
+        machine(head),
         "",
         "| op | shape | dtype | ours, ms | torch, ms | fastest torch way | times faster | "
         "floor, ms | of the floor's rate |",
@@ -33,6 +52,75 @@ def table(head: dict[str, object], results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def tables(head: Row, rows: Sequence[Row]) -> str:
+    """Return a Markdown table per kind of row of `train_step`, with the machine above them."""
+    names = dict.fromkeys(str(row.get("implementation")) for row in rows)
+    versions = [f"{name} {head[name]}" for name in names if name in head]
+    parts = [" ".join([machine(head), *([", ".join(versions) + "."] if versions else [])])]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        same = [row for row in rows if row["kind"] == kind]
+        columns = [c for c in dict.fromkeys(key for row in same for key in row) if c != "kind"]
+        lines = [f"**{kind}**", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        for row in same:
+            cells = (row.get(column, "") for column in columns)
+            texts = (f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells)
+            lines.append(f"| {' | '.join(texts)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def plot(head: Row, rows: Sequence[Row], shape: str, out: Path) -> None:
+    """Draw the median step time of every implementation at one shape, the fastest on top."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError:
+        sys.exit("bench.report: --plot needs matplotlib: pip install matplotlib")
+    times: dict[str, list[float]] = {}
+    for row in rows:
+        if row.get("kind") == STEP and str(row["shape"]).startswith(f"{shape}:"):
+            times.setdefault(str(row["implementation"]), []).append(float(str(row["median_ms"])))
+            sizes = str(row["shape"]).removeprefix(f"{shape}: ")
+    if not times:
+        sys.exit(f"bench.report: expected training steps at shape {shape} in the file, got none")
+    # A way that was timed in several groups counts once.
+    ms = {name: statistics.median(t) for name, t in times.items()}
+    names = sorted(ms, key=lambda name: ms[name])
+    # 700 pixels wide in a browser, which takes 96 for an inch.
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(7.3, 1.1 + 0.32 * len(names)), layout=layout)
+    axes = figure.add_subplot()
+    colors = [OURS if name.startswith("fastsae") else OTHERS for name in names]
+    bars = axes.barh(names, [ms[name] for name in names], color=colors, height=0.7)
+    axes.bar_label(bars, [f"{ms[name]:,.0f} ms" for name in names], padding=4, fontsize=11)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)  # room for the last label
+    axes.tick_params(axis="y", length=0, labelsize=11)
+    axes.tick_params(axis="x", labelsize=9.5)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel(f"ms per training step ({sizes})", fontsize=10.5)
+    title = f"One TopK training step, {head['threads']} CPU cores"
+    axes.set_title(title, fontsize=12, loc="left", fontweight="bold")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, facecolor="white", dpi=160)
+
+
+def main() -> int:
+    """Parse arguments, read, print or draw."""
+    parser = argparse.ArgumentParser(description="print results as tables or draw them")
+    parser.add_argument("file", type=Path, help="JSON lines of bench.run or bench.train_step")
+    parser.add_argument("--plot", type=Path, metavar="OUT.svg", help="draw instead of printing")
+    parser.add_argument("--shape", default="A", help="the shape to draw")
+    arguments = parser.parse_args()
+    head, *rows = map(json.loads, arguments.file.read_text().splitlines())
+    if arguments.plot:
+        plot(head, rows, arguments.shape, arguments.plot)
+    elif all("kind" in row for row in rows):
+        print(tables(head, rows))
+    else:
+        print(table(head, [Result(**row) for row in rows]))
+    return 0
+
+
 if __name__ == "__main__":
-    first, *rest = Path(sys.argv[1]).read_text().splitlines()
-    print(table(json.loads(first), [Result(**json.loads(line)) for line in rest]))
+    sys.exit(main())

@@ -1,46 +1,57 @@
 """Time one whole TopK training step on the CPU against plain torch and other libraries.
 
-    python -m bench.train_step [--shape A S W] [--seconds 20] [--out F.jsonl] [--memory] [--growth]
+    python -m bench.train_step [--shape A S W] [--seconds 20] [--out F.jsonl]
+                               [--memory] [--growth] [--rest]
 
 A step is encode, decode, loss, backward, optimizer and normalisation of the decoder, as users of
 each library run it; `bench.peers` says how each is called and where it differs by design. Before
 anything is timed, reconstruction and loss of every way are compared with fastsae's for the same
 weights and batch. A library that cannot be imported is left out, with one line that says so; to
 have them all: pip install eai-sparsify dictionary-learning sae-lens
+
+`--shape` with nothing after it leaves the steps out, for the parts of `bench.step_limits` alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
+import contextlib
 import gc
+import importlib
 import json
-import math
+import os
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-from bench import timing
+from bench import report, step_limits, timing
 from bench.ops.inputs import SHAPES, describe
-from bench.peers import WAYS, Start, Way, build, missing, start
+from bench.peers import WAYS, Start, Way, build, start
+from bench.report import Row
 from bench.run import machine
+from bench.step_limits import proc_mib
+from fastsae import _library
 
-Row = dict[str, object]
 PEERS = ("eai-sparsify", "dictionary-learning", "sae-lens")
 BASES = ("fastsae", "fastsae bf16")  # what the others are compared with
-MEMORY_TOKENS = 4096
-GROWTH_BASE, GROWTH_FACTORS = {"n": 256, "d": 128, "d_sae": 4096}, (1, 2, 4, 8)  # with k = 32
 
 
-def proc_mib(file: str, field: str) -> float:
-    """Return a field of a file such as /proc/meminfo in MiB."""
-    lines = Path(file).read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
+def missing(name: str) -> str:
+    """Return why a way cannot be run here, or nothing."""
+    need = WAYS[name][2]
+    if name == "fastsae bf16" and not _library.has_bf16():
+        return "this processor has no bfloat16 instructions, so it would be fastsae"
+    # Read by sparsify at import: its Triton decoder takes no CPU tensors.
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            importlib.import_module(need)
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
+    return ""
 
 
 def groups(names: list[str], shape: str) -> list[list[str]]:
@@ -103,64 +114,6 @@ def time_group(shape: str, group: list[str], seconds: float, copy_gbs: float) ->
     return rows
 
 
-def peak_mib(name: str, threads: int) -> float:
-    """Return what one step adds to the memory of this process, which does nothing else.
-
-    Parameters, optimizer state and what libraries keep are there: a step on 16 tokens made them.
-    """
-    torch.set_num_threads(threads)
-    s = start(MEMORY_TOKENS, *SHAPES["A"][1:])
-    way = build(name, s)
-    x, s.x = s.x, s.x[:16]
-    way.step()
-    s.x = x
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
-    before = proc_mib("/proc/self/status", "VmRSS")
-    way.step()
-    return proc_mib("/proc/self/status", "VmHWM") - before
-
-
-def memory(names: list[str]) -> list[Row]:
-    """Return the peaks of fastsae and plain torch beyond parameters and optimizer state."""
-    rows: list[Row] = []
-    for name in names:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            peak = pool.submit(peak_mib, name, torch.get_num_threads()).result()
-        rows.append({"shape": f"A, n {MEMORY_TOKENS}", "implementation": name, "peak_mib": peak})
-    return rows
-
-
-def growth(seconds: float) -> list[Row]:
-    """Return how fastsae's step grows with n, d and d_sae: exponents fitted to log times."""
-    base = tuple(GROWTH_BASE.values())
-    axes = {
-        axis: [(*base[:i], f * base[i], *base[i + 1 :]) for f in GROWTH_FACTORS]
-        for i, axis in enumerate(GROWTH_BASE)
-    }
-    sizes = {str(size): size for points in axes.values() for size in points}
-    works = {name: build("fastsae", start(*size, 32)).step for name, size in sizes.items()}
-    times = timing.medians(works, "cpu", seconds)
-    rows: list[Row] = []
-    for axis, points in axes.items():
-        ms = [statistics.median(times[str(point)]) for point in points]
-        logs = [math.log(f) for f in GROWTH_FACTORS], [math.log(t) for t in ms]
-        row: Row = {f"x{f}_ms": t for f, t in zip(GROWTH_FACTORS, ms, strict=True)}
-        rows.append({"axis": axis, **row, "exponent": statistics.linear_regression(*logs).slope})
-    return rows
-
-
-def table(rows: list[Row]) -> str:
-    """Return rows as Markdown; the columns are all their keys, in order."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for row in rows:
-        cells = (row.get(column, "") for column in columns)
-        texts = (f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells)
-        lines.append(f"| {' | '.join(texts)} |")
-    return "\n".join(lines)
-
-
 def main() -> int:
     """Parse arguments, measure, write, print."""
     parser = argparse.ArgumentParser(description="time whole training steps")
@@ -170,6 +123,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write JSON lines here")
     parser.add_argument("--memory", action="store_true", help="also the peak memory of a step")
     parser.add_argument("--growth", action="store_true", help="also how a step grows")
+    parser.add_argument("--rest", action="store_true", help="also all but the encoder, and topk")
     arguments = parser.parse_args()
     reasons = {name: missing(name) for name in WAYS}
     for name in filter(reasons.get, WAYS):
@@ -179,20 +133,25 @@ def main() -> int:
     peers = {name: version(name) for name in names if name in PEERS}
     head: Row = {**machine("cpu"), **peers, **timing.ceilings("cpu")}
     copy_gbs = float(head["copy_gbs"])  # type: ignore[arg-type]
-    parts: list[list[Row]] = [[]]
+    parts: dict[str, list[Row]] = {report.STEP: []}
     for shape in arguments.shape:
         for group in groups(names, shape):
-            parts[0] += time_group(shape, group, arguments.seconds, copy_gbs)
+            parts[report.STEP] += time_group(shape, group, arguments.seconds, copy_gbs)
             gc.collect()  # trainers and their modules point at each other
     if arguments.memory:
-        parts.append(memory([n for n in names if n.startswith("fastsae") or n == "dense torch"]))
+        checked = [name for name in names if name.startswith("fastsae") or name == "dense torch"]
+        parts["peak memory of a step"] = step_limits.memory(checked)
     if arguments.growth:
-        parts.append(growth(arguments.seconds))
+        parts["growth of a step"] = step_limits.growth(arguments.seconds)
+        gc.collect()
+    if arguments.rest:
+        parts["rest of a step"] = [step_limits.rest("A", arguments.seconds)]
+        parts["topk limit"] = step_limits.topk_limit(arguments.seconds)
+    rows = [{"kind": kind, **row} for kind, part in parts.items() for row in part]
     if arguments.out:
-        lines = [json.dumps(row) for row in (head, *(row for part in parts for row in part))]
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text("\n".join(lines) + "\n")
-    print(json.dumps(head), *map(table, filter(None, parts)), sep="\n\n")
+        arguments.out.write_text("".join(json.dumps(row) + "\n" for row in (head, *rows)))
+    print(report.tables(head, rows))
     return 0
 
 

@@ -54,7 +54,7 @@ inline V adam_update(V g, typename V::A* p, typename V::A* m, typename V::A* v,
   const V old = V::load(m);
   const V mean = V::fma(V::set1(s.one_minus_beta1), g - old, old);
   const V square = V::fma(V::set1(s.one_minus_beta2), g * g, V::set1(s.beta2) * V::load(v));
-  const V denominator = V::sqrt(square) / V::set1(s.sqrt_correction2) + V::set1(s.eps);
+  const V denominator = V::fma(V::sqrt(square), V::set1(s.inverse_correction2), V::set1(s.eps));
   const V moved = V::load(p) - V::set1(s.step_size) * (mean / denominator);
   mean.store(m);
   square.store(v);
@@ -70,6 +70,10 @@ typename V::A adam_row(typename V::A* p, typename V::A* m, typename V::A* v, con
   V sum = zero;
   int64_t c = 0;
   for (; c + V::kWidth <= d; c += V::kWidth) {
+    // The next row of each, which the gathers between two rows would keep from being fetched.
+    prefetch(p + c + d);
+    prefetch(m + c + d);
+    prefetch(v + c + d);
     const V gradient = g ? factor * V::load(g + c) : zero;
     const V moved = adam_update<V>(gradient, p + c, m + c, v + c, s);
     sum = V::fma(moved, moved, sum);

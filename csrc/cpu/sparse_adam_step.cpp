@@ -251,7 +251,7 @@ void sparse_adam_step(Tensor W_enc, Tensor W_dec, Tensor b_enc, Tensor b_dec, Te
                               static_cast<A>(beta2),
                               static_cast<A>(1.0 - beta2),
                               static_cast<A>(lr / correction1),
-                              static_cast<A>(std::sqrt(correction2)),
+                              static_cast<A>(1.0 / std::sqrt(correction2)),
                               static_cast<A>(eps)};
     const Step<A> all{e.n,
                       d,

@@ -68,9 +68,9 @@ def integers(n, d_in, d_sae):
     return x, W, b, x @ W.t() + b
 
 
-# n, d_in, d_sae, k: whole panels, odd everything, more than one block of tokens, every latent a seed,
-# more seeds than the least, candidates that overflow, and both sides of the choice between the
-# library's product (few rows) and ours.
+# n, d_in, d_sae, k: whole panels, odd everything, more than one block of tokens, every latent a
+# seed, more seeds than the least, candidates that overflow, and both sides of the choice between
+# the library's product (few rows) and ours.
 @pytest.mark.parametrize(
     ("n", "d_in", "d_sae", "k"),
     [

@@ -41,9 +41,9 @@ def variation(x: Tensor) -> Tensor:
     return (x - x.mean(0)).square().sum()
 
 
-def unexplained(error: Tensor, goal: Tensor) -> Tensor:
+def unexplained(squared_error: Tensor, goal: Tensor) -> Tensor:
     """Return sum error^2 / sum (goal - mean goal)^2; huge where all rows of `goal` are equal."""
-    return error.square().sum() / variation(goal).clamp_min(_FLOOR)
+    return squared_error / variation(goal).clamp_min(_FLOOR)
 
 
 def unexplained_residual(guess: Tensor, residual: Tensor) -> Tensor:

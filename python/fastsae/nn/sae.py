@@ -177,7 +177,8 @@ class SAE(Parameters, ABC):
         """
         reconstruction = self.decode(acts)
         error = accumulate(target) - accumulate(reconstruction)
-        fvu = unexplained(error, target)
+        squared = error.square().sum()
+        fvu = unexplained(squared, target)
         aux = fvu.new_zeros(())
         if dead is not None:
             k = min(self.aux_k, dead.latents.shape[0])
@@ -187,7 +188,7 @@ class SAE(Parameters, ABC):
             reconstruction=reconstruction,
             acts=acts,
             fvu=fvu,
-            mse=error.detach().square().sum() / max(x.shape[0], 1),
+            mse=squared.detach() / max(x.shape[0], 1),
             aux_loss=aux,
         )
 
