@@ -69,8 +69,8 @@ def medians(works: dict[str, Work], device: str, seconds: float) -> dict[str, li
     start = time.perf_counter()
     while len(next(iter(times.values()))) < 5 or time.perf_counter() - start < seconds:
         for name, work in works.items():
-            # Each finds the caches as it left them itself, not as another way of the work did: after
-            # a large matrix product a gather needs several runs to get its rows back.
+            # Each finds the caches as it left them itself, not as another way of the work did:
+            # after a large matrix product a gather needs several runs to get its rows back.
             warm = time.perf_counter() + 0.02
             if times[name] == [] or times[name][-1] < 100:
                 _once(work, device)

@@ -61,10 +61,10 @@ STABLE_TORCH_LIBRARY(fastsae, m) {
       "sparse_weight_grad(Tensor values, Tensor offsets, Tensor rows, Tensor slots, Tensor x)"
       " -> (Tensor weight, Tensor bias)");
 
-  // One training step of both matrices and both biases, latent by latent, without a gradient tensor.
-  // m_, v_: Adam's averages of each. acts: (values, indices, offsets), gradient grad_values, of
-  // x [n, d]; error [n, d] is the gradient of the reconstruction. rows_*: gradients of some latents
-  // that are added (from an auxiliary loss). A max_norm of inf does not clip.
+  // One training step of both matrices and both biases, latent by latent, without a gradient
+  // tensor. m_, v_: Adam's averages of each. acts: (values, indices, offsets), gradient
+  // grad_values, of x [n, d]; error [n, d] is the gradient of the reconstruction. rows_*: gradients
+  // of some latents that are added (from an auxiliary loss). A max_norm of inf does not clip.
   m.def(
       "sparse_adam_step_(Tensor(a!) W_enc, Tensor(b!) W_dec, Tensor(c!) b_enc, Tensor(d!) b_dec,"
       " Tensor(e!) m_W_enc, Tensor(f!) m_W_dec, Tensor(g!) m_b_enc, Tensor(h!) m_b_dec,"

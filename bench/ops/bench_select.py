@@ -1,4 +1,4 @@
-"""topk, batch_topk and threshold_select of a matrix of pre-activations."""
+"""topk, batch_topk, threshold_select and feature_topk of a matrix of pre-activations."""
 
 from __future__ import annotations
 
@@ -75,4 +75,32 @@ def cases(device: str) -> Iterator[Case]:
             },
             same_kept,
             bytes=4 * n * m,
+        )
+    yield from _feature_cases(device)
+
+
+def _feature_cases(device: str) -> Iterator[Case]:
+    for name in ("S", "A"):
+        n, _, d_sae, k = SHAPES[name]
+        x = torch.randn(n, d_sae, device=device)
+        m = -(-k * n // d_sae)
+
+        def same_columns(x: Tensor = x, m: int = m) -> None:
+            acts = ops.feature_topk(x, m)
+            dense = acts.to_dense()
+            assert torch.equal(dense.topk(m, dim=0).values, x.relu().topk(m, dim=0).values)
+            assert torch.equal(dense, torch.where(dense > 0, x, 0))
+            assert (dense > 0).sum() == acts.offsets[-1]
+
+        yield Case(
+            "feature_topk",
+            f"{describe(name)}, m {m}",
+            lambda x=x, m=m: ops.feature_topk(x, m),
+            {
+                "relu().topk(dim=0)": lambda x=x, m=m: x.relu().topk(m, dim=0),
+                "topk(dim=0, sorted=False)": lambda x=x, m=m: x.topk(m, dim=0, sorted=False),
+                "t().contiguous().topk": lambda x=x, m=m: x.t().contiguous().topk(m, sorted=False),
+            },
+            same_columns,
+            bytes=4 * n * d_sae,
         )

@@ -6,7 +6,8 @@
 // column's m-th largest entry from below, and one pass with a bound per column then finds little
 // more than is kept. Later pieces are bounded by the m-th largest entry so far. What is kept lies
 // by column; a stable counting sort, in which threads own rows, puts it into rows.
-// Cost: x is read once from memory; a MiB or two per thread and the entries kept twice.
+// Cost: x is read once from memory; scratch of about 2 MiB per thread, and the entries kept once
+// more.
 // Source: Feature Choice, Ayonrinde 2024 (arXiv 2411.02124).
 #include <algorithm>
 #include <cmath>
@@ -24,11 +25,11 @@ namespace fastsae::cpu {
 namespace {
 
 constexpr const char* kOp = "feature_topk";
-constexpr int64_t kWidth = 64;             // columns of a block
-constexpr int64_t kPiece = 2048;           // rows of a piece: 512 KiB of float32
+constexpr int64_t kWidth = 64;    // columns of a block
+constexpr int64_t kPiece = 2048;  // rows of a piece: 512 KiB of float32
 constexpr int64_t kMostGroups = kPiece / 8;
-constexpr int64_t kRowsAtOnce = 8;         // rows of a piece that one call filters
-constexpr int64_t kAhead = 16;             // rows between a prefetch and its use
+constexpr int64_t kRowsAtOnce = 8;  // rows of a piece that one call filters
+constexpr int64_t kAhead = 16;      // rows between a prefetch and its use
 
 // The kept entries by column: those of column j start at start[j], rows ascending.
 template <class T>
@@ -70,41 +71,36 @@ class ColumnBlock {
   // Room for candidates of a column with m entries to keep: those of one piece may come on top.
   static int64_t room(int64_t m, int64_t n) { return m == 0 ? 0 : std::min(n, m + kPiece); }
 
-  // Keeps the m[c] largest of each of `width` columns of x [n, stride]; `first` is x's column in
-  // the matrix, where m starts.
-  void select(const T* x, int64_t n, int64_t stride, int64_t first, int64_t width,
-              const int32_t* m, ColumnLists<T>& out) {
+  // Keeps the m[c] largest of each of `width` columns of x [n, stride], which start at column
+  // `first` of the matrix.
+  void select(const T* x, int64_t n, int64_t stride, int64_t first, int64_t width, const int32_t* m,
+              ColumnLists<T>& out) {
     int64_t most = 0;
     start_[0] = 0;
     for (int64_t c = 0; c < kWidth; ++c) {
-      const int64_t keep = c < width ? std::min<int64_t>(m[c], n) : 0;
-      most = std::max(most, keep);
+      keep_[c] = c < width ? std::min<int64_t>(m[c], n) : 0;
+      most = std::max(most, keep_[c]);
       counts_[c] = 0;
-      start_[c + 1] = start_[c] + room(keep, n);
-      set_tau(c, keep ? A(0) : std::numeric_limits<A>::infinity());
+      start_[c + 1] = start_[c] + room(keep_[c], n);
+      set_tau(c, keep_[c] ? A(0) : std::numeric_limits<A>::infinity());
     }
     if (most == 0) return;
     for (int64_t row = 0; row < n; row += kPiece) {
       const int64_t rows = std::min(kPiece, n - row);
-      // Groups of at least 8 rows, and only where they say something.
+      // Only the first piece has no bound yet. Groups of fewer than 8 rows would say little.
       const int64_t groups = row == 0 ? std::min((4 * most + 15) / 16 * 16, rows / 8) : 0;
       copy(x + row * stride, rows, stride, width, groups);
-      for (int64_t c = 0; groups && c < width; ++c) {
-        if (m[c] > 0 && 2 * m[c] <= groups) bound(c, groups, m[c]);
+      for (int64_t c = 0; c < kWidth; ++c) {
+        if (keep_[c] && 2 * keep_[c] <= groups) bound(c, groups);
       }
       filter(row, rows);
-      for (int64_t c = 0; c < width; ++c) {
-        if (counts_[c] <= m[c]) continue;
-        // Later entries of the smallest kept value have a higher row and lose: strict is right.
-        set_tau(c, kernels<A>().keep_largest(values_ + start_[c], rows_ + start_[c], counts_[c],
-                                             m[c], keys_));
-        counts_[c] = m[c];
-      }
+      for (int64_t c = 0; c < kWidth; ++c) tighten(c);
     }
     for (int64_t c = 0; c < width; ++c) {
-      const int64_t to = out.start[first + c];
-      for (int64_t j = 0; j < counts_[c]; ++j) out.values[to + j] = narrow<T>(values_[start_[c] + j]);
-      std::copy_n(rows_ + start_[c], counts_[c], out.rows + to);
+      const A* values = values_ + start_[c];
+      T* to = out.values + out.start[first + c];
+      for (int64_t j = 0; j < counts_[c]; ++j) to[j] = narrow<T>(values[j]);
+      std::copy_n(rows_ + start_[c], counts_[c], out.rows + out.start[first + c]);
       out.counts[first + c] = static_cast<int32_t>(counts_[c]);
     }
   }
@@ -125,20 +121,32 @@ class ColumnBlock {
       if (r + kAhead < rows) {
         for (int64_t c = 0; c < width; c += kLine) __builtin_prefetch(from + kAhead * stride + c);
       }
-      kernel_.widen_row(from, width, to);
       std::fill(to + width, to + kWidth, A(0));
-      if (groups == 0) continue;
-      A* best = maxima_ + group * kWidth;
-      for (int64_t c = 0; c < kWidth; ++c) best[c] = to[c] > best[c] ? to[c] : best[c];
-      if (++group == groups) group = 0;
+      if (groups == 0) {
+        kernel_.widen_row(from, width, to);
+      } else {
+        kernel_.widen_max(from, width, to, maxima_ + group * kWidth);
+        if (++group == groups) group = 0;
+      }
     }
   }
 
-  // Raises the threshold of column c to just below a number that m of its entries reach.
-  void bound(int64_t c, int64_t groups, int64_t m) {
+  // Raises the threshold of column c to just below a number that as many entries reach as it keeps.
+  void bound(int64_t c, int64_t groups) {
     for (int64_t g = 0; g < groups; ++g) column_[g] = maxima_[g * kWidth + c];
-    const A reached = kernels<A>().kth_bound(column_, groups, m, keys_);
+    const A reached = keep_[c] == 1 ? *std::max_element(column_, column_ + groups)
+                                    : kernels<A>().kth_bound(column_, groups, keep_[c], keys_);
     if (reached > 0) set_tau(c, std::nextafter(reached, A(0)));
+  }
+
+  // Drops what column c has too much, and raises its threshold to the smallest value kept: entries
+  // that equal it have a higher row and lose, so strict is right.
+  void tighten(int64_t c) {
+    if (counts_[c] <= keep_[c]) return;
+    const int64_t from = start_[c];
+    set_tau(c,
+            kernels<A>().keep_largest(values_ + from, rows_ + from, counts_[c], keep_[c], keys_));
+    counts_[c] = keep_[c];
   }
 
   // Appends the entries of the piece above the thresholds to the candidates of their columns.
@@ -164,12 +172,11 @@ class ColumnBlock {
   A *x_, *maxima_, *column_, *tau_, *found_, *values_;
   int32_t *codes_, *rows_;
   typename Kernels<A>::Key* keys_;
-  int64_t start_[kWidth + 1], counts_[kWidth];
+  int64_t keep_[kWidth], counts_[kWidth], start_[kWidth + 1];
 };
 
 template <class T>
-void select_columns(const T* x, int64_t n, int64_t columns, const int32_t* m,
-                    ColumnLists<T>& out) {
+void select_columns(const T* x, int64_t n, int64_t columns, const int32_t* m, ColumnLists<T>& out) {
   const int64_t blocks = (columns + kWidth - 1) / kWidth;
   const int64_t workers = std::min<int64_t>(blocks, torch::stable::get_num_threads());
   int64_t room = 0, longest = 0;
@@ -214,8 +221,7 @@ void to_rows(const ColumnLists<T>& lists, int64_t n, int64_t cap, T* values, int
              int32_t* offsets) {
   std::fill_n(offsets, n + 1, 0);
   torch::stable::parallel_for(0, n, 256, [&](int64_t begin, int64_t end) {
-    for_each_in_rows(lists, begin, end,
-                     [&](int32_t, int64_t, int32_t row) { ++offsets[row + 1]; });
+    for_each_in_rows(lists, begin, end, [&](int32_t, int64_t, int32_t row) { ++offsets[row + 1]; });
   });
   for (int64_t row = 0; row < n; ++row) offsets[row + 1] += offsets[row];
   std::vector<int32_t> cursor(offsets, offsets + n);

@@ -61,6 +61,20 @@ void group_max(const T* x, const typename V::A* bias, int64_t n, int64_t groups,
   else group_max_loop<V, false>(x, bias, n, groups, out);
 }
 
+template <class V, class T>
+void widen_max(const T* x, int64_t n, typename V::A* out, typename V::A* best) {
+  int64_t j = 0;
+  for (; j + V::kWidth <= n; j += V::kWidth) {
+    const V v = V::load(x + j);
+    v.store(out + j);
+    V::max(v, V::load(best + j)).store(best + j);
+  }
+  for (; j < n; ++j) {
+    out[j] = widen(x[j]);
+    if (out[j] > best[j]) best[j] = out[j];
+  }
+}
+
 template <class V, bool kBias, bool kPerColumn, Pass kPass, class T>
 int64_t filter_loop(const T* x, const typename V::A* bias, int64_t n, const typename V::A* tau,
                     int32_t base, typename V::A* values, int32_t* indices) {
@@ -81,9 +95,9 @@ int64_t filter_loop(const T* x, const typename V::A* bias, int64_t n, const type
       mask[u] = passing(v[u], at);
     }
     if (__builtin_expect(V::none(mask[0], mask[1], mask[2], mask[3]), 1)) continue;
+    // No branch for each vector: which of them hold the few that pass is not predictable.
     for (int u = 0; u < kUnroll; ++u) {
       const unsigned bits = V::bits(mask[u]);
-      if (!bits) continue;
       const int32_t at = base + static_cast<int32_t>(j) + u * V::kWidth;
       m += V::compress(v[u], bits, at, values + m, indices + m);
     }

@@ -46,6 +46,9 @@ struct Kernels {
   // out[j] = <x, rows[indices[j]]> for j < count.
   void (*gather_dot)(const T* x, const int32_t* indices, int64_t count, const T* rows, int64_t d,
                      A* out);
+
+  // widen_row, and best[j] = the larger of best[j] and x[j]; best[j] where x[j] is NaN.
+  void (*widen_max)(const T* x, int64_t n, A* out, A* best);
 };
 
 // The encoder's product: a tile of `latents` rows w against a panel of `tokens` packed columns x,
@@ -70,8 +73,8 @@ struct TileKernels {
 template <class A>
 struct AdamScalars {
   A one_minus_beta1, beta2, one_minus_beta2;
-  A step_size;         // lr / (1 - beta1^t)
-  A sqrt_correction2;  // sqrt(1 - beta2^t)
+  A step_size;            // lr / (1 - beta1^t)
+  A inverse_correction2;  // 1 / sqrt(1 - beta2^t)
   A eps;
 };
 

@@ -43,7 +43,8 @@ class MatrixSelect {
       scan(kernel, x, bias, first, rows, &bound_, false);
     } else {
       A guess;
-      if (hint_ > theta_[0] && !per_column_ && try_bound(kernel, x, bias, first, rows, hint_)) return;
+      if (hint_ > theta_[0] && !per_column_ && try_bound(kernel, x, bias, first, rows, hint_))
+        return;
       if (!per_column_ && sample_bound(x, bias, rows, &guess)) {
         if (try_bound(kernel, x, bias, first, rows, guess)) return;
         const int64_t half = rows / 2;

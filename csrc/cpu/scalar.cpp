@@ -11,8 +11,8 @@ namespace fastsae::cpu::scalar {
 namespace {
 
 template <class V, class T>
-constexpr Kernels<T> kTable{group_max<V, T>,  filter<V, T>,    keep_largest<V>, kth_bound<V>,
-                            gather_sum<V, T>, widen_row<V, T>, gather_dot<V, T>};
+constexpr Kernels<T> kTable{group_max<V, T>,  filter<V, T>,    keep_largest<V>,  kth_bound<V>,
+                            gather_sum<V, T>, widen_row<V, T>, gather_dot<V, T>, widen_max<V, T>};
 
 }  // namespace
 

@@ -7,6 +7,7 @@ from fastsae.ops.batch_topk import batch_topk
 from fastsae.ops.encode_batch_topk import encode_batch_topk
 from fastsae.ops.encode_threshold import encode_threshold
 from fastsae.ops.encode_topk import encode_topk
+from fastsae.ops.feature_topk import feature_topk
 from fastsae.ops.sparse_adam_step import sparse_adam_step_
 from fastsae.ops.sparse_decode import sparse_decode
 from fastsae.ops.sparse_weight_grad import sparse_weight_grad
@@ -33,6 +34,7 @@ __all__ = [
     "encode_batch_topk",
     "encode_threshold",
     "encode_topk",
+    "feature_topk",
     "sparse_adam_step_",
     "sparse_decode",
     "sparse_weight_grad",

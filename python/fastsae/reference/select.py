@@ -6,6 +6,7 @@ Order of values everywhere: NaN is the largest, -0 equals +0, and among equal va
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -75,3 +76,17 @@ def threshold_select(x: Tensor, theta: Tensor, cap: int) -> SparseActs:
     x = x.reshape(-1, x.shape[-1])
     above = x.to(accumulator_dtype(x.dtype)) > theta
     return keep_largest(x, above, cap)[0]
+
+
+def feature_topk(x: Tensor, m: int | Tensor, cap: int | None = None) -> SparseActs:
+    """See `fastsae.ops.feature_topk`; where `cap` is too small, the `cap` largest stay."""
+    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    n, d_sae = x.shape
+    lengths = torch.as_tensor(m, device=x.device).long().expand(d_sae)
+    positive = x > 0
+    # The place of every entry in its column, largest first, the lowest row first among equals.
+    key = torch.where(positive, x.detach(), 0)
+    place = key.sort(dim=0, descending=True, stable=True).indices.argsort(dim=0)
+    if cap is None:
+        cap = int(lengths.clamp(0, n).sum())
+    return keep_largest(x, positive & (place < lengths), cap)[0]

@@ -1,0 +1,114 @@
+"""Feature choice: every latent takes its own largest positive entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import reference
+from fastsae._library import fake, fallback
+from fastsae.ops import _check
+from fastsae.ops.batch_topk import dense_gradient, fake_selection, setup_context
+from fastsae.ops.threshold_select import check_cap
+from fastsae.reference import SparseActs
+
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+
+def feature_topk(x: Tensor, m: int | Tensor, *, cap: int | None = None) -> SparseActs:
+    """Keep the `m[j]` largest positive entries of every column j.
+
+    Args:
+        x: [..., d_sae], float32 | float64 | bfloat16 | float16. Leading dimensions are flattened to
+            n rows first.
+        m: number of entries to keep, >= 0: an int for all columns, or one for each, an integer
+            tensor [d_sae]. More than n means every positive entry.
+        cap: room for entries, at least the sum of min(m, n); None means as many as needed. A tensor
+            `m` is only looked into where that costs nothing, on the CPU and outside of
+            `torch.compile`. Elsewhere None means n * d_sae, so pass the sum if you know it.
+
+    Returns:
+        `SparseActs` in the variable layout with `min(cap, n * d_sae)` places.
+
+    Raises:
+        TypeError: `x` is not a floating tensor, or `m` neither an int nor an integer tensor.
+        ValueError: `m` has another shape or device or is negative, `cap` is too small, or `x` has
+            no dimension. For a tensor `m` that is not looked into, the CPU kernel raises
+            RuntimeError; other devices count a negative number as 0, and where `cap` is too small
+            keep the `cap` largest entries.
+
+    Gradients:
+        In `x`, dense: the gradient of the kept values at their places, 0 elsewhere.
+
+    Numerics:
+        Exact. Among equal values of a column the lowest row wins. A NaN is not positive: it is
+        never kept and takes no other row's place.
+
+    Cost:
+        `x` is read once from memory; workspace of the entries kept and about 2 MiB per thread.
+
+    Source:
+        Feature Choice, Ayonrinde 2024 (arXiv 2411.02124).
+    """
+    _check.floating("feature_topk", "x", x)
+    _check.rows("feature_topk", "x", x)
+    x = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
+    n, d_sae = x.shape
+    needed: int | None
+    if isinstance(m, Tensor):
+        _check_lengths(m, x)
+        # Seen by the kernel as they are, but for what int32 cannot hold.
+        lengths = m if m.dtype == torch.int32 else m.long().clamp(-1, n).int()
+        needed = None
+        if m.device.type == "cpu" and not torch.compiler.is_compiling():
+            if d_sae and m.min() < 0:
+                raise ValueError(f"feature_topk: expected m >= 0, got {int(m.min())}")
+            needed = int(m.long().clamp(0, n).sum())
+    elif isinstance(m, int | torch.SymInt):
+        if m < 0:
+            raise ValueError(f"feature_topk: expected m >= 0, got {m}")
+        lengths = torch.full((d_sae,), min(m, n), dtype=torch.int32, device=x.device)
+        needed = min(m, n) * d_sae
+    else:
+        raise TypeError(
+            f"feature_topk: expected m to be an int or an integer Tensor, got {type(m).__name__}"
+        )
+    if cap is None:
+        cap = n * d_sae if needed is None else needed
+    check_cap("feature_topk", cap)
+    if needed is not None and cap < needed:
+        raise ValueError(
+            f"feature_topk: expected cap >= the sum of min(m, n) = {needed}, got cap = {cap}"
+        )
+    values, indices, offsets = torch.ops.fastsae.feature_topk(x, lengths, cap)
+    return SparseActs(values, indices, offsets, d_sae)
+
+
+def _check_lengths(m: Tensor, x: Tensor) -> None:
+    """Raise unless `m` is an integer tensor [d_sae] on the device of `x`."""
+    if m.dtype not in INTEGERS:
+        raise TypeError(f"feature_topk: expected m to be an integer Tensor, got {m.dtype}")
+    _check.shape("feature_topk", "m", m, (x.shape[1],), "[d_sae]")
+    if m.device != x.device:
+        raise ValueError(f"feature_topk: expected m on the device of x, {x.device}, got {m.device}")
+
+
+@fake("feature_topk")
+def _fake(x: Tensor, m: Tensor, cap: int) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_selection(x, x.shape[0], x.shape[1], cap)
+
+
+@fallback("feature_topk")
+def _plain(x: Tensor, m: Tensor, cap: int) -> tuple[Tensor, ...]:
+    acts = reference.feature_topk(x, m, cap)
+    assert acts.offsets is not None
+    return acts.values, acts.indices, acts.offsets
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
+    return dense_gradient(ctx, grad), None, None
+
+
+torch.library.register_autograd("fastsae::feature_topk", _backward, setup_context=setup_context)
