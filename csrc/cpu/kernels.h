@@ -36,9 +36,10 @@ struct Kernels {
   A (*kth_bound)(const A* values, int64_t n, int64_t k, Key* keys);
 
   // out[d] = bias[d] + sum over j < count of weights[j] rows[indices[j]][d], j ascending.
-  // bias may be null.
-  void (*gather_sum)(const A* weights, const int32_t* indices, int64_t count, const T* rows,
-                     int64_t d, const T* bias, T* out);
+  // bias may be null. The rows of indices [count, known) are wanted next; known = 0 if all rows are
+  // in a cache and nothing should be fetched ahead.
+  void (*gather_sum)(const A* weights, const int32_t* indices, int64_t count, int64_t known,
+                     const T* rows, int64_t d, const T* bias, T* out);
 
   // out[0, n) = x in the type of sums.
   void (*widen_row)(const T* x, int64_t n, A* out);

@@ -60,9 +60,9 @@ struct Step {
       g.weights.resize(static_cast<size_t>(count));
     const int32_t* tokens = rows + begin;
     for (int64_t j = 0; j < count; ++j) g.weights[j] = values[slots[begin + j]];
-    kernel.gather_sum(g.weights.data(), tokens, count, error, d, nullptr, g.dec.data());
+    kernel.gather_sum(g.weights.data(), tokens, count, 0, error, d, nullptr, g.dec.data());
     for (int64_t j = 0; j < count; ++j) g.b += g.weights[j] = grad_values[slots[begin + j]];
-    kernel.gather_sum(g.weights.data(), tokens, count, centred, d, nullptr, g.enc.data());
+    kernel.gather_sum(g.weights.data(), tokens, count, 0, centred, d, nullptr, g.enc.data());
     if (more >= 0) {
       row.add_scaled(g.dec.data(), extra_W_dec + more * d, A(1), d);
       row.add_scaled(g.enc.data(), extra_W_enc + more * d, A(1), d);

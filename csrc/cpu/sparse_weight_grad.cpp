@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> sparse_weight_grad(const Tensor& values_in, const Ten
         }
         A total = 0;
         for (int64_t j = 0; j < count; ++j) total += weights[j] = value[slot[bound[f] + j]];
-        kernel.gather_sum(weights.data(), row + bound[f], count, from, d, nullptr, to + f * d);
+        kernel.gather_sum(weights.data(), row + bound[f], count, 0, from, d, nullptr, to + f * d);
         to_bias[f] = narrow<T>(total);
       }
     });
