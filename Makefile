@@ -1,4 +1,4 @@
-# make demo   train an SAE on a real language model and open its report      (about 10 minutes)
+# make demo   train an SAE on a real language model and open its report      (about 4 minutes)
 # make test   all tests
 # make build  the environment and the compiled libraries only
 # make lint   formatting, types, and the ABI of the libraries
