@@ -21,8 +21,8 @@ from fastsae.train.config import TrainConfig
 def is_fused(sae: SAE, optimizer: torch.optim.Optimizer, config: TrainConfig) -> bool:
     """Return whether this run takes the fused update.
 
-    It needs a module that supports it, in float32 or float64 on the CPU and with nothing frozen, and
-    plain Adam.
+    It needs a module that supports it, in float32 or float64 on the CPU, nothing frozen, and plain
+    Adam.
     """
     return (
         config.update == "fused"
