@@ -173,3 +173,11 @@ def test_wrong_arguments() -> None:
         ops.threshold_select(x, torch.tensor(0.0), -1)
     with pytest.raises(TypeError, match=r"expected theta to be a Tensor, got float"):
         ops.threshold_select(x, 0.5, 4)
+
+
+def test_no_latents_at_all(device) -> None:
+    x = torch.empty(4, 0, device=device)
+    acts, threshold = ops.batch_topk(x, 3)
+    assert (acts.shape, acts.values.numel(), threshold.item()) == ((4, 0), 0, float("inf"))
+    kept = ops.threshold_select(x, torch.zeros((), device=device), 5)
+    assert (kept.shape, kept.values.numel()) == ((4, 0), 0)

@@ -20,10 +20,11 @@ def floating(op: str, name: str, x: object) -> None:
         )
 
 
-def rows(op: str, name: str, x: Tensor, width: str = "d_sae") -> None:
-    """Raise ValueError unless `x` has at least one dimension."""
+def rows(op: str, name: str, x: Tensor, width: str = "d_sae") -> Tensor:
+    """Return `x` with its leading dimensions flattened to one; ValueError if it has none at all."""
     if x.ndim == 0:
         raise ValueError(f"{op}: expected {name} to be [..., {width}], got []")
+    return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
 
 
 def k_in_range(op: str, k: object, d_sae: int) -> None:

@@ -47,10 +47,9 @@ def batch_topk(x: Tensor, k: float, *, hint: Tensor | None = None) -> BatchTopK:
         BatchTopK (arXiv 2412.06410, section 3); Mutual Choice (arXiv 2411.02124, section 3).
     """
     _check.floating("batch_topk", "x", x)
-    _check.rows("batch_topk", "x", x)
+    x = _check.rows("batch_topk", "x", x)
     _check.mean_k("batch_topk", k)
     _check.hint("batch_topk", hint)
-    x = x.reshape(-1, x.shape[-1])
     values, indices, offsets, threshold = torch.ops.fastsae.batch_topk(x, int(k * x.shape[0]), hint)
     return BatchTopK(SparseActs(values, indices, offsets, x.shape[1]), threshold)
 

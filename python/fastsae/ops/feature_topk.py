@@ -53,8 +53,7 @@ def feature_topk(x: Tensor, m: int | Tensor, *, cap: int | None = None) -> Spars
         Feature Choice, Ayonrinde 2024 (arXiv 2411.02124).
     """
     _check.floating("feature_topk", "x", x)
-    _check.rows("feature_topk", "x", x)
-    x = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
+    x = _check.rows("feature_topk", "x", x)
     n, d_sae = x.shape
     needed: int | None
     if isinstance(m, Tensor):

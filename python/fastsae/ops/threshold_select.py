@@ -61,10 +61,9 @@ def threshold_select(x: Tensor, theta: Tensor, cap: int) -> SparseActs:
         BatchTopK (arXiv 2412.06410, section 3), the inference rule.
     """
     _check.floating("threshold_select", "x", x)
-    _check.rows("threshold_select", "x", x)
+    x = _check.rows("threshold_select", "x", x)
     theta = check_theta("threshold_select", theta, x, x.shape[-1])
     check_cap("threshold_select", cap)
-    x = x.reshape(-1, x.shape[-1])
     values, indices, offsets = torch.ops.fastsae.threshold_select(x, theta, cap)
     return SparseActs(values, indices, offsets, x.shape[1])
 

@@ -40,9 +40,9 @@ def topk(x: Tensor, k: int, *, sorted: bool = False) -> TopK:
         `x` is read once from memory; no workspace that grows with `x`.
     """
     _check.floating("topk", "x", x)
-    _check.rows("topk", "x", x)
+    rows = _check.rows("topk", "x", x)
     _check.k_in_range("topk", k, x.shape[-1])
-    values, indices = torch.ops.fastsae.topk(x.reshape(-1, x.shape[-1]), k, sorted)
+    values, indices = torch.ops.fastsae.topk(rows, k, sorted)
     shape = (*x.shape[:-1], k)
     return TopK(values.view(shape), indices.view(shape))
 

@@ -67,13 +67,13 @@ def keep_largest(x: Tensor, eligible: Tensor, budget: int) -> tuple[SparseActs, 
 
 def batch_topk(x: Tensor, k: float) -> BatchTopK:
     """See `fastsae.ops.batch_topk`."""
-    x = x.reshape(-1, x.shape[-1])
+    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return BatchTopK(*keep_largest(x, x > 0, int(k * x.shape[0])))
 
 
 def threshold_select(x: Tensor, theta: Tensor, cap: int) -> SparseActs:
     """See `fastsae.ops.threshold_select`."""
-    x = x.reshape(-1, x.shape[-1])
+    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     above = x.to(accumulator_dtype(x.dtype)) > theta
     return keep_largest(x, above, cap)[0]
 
