@@ -69,9 +69,21 @@ def test_what_is_fused():
     frozen = TopKSAE(8, 16, k=2)
     frozen.b_dec.requires_grad_(False)
     assert not is_fused(frozen, adam, config)
+    replaced = TopKSAE(8, 16, k=2)
+    replaced.W_enc = torch.nn.Parameter(torch.randn(8, 16))
+    assert not is_fused(replaced, adam, config)
     other = TopKSAE(8, 16, k=2)
     other.feature_major_update = False
     assert not is_fused(other, adam, config)
+
+
+def test_a_replaced_encoder_matrix_still_trains():
+    """A new parameter is laid out like any matrix; the fused update would refuse it."""
+    sae = TopKSAE(D_IN, D_SAE, k=4)
+    sae.W_enc = torch.nn.Parameter(torch.randn(D_IN, D_SAE))
+    before = sae.W_enc.detach().clone()
+    Trainer(sae, rows(), TrainConfig(batch_size=50, steps=3, progress=False)).fit()
+    assert not torch.equal(sae.W_enc, before)
 
 
 def test_what_the_product_is_computed_in():

@@ -21,8 +21,8 @@ from fastsae.train.config import TrainConfig
 def is_fused(sae: SAE, optimizer: torch.optim.Optimizer, config: TrainConfig) -> bool:
     """Return whether this run takes the fused update.
 
-    It needs a module that supports it, in float32 or float64 on the CPU, nothing frozen, and plain
-    Adam.
+    It needs a module that supports it, in float32 or float64 on the CPU, feature-major and with
+    nothing frozen, and plain Adam.
     """
     return (
         config.update == "fused"
@@ -31,6 +31,8 @@ def is_fused(sae: SAE, optimizer: torch.optim.Optimizer, config: TrainConfig) ->
         and sae.W_enc.dtype in (torch.float32, torch.float64)
         and type(optimizer) is torch.optim.Adam
         and all(p.requires_grad for p in sae.parameters())
+        and sae.W_enc.t().is_contiguous()
+        and sae.W_dec.is_contiguous()
     )
 
 
