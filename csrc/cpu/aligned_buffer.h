@@ -28,6 +28,8 @@ class AlignedBuffer {
     return data_;
   }
 
+  T* data() { return data_; }
+
  private:
   T* data_ = nullptr;
   int64_t size_ = 0;

@@ -96,11 +96,10 @@ Acc<T> sampled_bound(const EncoderInput& in, MatrixSelect<Acc<T>>& selected) {
 // and the next one tried: it costs time, the result is the same. A hint is the bound of an earlier
 // batch.
 template <class T, class W>
-void largest_in_blocks(const EncoderInput& in, MatrixSelect<Acc<T>>& selected, const Acc<T>* theta,
-                       const Acc<T>* hint) {
-  using A = Acc<T>;
-  for (int attempt = hint && std::isfinite(*hint) ? 0 : 1; attempt < 2; ++attempt) {
-    const A bound = attempt == 0 ? *hint * A(0.95) : sampled_bound<T, W>(in, selected);
+void largest_in_blocks(const EncoderInput& in, MatrixSelect<Acc<T>>& selected,
+                       const Acc<T>* theta) {
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    const Acc<T> bound = attempt == 0 ? selected.hint() : sampled_bound<T, W>(in, selected);
     if (!(bound > theta[0])) continue;
     scan_blocks<T, W>(in, selected, theta, false, &bound, kBlockTokens);
     if (selected.full()) return;
@@ -119,11 +118,12 @@ Selection select(const EncoderInput& in, int64_t cap, const Acc<T>* theta, bool 
                 new_empty(in.x, {n + 1}, ScalarType::Int),
                 new_empty(in.x, {}, scalar_type_of<A>())};
   MatrixSelect<A> selected(n, in.latent_count(), cap, theta, per_column);
+  if (hint) selected.expect(*hint);
   if (cap == 0) {
     // Nothing can be kept.
   } else if (encodes_in_blocks(in)) {
     if (few) scan_blocks<T, W>(in, selected, theta, per_column, nullptr, kBlockTokens);
-    else largest_in_blocks<T, W>(in, selected, theta, hint);
+    else largest_in_blocks<T, W>(in, selected, theta);
   } else {
     for_each_chunk<T>(in, [&](const T* pre, const A* bias, int64_t first, int64_t rows) {
       selected.add(pre, bias, first, rows);

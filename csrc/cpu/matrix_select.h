@@ -58,8 +58,11 @@ class MatrixSelect {
     if (static_cast<int64_t>(values_.size()) > budget_ + budget_ / 2) keep_largest();
   }
 
-  // About what the bound will be; it changes the time, never the result.
-  void expect(A bound) { hint_ = bound * A(0.95); }
+  // About what the bound will be, taken a little lower; it changes the time, never the result.
+  void expect(A bound) {
+    if (std::isfinite(bound)) hint_ = bound * A(0.95);
+  }
+  A hint() const { return hint_; }
 
   // For a caller that filters the matrix itself: adds what it found in rows first, first + 1, ...
   // above `lowest()`, as it was before.

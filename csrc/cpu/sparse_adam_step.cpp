@@ -45,12 +45,12 @@ struct Step {
   const Kernels<A>& kernel;
   const AdamKernels<A>& row;
 
-  // The gradients of one latent; false if all are 0.
   struct Gradient {
     std::vector<A> enc, dec, weights;
     A b;
   };
 
+  // Forms the gradients of latent f; false if all are 0.
   bool gradient(int64_t f, Gradient& g) const {
     const int64_t begin = offsets[f], count = offsets[f + 1] - begin;
     const int32_t more = extra ? extra[f] : -1;

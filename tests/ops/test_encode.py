@@ -82,8 +82,8 @@ def integers(n, d_in, d_sae):
         (80, 4, 9001, 600),
         (64, 3, 40_000, 1000),
         (66, 1, 13, 13),
-        (15, 8, 500, 4),
-        (16, 8, 500, 4),
+        (31, 8, 500, 4),
+        (32, 8, 500, 4),
     ],
 )
 def test_blocks_of_tokens_select_exactly(isa, n, d_in, d_sae, k) -> None:

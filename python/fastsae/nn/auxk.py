@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsae import ops
-from fastsae.nn.loss import accumulate, unexplained_residual
+from fastsae.nn.loss import unexplained_residual
 from fastsae.ops import SparseActs
 
 DENSE_UP_TO = 1.5
@@ -57,4 +57,4 @@ def auxk_loss(x: Tensor, b_dec: Tensor, residual: Tensor, rows: LatentRows, k: i
             kept.scatter_(1, ops.topk(pre.detach(), k).indices.long(), True)
             pre = pre.where(kept, 0)
         guess = pre.relu() @ rows.W_dec
-    return unexplained_residual(accumulate(guess), residual)
+    return unexplained_residual(guess, residual)

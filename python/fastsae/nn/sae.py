@@ -159,10 +159,9 @@ class SAE(Parameters, ABC):
         latents = dead.nonzero().squeeze(1) if self.aux_alpha else dead.new_empty(0)
         if latents.numel() == 0:
             return None
-        W_enc = self.W_enc.t().index_select(0, latents)
         return LatentRows(
             latents,
-            W_enc,
+            self._rows_enc().index_select(0, latents),
             self.W_dec.index_select(0, latents),
             self.b_enc.index_select(0, latents),
         )

@@ -56,7 +56,7 @@ def encode_topk(
     Numerics:
         Sums accumulate in float32 (float64 for float64). Selection is exact for the pre-activations
         computed, with the order of `topk`. On the CPU each of these is one sum over d_in in order,
-        so a row gives the same bits in every batch of 16 or more rows and with any number of
+        so a row gives the same bits in every batch of 32 or more rows and with any number of
         threads; fewer rows of float32 or float64 go through the library's matrix product.
 
     Cost:
