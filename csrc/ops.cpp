@@ -6,7 +6,13 @@
 // Both weight matrices are feature-major, [F, d]. Indices, offsets, rows and slots are int32.
 #include "torch.h"
 
-STABLE_TORCH_LIBRARY(fastsae, m) {
+// The tests compile this again, for the emulated kernels.
+#ifndef FASTSAE_NAMESPACE
+#define FASTSAE_NAMESPACE fastsae
+#endif
+#define FASTSAE_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+
+FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
   // The k largest entries of each row of x [n, F]; ascending index, or descending value if sorted.
   m.def("topk(Tensor x, int k, bool sorted) -> (Tensor values, Tensor indices)");
 

@@ -1,11 +1,94 @@
-// What the device code is compiled by: nvcc, or the host emulation of the tests. The two spellings
-// that differ are a launch and dynamic shared memory.
+// What the device code is compiled by: nvcc, or the host emulation of the tests. Everything that
+// the two spell differently is here, and every instruction that has no spelling in C++.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
 #ifdef FASTSAE_EMULATED
+#include "cpu/types.h"
 #include "emulator.h"
 #else
 #include <cuda_runtime.h>
 #define FASTSAE_LAUNCH(kernel, grid, block, shared, stream, ...) \
   kernel<<<(grid), (block), (shared), (stream)>>>(__VA_ARGS__)
+#define FASTSAE_DYN_SMEM(T, name)                              \
+  extern __shared__ __align__(16) unsigned char fastsae_raw[]; \
+  T* name = reinterpret_cast<T*>(fastsae_raw)
 #endif
+
+namespace fastsae::cuda {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+template <class To, class From>
+__device__ __forceinline__ To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// 16-bit formats, rounded to nearest even.
+#ifdef FASTSAE_EMULATED
+inline float half_to_float(uint16_t bits) {
+  return cpu::widen(cpu::fp16{bits});
+}
+inline uint16_t float_to_half(float x) {
+  return cpu::narrow<cpu::fp16>(x).bits;
+}
+inline uint16_t float_to_bfloat16(float x) {
+  return cpu::narrow<cpu::bf16>(x).bits;
+}
+#else
+__device__ __forceinline__ float half_to_float(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+__device__ __forceinline__ uint16_t float_to_half(float x) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+__device__ __forceinline__ uint16_t float_to_bfloat16(float x) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+#endif
+
+// 16 bytes that are read once: they should not push anything out of the caches.
+__device__ __forceinline__ uint4 load_once(const void* p) {
+  return __ldcs(static_cast<const uint4*>(p));
+}
+// 16 bytes that others read too.
+__device__ __forceinline__ uint4 load_shared_by_all(const void* p) {
+  return __ldg(static_cast<const uint4*>(p));
+}
+
+// ---- the host's side of a launch
+// -----------------------------------------------------------------
+
+// null when the launches since the last call went well, else the CUDA error's text.
+inline const char* launch_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Multiprocessors of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return 1;
+  }
+  return count;
+}
+
+inline unsigned grid_of(int64_t blocks) {
+  constexpr int64_t kMost = int64_t{1} << 30;  // kernels stride over what is more
+  return static_cast<unsigned>(blocks < kMost ? blocks : kMost);
+}
+
+}  // namespace fastsae::cuda

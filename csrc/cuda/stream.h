@@ -1,7 +1,9 @@
-// The device and stream that an operator runs on, and where its kernels register.
+// What the CUDA operators have in common: device and stream, formats, scratch, registration.
 #pragma once
 
 #include "check.h"
+#include "cuda/format.h"
+#include "dispatch.h"
 #include "torch.h"
 
 #ifdef FASTSAE_EMULATED
@@ -38,5 +40,33 @@ class DeviceScope {
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
 };
+
+inline Format format_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Format::kFloat32;
+    case ScalarType::Double:
+      return Format::kFloat64;
+    case ScalarType::BFloat16:
+      return Format::kBFloat16;
+    case ScalarType::Half:
+      return Format::kFloat16;
+    default:
+      FASTSAE_CHECK(false, op, ": expected ", name, " to be float32, float64, bfloat16 or float16");
+  }
+}
+
+// Bytes for a launcher, from torch's allocator: they live as long as the stream needs them.
+inline Tensor scratch(const Tensor& like, int64_t bytes) {
+  return new_empty(like, {bytes}, ScalarType::Byte);
+}
+
+inline void check_launch(const char* op, const char* error) {
+  FASTSAE_CHECK(error == nullptr, op, ": ", error);
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  FASTSAE_CHECK(t.device() == like.device(), op, ": expected ", name, " on the device of x");
+}
 
 }  // namespace fastsae::cuda

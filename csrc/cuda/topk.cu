@@ -15,13 +15,11 @@ const char* launch(const TopkParams& p, cudaStream_t stream) {
   Bits* values = static_cast<Bits*>(p.values);
   FASTSAE_LAUNCH(topk_kernel<F>, grid, kThreads, 0, stream, static_cast<const Bits*>(p.x), p.n, p.m,
                  p.k, values, p.indices);
-  cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess && p.sorted) {
+  if (p.sorted) {
     FASTSAE_LAUNCH(sort_kernel<F>, grid, kThreads, 0, stream, p.n, p.k, next_power_of_two(p.k),
                    p.sort_space, values, p.indices);
-    error = cudaGetLastError();
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_error();
 }
 
 }  // namespace
@@ -34,16 +32,7 @@ int32_t next_power_of_two(int32_t k) {
 
 const char* launch_topk(const TopkParams& params, Format format, void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  switch (format) {
-    case Format::kFloat32:
-      return launch<Float32>(params, on);
-    case Format::kFloat64:
-      return launch<Float64>(params, on);
-    case Format::kBFloat16:
-      return launch<BFloat16>(params, on);
-    default:
-      return launch<Float16>(params, on);
-  }
+  return with_format(format, [&](auto f) { return launch<decltype(f)>(params, on); });
 }
 
 }  // namespace fastsae::cuda

@@ -1,11 +1,9 @@
 // What the operator and the launcher of the CUDA topk agree on. No torch, no CUDA.
 #pragma once
 
-#include <cstdint>
+#include "cuda/format.h"
 
 namespace fastsae::cuda {
-
-enum class Format { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 struct TopkParams {
   const void* x;         // [n, m]

@@ -8,60 +8,13 @@
 // Cost: (digits + 1) reads of the row; 1.1 KiB of shared memory; no atomics on global memory.
 #pragma once
 
-#include <cstdint>
-
-#include "cuda/platform.cuh"
+#include "cuda/block.cuh"
+#include "cuda/number.cuh"
 #include "cuda/topk.h"
 
 namespace fastsae::cuda {
 
 constexpr int kThreads = 256;
-constexpr unsigned kFullWarp = 0xffffffffu;
-
-// kInf: the bits of +infinity; a larger magnitude is NaN.
-template <class BitsType, BitsType kInfBits>
-struct FloatFormat {
-  using Bits = BitsType;
-  static constexpr int kBits = 8 * sizeof(Bits);
-  static constexpr Bits kSign = Bits(1) << (kBits - 1);
-
-  __device__ static Bits key(Bits bits) {
-    const Bits magnitude = bits & static_cast<Bits>(~kSign);
-    if (magnitude > kInfBits) return static_cast<Bits>(~Bits(0));
-    if (magnitude == 0) return kSign;
-    return bits & kSign ? static_cast<Bits>(~bits) : static_cast<Bits>(bits | kSign);
-  }
-};
-using Float32 = FloatFormat<uint32_t, 0x7f800000u>;
-using Float64 = FloatFormat<uint64_t, 0x7ff0000000000000ull>;
-using BFloat16 = FloatFormat<uint16_t, 0x7f80u>;
-using Float16 = FloatFormat<uint16_t, 0x7c00u>;
-
-// Finds, from a histogram of 256 digits, the digit that holds the need-th largest key, and how many
-// are still needed inside it. Lane l owns digits 255 - 8l .. 248 - 8l, so a scan over lanes counts
-// from the largest digit down. Called by one whole warp.
-__device__ inline void find_digit(const unsigned* histogram, unsigned need, int lane,
-                                  unsigned* digit, unsigned* rest) {
-  unsigned own = 0;
-  for (int b = 0; b < 8; ++b) own += histogram[255 - 8 * lane - b];
-  unsigned inclusive = own;
-  for (int step = 1; step < 32; step <<= 1) {
-    const unsigned other = __shfl_up_sync(kFullWarp, inclusive, step);
-    if (lane >= step) inclusive += other;
-  }
-  unsigned above = inclusive - own;
-  if (above >= need || need > inclusive) return;  // one lane goes on
-  for (int b = 0; b < 8; ++b) {
-    const unsigned count = histogram[255 - 8 * lane - b];
-    if (need <= above + count) {
-      *digit = static_cast<unsigned>(255 - 8 * lane - b);
-      *rest = need - above;
-      return;
-    }
-    above += count;
-  }
-}
-
 template <class F>
 __global__ void __launch_bounds__(kThreads)
     topk_kernel(const typename F::Bits* __restrict__ x, int64_t n, int m, int k,

@@ -1,0 +1,97 @@
+// Storage formats as device code sees them: their bits, the number these stand for (in float, or in
+// double for float64), and integer keys that order like the numbers: NaN largest, -0 equal to +0.
+#pragma once
+
+#include "cuda/format.h"
+#include "cuda/platform.cuh"
+
+namespace fastsae::cuda {
+
+// kInf: the bits of +infinity; a larger magnitude is NaN.
+template <class BitsType, BitsType kInfBits>
+struct Ordered {
+  using Bits = BitsType;
+  static constexpr int kBits = 8 * sizeof(Bits);
+  static constexpr Bits kSign = Bits(1) << (kBits - 1);
+  static constexpr Bits kInf = kInfBits;
+  // Numbers in 16 bytes.
+  static constexpr int kVector = 16 / sizeof(Bits);
+
+  __device__ __forceinline__ static Bits key(Bits bits) {
+    const Bits magnitude = bits & static_cast<Bits>(~kSign);
+    if (magnitude > kInfBits) return static_cast<Bits>(~Bits(0));
+    if (magnitude == 0) return kSign;
+    return bits & kSign ? static_cast<Bits>(~bits) : static_cast<Bits>(bits | kSign);
+  }
+
+  // Bits with this key: one of them.
+  __device__ __forceinline__ static Bits from_key(Bits key) {
+    return key & kSign ? static_cast<Bits>(key & ~kSign) : static_cast<Bits>(~key);
+  }
+};
+
+struct Float32 : Ordered<uint32_t, 0x7f800000u> {
+  using Acc = float;
+  __device__ __forceinline__ static float widen(Bits bits) { return bits_as<float>(bits); }
+  __device__ __forceinline__ static Bits narrow(float x) { return bits_as<Bits>(x); }
+};
+
+struct Float64 : Ordered<uint64_t, 0x7ff0000000000000ull> {
+  using Acc = double;
+  __device__ __forceinline__ static double widen(Bits bits) { return bits_as<double>(bits); }
+  __device__ __forceinline__ static Bits narrow(double x) { return bits_as<Bits>(x); }
+};
+
+struct BFloat16 : Ordered<uint16_t, 0x7f80u> {
+  using Acc = float;
+  __device__ __forceinline__ static float widen(Bits bits) {
+    return bits_as<float>(static_cast<uint32_t>(bits) << 16);
+  }
+  __device__ __forceinline__ static Bits narrow(float x) { return float_to_bfloat16(x); }
+};
+
+struct Float16 : Ordered<uint16_t, 0x7c00u> {
+  using Acc = float;
+  __device__ __forceinline__ static float widen(Bits bits) { return half_to_float(bits); }
+  __device__ __forceinline__ static Bits narrow(float x) { return float_to_half(x); }
+};
+
+// The format of a number that sums are kept in.
+template <class A>
+struct FormatOf {
+  using type = Float32;
+};
+template <>
+struct FormatOf<double> {
+  using type = Float64;
+};
+
+// Element e of 16 bytes.
+template <class F>
+__device__ __forceinline__ typename F::Bits element(const uint4& v, int e) {
+  if constexpr (sizeof(typename F::Bits) == 2) {
+    const uint32_t word = e < 2 ? v.x : e < 4 ? v.y : e < 6 ? v.z : v.w;
+    return static_cast<uint16_t>(e & 1 ? word >> 16 : word & 0xffffu);
+  } else if constexpr (sizeof(typename F::Bits) == 4) {
+    return e == 0 ? v.x : e == 1 ? v.y : e == 2 ? v.z : v.w;
+  } else {
+    return e == 0 ? v.x | static_cast<uint64_t>(v.y) << 32 : v.z | static_cast<uint64_t>(v.w) << 32;
+  }
+}
+
+// Calls f with an object of the format's type.
+template <class Call>
+auto with_format(Format format, Call&& f) {
+  switch (format) {
+    case Format::kFloat32:
+      return f(Float32{});
+    case Format::kFloat64:
+      return f(Float64{});
+    case Format::kBFloat16:
+      return f(BFloat16{});
+    default:
+      return f(Float16{});
+  }
+}
+
+}  // namespace fastsae::cuda
