@@ -18,16 +18,18 @@ std::tuple<Tensor, Tensor> topk(const Tensor& x_in, int64_t k, bool sorted) {
   Tensor values = new_empty(x, {n, k}, x.scalar_type());
   Tensor indices = new_empty(x, {n, k}, ScalarType::Int);
   if (n == 0) return {values, indices};
-  const int64_t space = sorted ? 2 * int64_t{next_power_of_two(static_cast<int32_t>(k))} : 0;
-  Tensor sort_space = new_empty(x, {n, space}, ScalarType::Long);
-  const TopkParams params{x.const_data_ptr(),
-                          n,
-                          static_cast<int32_t>(m),
-                          static_cast<int32_t>(k),
-                          sorted,
-                          values.mutable_data_ptr(),
-                          static_cast<int32_t*>(indices.mutable_data_ptr()),
-                          static_cast<uint64_t*>(sort_space.mutable_data_ptr())};
+  TopkParams params{x.const_data_ptr(),
+                    nullptr,
+                    nullptr,
+                    n,
+                    static_cast<int32_t>(m),
+                    static_cast<int32_t>(k),
+                    sorted,
+                    false,
+                    values.mutable_data_ptr(),
+                    mutable_data_of<int32_t>(indices)};
+  Tensor space = scratch(x, topk_scratch(params, format));
+  params.scratch = space.mutable_data_ptr();
   check_launch("topk", launch_topk(params, format, device.stream()));
   return {values, indices};
 }

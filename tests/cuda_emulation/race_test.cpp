@@ -10,7 +10,6 @@
 
 using fastsae::cuda::Format;
 using fastsae::cuda::launch_topk;
-using fastsae::cuda::next_power_of_two;
 
 static int wrong_topk(int n, int m, int k, unsigned distinct, bool sorted) {
   std::mt19937 generator(7);
@@ -19,10 +18,12 @@ static int wrong_topk(int n, int m, int k, unsigned distinct, bool sorted) {
   for (float& v : x) v = distinct ? static_cast<float>(generator() % distinct) : normal(generator);
   std::vector<float> values(static_cast<size_t>(n) * k);
   std::vector<int32_t> indices(values.size());
-  std::vector<uint64_t> space(static_cast<size_t>(n) * 2 * next_power_of_two(k));
-  const char* error =
-      launch_topk({x.data(), n, m, k, sorted, values.data(), indices.data(), space.data()},
-                  Format::kFloat32, nullptr);
+  fastsae::cuda::TopkParams params{x.data(), nullptr,       nullptr,       n, m, k, sorted,
+                                   false,    values.data(), indices.data()};
+  std::vector<char> space(
+      static_cast<size_t>(fastsae::cuda::topk_scratch(params, Format::kFloat32)));
+  params.scratch = space.data();
+  const char* error = launch_topk(params, Format::kFloat32, nullptr);
   if (error) {
     std::printf("%s\n", error);
     return 1;

@@ -60,6 +60,40 @@ def test_rows_that_defeat_the_first_bound(isa) -> None:
         assert torch.equal(ops.topk(x, k).indices, reference.topk(x, k).indices)
 
 
+# Rows that one block holds, streams, or shares with others; odd widths; k at each bound between
+# kernels; rows that overflow the candidates.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("n", "m", "k"),
+    [
+        (9, 16_390, 64),
+        (2, 33_001, 65),
+        (1, 70_000, 40),
+        (2, 140_001, 200),
+        (1, 150_000, 512),
+        (1, 40_000, 513),
+        (3, 131_073, 1),
+    ],
+)
+def test_long_rows(device, dtype, n, m, k) -> None:
+    for kind in ("normal", "ties", "equal", "ascending"):
+        x = matrix(kind, n, m, dtype, device)
+        x[0, m // 2] = float("nan")
+        for sorted in (False, True):
+            got, want = ops.topk(x, k, sorted=sorted), reference.topk(x, k, sorted=sorted)
+            assert same(got.values, want.values), kind
+            assert torch.equal(got.indices, want.indices), kind
+
+
+def test_rows_at_any_address(device) -> None:
+    base = torch.randn(3 * 9001 + 8, device=device).bfloat16()
+    for start in range(8):
+        x = base[start : start + 3 * 9001].view(3, 9001)
+        got, want = ops.topk(x, 20), reference.topk(x, 20)
+        assert same(got.values, want.values)
+        assert torch.equal(got.indices, want.indices)
+
+
 def test_leading_dimensions_and_strides(device) -> None:
     x = torch.randn(4, 3, 50, device=device)
     got = ops.topk(x, 5)
