@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsae import _library, reference
+from tests.conftest import EMULATED
+from tests.ops.calls import NAMES, calls, check, has_kernel
 from tests.ops.inputs import DTYPES, KINDS, matrix, same
 
-emulated = _library.find("libfastsae_emulated.so")
-if emulated is not None:
-    torch.ops.load_library(str(emulated))
 needs_emulation = pytest.mark.skipif(
-    emulated is None, reason="built without FASTSAE_EMULATION=ON (make test turns it on)"
+    EMULATED is None, reason="built without FASTSAE_EMULATION=ON (make test turns it on)"
 )
 SHAPES = ((1, 1, 1), (3, 7, 3), (2, 256, 256), (3, 257, 9), (2, 1000, 500), (2, 5000, 33))
 
@@ -48,12 +47,12 @@ def test_topk_any_shape(n, m, data, kind, sorted) -> None:
 
 
 @needs_emulation
-def test_no_race() -> None:
-    program = _library.find("fastsae_race_test")
-    assert program is not None
-    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "ThreadSanitizer" not in done.stderr
+@pytest.mark.parametrize("op", NAMES)
+def test_calls_equal_the_cpu(op) -> None:
+    if not has_kernel(op, "fastsae_emulated"):
+        pytest.skip(f"{op} has no CUDA kernel yet")
+    for call in calls(only=op):
+        check(call, call("fastsae_emulated"), call())
 
 
 @pytest.mark.skipif(
