@@ -48,4 +48,22 @@ inline void check_entries(const char* op, int64_t entries) {
                 ": expected fewer than 2^31 selected entries, got ", entries);
 }
 
+// The shapes of sparse activations; their indices and offsets are for whoever can read them.
+inline void check_entries_layout(const char* op, const Tensor& values, const Tensor& indices,
+                                 const std::optional<Tensor>& offsets) {
+  check_int32(op, "indices", indices);
+  FASTSAE_CHECK(values.dim() == indices.dim() && values.numel() == indices.numel(), op,
+                ": expected indices to have the shape of values, got ", shape_of(indices), " and ",
+                shape_of(values));
+  if (!offsets) {
+    check_matrix(op, "values", values);
+  } else {
+    FASTSAE_CHECK(values.dim() == 1 && offsets->dim() == 1 && offsets->size(0) >= 1, op,
+                  ": expected values to be [cap] and offsets to be [n + 1], got ", shape_of(values),
+                  " and ", shape_of(*offsets));
+    check_int32(op, "offsets", *offsets);
+  }
+  check_entries(op, values.numel());
+}
+
 }  // namespace fastsae
