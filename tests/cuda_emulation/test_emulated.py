@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsae import _library, reference
+from tests.ops.calls import NAMES, calls, check, has_kernel
 from tests.ops.inputs import DTYPES, KINDS, matrix, same
 
 emulated = _library.find("libfastsae_emulated.so")
@@ -48,12 +49,12 @@ def test_topk_any_shape(n, m, data, kind, sorted) -> None:
 
 
 @needs_emulation
-def test_no_race() -> None:
-    program = _library.find("fastsae_race_test")
-    assert program is not None
-    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "ThreadSanitizer" not in done.stderr
+@pytest.mark.parametrize("op", NAMES)
+def test_calls_equal_the_cpu(op) -> None:
+    if not has_kernel(op, "fastsae_emulated"):
+        pytest.skip(f"{op} has no CUDA kernel yet")
+    for call in calls(only=op):
+        check(call, call("fastsae_emulated"), call())
 
 
 @pytest.mark.skipif(

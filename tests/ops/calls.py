@@ -1,0 +1,234 @@
+"""Small calls of every operator, for any namespace and device: what sanitizers and graphs run.
+
+Sizes are the smallest that reach every path: odd widths, several blocks, ties, both layouts of the
+activations. Products are of small integers, so that every order of summation gives the same number
+and a selection has one right answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from tests.ops.inputs import acts, matrix
+
+NAMES = (
+    "topk",
+    "batch_topk",
+    "feature_topk",
+    "threshold_select",
+    "encode_topk",
+    "encode_batch_topk",
+    "encode_threshold",
+    "sparse_decode",
+    "sparse_decode_values_grad",
+    "transpose",
+    "sparse_weight_grad",
+    "sparse_adam_step_",
+)
+KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+MUTATED = {"sparse_adam_step_": 12}  # leading arguments that an operator writes to
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: the operator, what is special about it, its arguments."""
+
+    op: str
+    case: str
+    arguments: tuple[Any, ...]
+    tolerance: float = 0.0
+    """Of floating outputs, relative and absolute; integers are always exact."""
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.case}"
+
+    def to(self, device: str) -> Call:
+        """Return the same call with its tensors there."""
+        moved = (a.to(device) if isinstance(a, Tensor) else a for a in self.arguments)
+        return Call(self.op, self.case, tuple(moved), self.tolerance)
+
+    def __call__(self, namespace: str = "fastsae") -> tuple[Tensor, ...]:
+        """Return what the operator returns or, on copies, what it writes to."""
+        function = getattr(getattr(torch.ops, namespace), self.op)
+        count = MUTATED.get(self.op, 0)
+        written = tuple(t.clone() for t in self.arguments[:count])
+        out = function(*written, *self.arguments[count:])
+        return written or (out if isinstance(out, tuple) else (out,))
+
+
+def has_kernel(op: str, namespace: str = "fastsae", device: str = "cpu") -> bool:
+    """Return whether the operator has a kernel of its own there, not a stand-in."""
+    name = f"{namespace}::{op}"
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, KEYS[device]))
+
+
+def check(call: Call, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
+    """Raise where two results of the same call differ in what the operator promises."""
+    if call.op == "transpose":  # behind the lists there is nothing
+        size = int(want[0][-1])
+        got, want = ((t[0], t[1][:size], t[2][:size]) for t in (got, want))  # type: ignore[assignment]
+    assert len(got) == len(want), f"{call}: expected {len(want)} results, got {len(got)}"
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        tolerance = call.tolerance if b.is_floating_point() else 0.0
+
+        def message(text: str, i: int = i) -> str:
+            return f"{call}, result {i}: {text}"
+
+        assert_close(a.cpu(), b.cpu(), rtol=tolerance, atol=tolerance, equal_nan=True, msg=message)
+
+
+def _integers(*shape: int, dtype: torch.dtype, most: int = 2) -> Tensor:
+    return torch.randint(-most, most + 1, shape).to(dtype)
+
+
+def _select() -> list[Call]:
+    found = []
+    f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+    # Rows held by a block, streamed, cut into parts, selected from as a whole; k at both ends.
+    for n, m, k, dtype, kind in (
+        (6, 2048, 24, f32, "normal"),
+        (5, 999, 100, f32, "ties"),
+        (3, 100, 10, bf16, "special"),
+        (5, 257, 9, f16, "ties"),
+        (2, 301, 40, f64, "normal"),
+        (3, 4099, 3, bf16, "normal"),
+        (1, 40_001, 20, f32, "normal"),
+        (1, 9000, 40, f32, "ascending"),
+    ):
+        for sorted in (False, True):
+            x = matrix(kind, n, m, dtype)
+            found.append(Call("topk", f"{n}x{m}-{kind}-sorted{sorted}-{dtype}", (x, k, sorted)))
+    for n, m, dtype, kind in (
+        (7, 301, f32, "normal"),
+        (9, 1030, bf16, "ties"),
+        (3, 40, f32, "negative"),
+        (40, 129, f16, "equal"),
+        (5, 77, f64, "normal"),
+    ):
+        x = matrix(kind, n, m, dtype)
+        wide = f64 if dtype == f64 else f32
+        budget = 5 * n + 3
+        case = f"{n}x{m}-{kind}-{dtype}"
+        guess = torch.tensor(1.0, dtype=wide)
+        lengths = torch.arange(m, dtype=torch.int32) % 5
+        theta = torch.linspace(0.2, 1.5, m).to(wide)
+        found += [
+            Call("batch_topk", case, (x, budget, None)),
+            Call("batch_topk", f"{case}-hint", (x, budget, guess)),
+            Call("batch_topk", f"{case}-high-hint", (x, budget, 100 * guess)),
+            Call("feature_topk", case, (x, lengths, int(lengths.clamp(max=n).sum()) + 2)),
+            Call("threshold_select", case, (x, guess, n * m)),
+            Call("threshold_select", f"{case}-few", (x, theta, 2 * n + 1)),
+        ]
+    return found
+
+
+def _encode() -> list[Call]:
+    found = []
+    for n, d, m, dtype, bf16_product in (
+        (5, 33, 130, torch.float32, False),
+        (40, 64, 515, torch.float32, True),
+        (70, 40, 300, torch.bfloat16, False),
+        (3, 24, 70, torch.float16, False),
+        (33, 17, 65, torch.float64, False),
+    ):
+        x, W = _integers(n, d, dtype=dtype), _integers(m, d, dtype=dtype)
+        b_enc, b_dec = _integers(m, dtype=dtype, most=4), _integers(d, dtype=dtype)
+        mask = torch.rand(m) < 0.5
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        theta, thetas = torch.tensor(3.0, dtype=wide), torch.arange(m).remainder(9).to(wide)
+        case = f"{n}x{d}x{m}-{dtype}" + ("-bf16" if bf16_product else "")
+        budget, product = 4 * n + 1, bf16_product
+        found += [
+            Call("encode_topk", case, (x, W, b_enc, b_dec, 7, None, True, product)),
+            Call("encode_topk", f"{case}-mask", (x, W, None, None, 9, mask, False, product)),
+            Call("encode_batch_topk", case, (x, W, b_enc, b_dec, budget, None, product, None)),
+            Call(
+                "encode_batch_topk",
+                f"{case}-mask-hint",
+                (x, W, None, b_dec, budget, mask, product, theta),
+            ),
+            Call("encode_threshold", case, (x, W, b_enc, b_dec, theta, n * m, product)),
+            Call("encode_threshold", f"{case}-few", (x, W, b_enc, None, thetas, budget, product)),
+        ]
+    return found
+
+
+def _sparse() -> list[Call]:
+    found = []
+    tolerances = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+    for n, d, m, k, dtype, layout in (
+        (11, 131, 300, 20, torch.float32, "fixed"),
+        (9, 64, 70, 5, torch.float32, "variable"),
+        (70, 33, 130, 7, torch.bfloat16, "fixed"),
+        (6, 256, 41, 9, torch.bfloat16, "variable"),
+        (5, 40, 33, 3, torch.float16, "fixed"),
+        (4, 17, 33, 6, torch.float64, "variable"),
+    ):
+        a = acts(n, m, k, dtype, layout)
+        W, b = torch.randn(m, d).to(dtype), torch.randn(d).to(dtype)
+        x, grad = torch.randn(n, d).to(dtype), torch.randn(n, d).to(dtype)
+        lists = torch.ops.fastsae.transpose(a.values, a.indices, a.offsets, m)
+        case, tolerance = f"{n}x{d}x{m}-{layout}-{dtype}", tolerances.get(dtype, 1e-12)
+        entries = (a.values, a.indices, a.offsets)
+        found += [
+            Call("sparse_decode", case, (*entries, W, b), tolerance),
+            Call("sparse_decode", f"{case}-no-bias", (*entries, W, None), tolerance),
+            Call("sparse_decode_values_grad", case, (grad, *entries, W), tolerance * d**0.5),
+            Call("transpose", case, (*entries, m)),
+            Call("sparse_weight_grad", case, (a.values, *lists, x), tolerance * n**0.5),
+        ]
+    # One latent in every row: the longest list there can be, over several blocks.
+    values, indices = torch.rand(300, 2) + 0.1, torch.tensor([[0, 5]]).expand(300, 2).int()
+    lists = torch.ops.fastsae.transpose(values, indices.contiguous(), None, 9)
+    found += [
+        Call("transpose", "one-latent", (values, indices.contiguous(), None, 9)),
+        Call("sparse_weight_grad", "one-latent", (values, *lists, torch.randn(300, 24)), 1e-4),
+    ]
+    return found
+
+
+def _adam() -> list[Call]:
+    found = []
+    for n, d, m, k, dtype, layout, max_norm, extra in (
+        (20, 16, 64, 4, torch.float32, "fixed", float("inf"), False),
+        (33, 37, 200, 7, torch.float32, "variable", 0.5, True),
+        (9, 70, 31, 5, torch.float64, "fixed", 1e9, True),
+        (40, 33, 131, 12, torch.float64, "variable", 0.5, False),
+    ):
+        a = acts(n, m, k, dtype, layout)
+        shapes = ((m, d), (m, d), (m,), (d,))
+        parameters = [torch.randn(s).to(dtype) for s in shapes]
+        averages = [0.1 * torch.randn_like(p) for p in parameters]
+        squares = [0.01 * torch.rand_like(p) for p in parameters]
+        latents = torch.randperm(m)[: m // 3].int()
+        rows: tuple[Tensor | None, ...] = (None,) * 4
+        if extra:
+            rows = (latents, *(torch.randn(len(latents), *s[1:]).to(dtype) for s in shapes[:3]))
+        grad_values, x = torch.randn(a.values.shape).to(dtype), torch.randn(n, d).to(dtype)
+        error = torch.randn(n, d).to(dtype)
+        tensors = (*parameters, *averages, *squares, a.values, grad_values, a.indices, a.offsets)
+        options = (1e-2, 0.9, 0.999, 1e-8, 3, max_norm, True)
+        case = f"{n}x{d}x{m}-{layout}-{dtype}-clip{max_norm}" + ("-rows" if extra else "")
+        tolerance = 2e-5 if dtype == torch.float32 else 1e-11
+        found.append(
+            Call("sparse_adam_step_", case, (*tensors, x, error, *rows, *options), tolerance)
+        )
+    return found
+
+
+def calls(device: str = "cpu", only: str = "") -> list[Call]:
+    """Return the table, the same numbers every time; `only` keeps operators of that name."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        makers: tuple[Callable[[], list[Call]], ...] = (_select, _encode, _sparse, _adam)
+        table = [call for make in makers for call in make()]
+    missing = set(NAMES) - {call.op for call in table}
+    assert not missing, f"calls: expected a call of every operator, got none of {missing}"
+    return [call.to(device) for call in table if only in ("", call.op)]
