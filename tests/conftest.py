@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastsae import _host, _library
+from tests.ops.calls import NAMES, has_kernel
 
 LEVELS = ("scalar", "avx2", "avx512")
 AVAILABLE = LEVELS[: LEVELS.index(_host.best_isa()) + 1]
@@ -28,9 +32,21 @@ def isa(request: pytest.FixtureRequest):
 
 
 # The CUDA kernels, executed on the host: operators of a namespace of their own, on CPU tensors.
-EMULATED = _library.find("libfastsae_emulated.so")
+# FASTSAE_EMULATED names another build of them, such as one for a sanitizer.
+_named = os.environ.get("FASTSAE_EMULATED")
+EMULATED = Path(_named) if _named else _library.find("libfastsae_emulated.so")
 if EMULATED is not None:
     torch.ops.load_library(str(EMULATED))
+
+
+def _emulated_kernel(op: str) -> Callable[..., object]:
+    if has_kernel(op, "fastsae_emulated"):
+        return getattr(torch.ops.fastsae_emulated, op)
+
+    def skip(*_: object) -> None:
+        pytest.skip(f"{op} has no CUDA kernel yet")
+
+    return skip
 
 
 def devices() -> list[str]:
@@ -43,12 +59,18 @@ def devices() -> list[str]:
 
 
 @pytest.fixture(params=devices())
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every device that torch has here, and the CPU with the emulated CUDA kernels as its ops."""
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every device that torch has here, and the CPU with the emulated CUDA kernels as its own."""
     if request.param != "emulated":
-        return request.param
-    monkeypatch.setattr(torch.ops, "fastsae", torch.ops.fastsae_emulated)
-    return "cpu"
+        yield request.param
+        return
+    kernels = torch.library.Library("fastsae", "IMPL")
+    with warnings.catch_warnings():  # torch says once that it does what it was asked for
+        warnings.simplefilter("ignore")
+        for op in NAMES:
+            kernels.impl(op, _emulated_kernel(op), "CPU", allow_override=True)
+    yield "cpu"
+    kernels._destroy()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

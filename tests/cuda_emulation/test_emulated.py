@@ -11,14 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsae import _library, reference
+from tests.conftest import EMULATED
 from tests.ops.calls import NAMES, calls, check, has_kernel
 from tests.ops.inputs import DTYPES, KINDS, matrix, same
 
-emulated = _library.find("libfastsae_emulated.so")
-if emulated is not None:
-    torch.ops.load_library(str(emulated))
 needs_emulation = pytest.mark.skipif(
-    emulated is None, reason="built without FASTSAE_EMULATION=ON (make test turns it on)"
+    EMULATED is None, reason="built without FASTSAE_EMULATION=ON (make test turns it on)"
 )
 SHAPES = ((1, 1, 1), (3, 7, 3), (2, 256, 256), (3, 257, 9), (2, 1000, 500), (2, 5000, 33))
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
-import torch
 
 from fastsae import _library
 from tests.cuda_emulation import sanitizers
 from tests.ops.calls import NAMES, calls, has_kernel
 
-emulated = _library.find("libfastsae_emulated.so")
 watched = _library.find("libfastsae_emulated_tsan.so")
-if emulated is not None:
-    torch.ops.load_library(str(emulated))
 
 
 @pytest.mark.skipif(
