@@ -185,3 +185,72 @@ def test_decode_takes_the_arguments_of_the_cpu() -> None:
     for bad in (grad[:3], grad.double()):
         with pytest.raises(RuntimeError, match="sparse_decode_values_grad: expected grad to"):
             cuda.sparse_decode_values_grad(bad, *lists(a), W)
+
+
+def same_lists(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
+    for name, a, b in zip(("offsets", "rows", "slots"), got, want, strict=True):
+        assert torch.equal(a, b), name
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 60),
+    st.sampled_from((1, 2, 31, 255, 256, 1023, 1024, 5000, 70_000)),
+    st.integers(0, 40),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from(DTYPES),
+)
+def test_transpose_of_any_shape(n, d_sae, k, layout, dtype) -> None:
+    a = acts(n, min(d_sae, 300), min(k, d_sae, 300), dtype, layout)
+    spread = torch.randint(0, d_sae, a.indices.shape, dtype=torch.int32)
+    same_lists(
+        cuda.transpose(a.values, spread, a.offsets, d_sae),
+        cpu.transpose(a.values, spread, a.offsets, d_sae),
+    )
+
+
+@pytest.mark.parametrize("kind", ["spread", "one latent", "two latents", "hot", "sorted"])
+@pytest.mark.parametrize("d_sae", [7, 3000, 1_200_000])
+def test_transpose_of_many_entries(kind, d_sae) -> None:
+    n, k = 1100, 32  # more tiles than blocks of the emulated grid
+    indices = torch.randint(0, d_sae, (n, k), dtype=torch.int32)
+    if kind == "one latent":
+        indices.fill_(d_sae - 1)
+    elif kind == "two latents":
+        indices = indices % 2 * (d_sae - 1)
+    elif kind == "hot":
+        indices[:, :16] = 3
+    elif kind == "sorted":
+        indices = indices.flatten().sort().values.view(n, k)
+    values = torch.randn(n, k)
+    values[torch.rand(n, k) < 0.3] = 0
+    got = cuda.transpose(values, indices.int(), None, d_sae)
+    same_lists(got, cpu.transpose(values, indices.int(), None, d_sae))
+    same_lists(cuda.transpose(values, indices.int(), None, d_sae), got)
+
+
+def test_transpose_of_nothing() -> None:
+    none, no_index = torch.zeros(0), torch.zeros(0, dtype=torch.int32)
+    for offsets in (torch.zeros(1, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)):
+        for d_sae in (0, 1, 9):
+            got = cuda.transpose(none, no_index, offsets, d_sae)
+            same_lists(got, cpu.transpose(none, no_index, offsets, d_sae))
+    zeros = torch.zeros(5, 3), torch.zeros(5, 3, dtype=torch.int32)
+    same_lists(cuda.transpose(*zeros, None, 4), cpu.transpose(*zeros, None, 4))
+    a = acts(3, 9, 4, torch.float32, "variable")
+    a.values[0] = float("nan")
+    same_lists(cuda.transpose(*lists(a), 9), cpu.transpose(*lists(a), 9))
+
+
+def test_transpose_leaves_out_what_is_out_of_range() -> None:
+    a = acts(4, 20, 6, torch.float32, "fixed")
+    bad = a.indices.clone()
+    bad[0, 0], bad[1, 3], bad[3, 5] = -1, 20, 2**31 - 1
+    silent = torch.where(bad == a.indices, a.values, 0)
+    same_lists(
+        cuda.transpose(a.values, bad, None, 20), cpu.transpose(silent, a.indices, None, 20)
+    )
+    with pytest.raises(RuntimeError, match="transpose: expected d_sae >= 0, got -1"):
+        cuda.transpose(*lists(a), -1)
+    with pytest.raises(RuntimeError, match="transpose: expected values to be float32"):
+        cuda.transpose(a.indices, a.indices, None, 20)
