@@ -66,4 +66,15 @@ inline void check_entries_layout(const char* op, const Tensor& values, const Ten
   check_entries(op, values.numel());
 }
 
+inline void check_lists_layout(const char* op, const Tensor& offsets, const Tensor& rows,
+                               const Tensor& slots) {
+  check_int32(op, "offsets", offsets);
+  check_int32(op, "rows", rows);
+  check_int32(op, "slots", slots);
+  FASTSAE_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1 && rows.dim() == 1 && slots.dim() == 1 &&
+                    rows.size(0) == slots.size(0),
+                op, ": expected offsets to be [d_sae + 1] and rows, slots to be [cap], got ",
+                shape_of(offsets), ", ", shape_of(rows), " and ", shape_of(slots));
+}
+
 }  // namespace fastsae

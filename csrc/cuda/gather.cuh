@@ -125,6 +125,9 @@ struct Strip {
 // Rows in flight: some 12 accesses of a lane are enough to hide the memory, and fit the registers.
 template <int kPacks>
 constexpr int kRowsInFlight = kPacks == 1 ? 8 : 4;
+// Blocks of 128 threads on a multiprocessor, at least.
+template <int kPacks>
+constexpr int kGatherBlocks = kPacks <= 2 ? 5 : 4;
 
 // sum += weight * rows[index] over the entries get(j), begin <= j < end. Called by a whole warp.
 template <class F, bool kWide, int kPacks, class Get>
@@ -185,13 +188,21 @@ bool rows_aligned(const void* p, int64_t d) {
          0;
 }
 
-// Packs per lane, 1 to 4: so that few lanes idle at the end of a row, but enough warps work.
+// How warps share the rows of `lists` sums.
 struct Split {
   int packs;     // of a row
   int per_lane;  // kPacks
-  int chunks;    // strips of a row
+  int chunks;    // strips of a row, at least 1
 };
+
+// Rows of single elements.
+inline Split split_elements(int d) {
+  return {d, 4, d == 0 ? 1 : (d + 127) / 128};
+}
+
+// Packs per lane, 1 to 4: so that few lanes idle at the end of a row, but enough warps work.
 inline Split split_row(int packs, int64_t lists) {
+  if (packs == 0) return {0, 1, 1};
   constexpr int kMost = 4;
   const int64_t wanted = 8 * int64_t{multiprocessors()};
   Split best{packs, 1, (packs + 31) / 32};

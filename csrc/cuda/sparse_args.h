@@ -18,6 +18,12 @@ struct Entries {
   EntriesParams params;
 };
 
+// Whether values are to be read in the format of the sums, not in that of their matrix.
+inline bool is_wide(const Tensor& values, ScalarType matrix) {
+  return values.scalar_type() != matrix || matrix == ScalarType::Float ||
+         matrix == ScalarType::Double;
+}
+
 // `like`: a tensor of the device, which errors call by `like_name`.
 inline Entries checked_entries(const char* op, const Tensor& values, const Tensor& indices,
                                const std::optional<Tensor>& offsets, int64_t d_sae,
@@ -28,15 +34,14 @@ inline Entries checked_entries(const char* op, const Tensor& values, const Tenso
   if (offsets) check_device(op, "offsets", *offsets, like, like_name);
   Entries e{as_contiguous(values), as_contiguous(indices), std::nullopt, {}};
   if (offsets) e.offsets = as_contiguous(*offsets);
-  e.params = {
-      e.values.const_data_ptr(),
-      values.scalar_type() != matrix || matrix == ScalarType::Float || matrix == ScalarType::Double,
-      data_of<int32_t>(e.indices),
-      e.offsets ? data_of<int32_t>(*e.offsets) : nullptr,
-      offsets ? offsets->size(0) - 1 : values.size(0),
-      offsets ? 0 : static_cast<int32_t>(values.size(1)),
-      static_cast<int32_t>(values.numel()),
-      static_cast<int32_t>(std::min<int64_t>(d_sae, INT32_MAX))};
+  e.params = {e.values.const_data_ptr(),
+              is_wide(values, matrix),
+              data_of<int32_t>(e.indices),
+              e.offsets ? data_of<int32_t>(*e.offsets) : nullptr,
+              offsets ? offsets->size(0) - 1 : values.size(0),
+              offsets ? 0 : static_cast<int32_t>(values.size(1)),
+              static_cast<int32_t>(values.numel()),
+              static_cast<int32_t>(std::min<int64_t>(d_sae, INT32_MAX))};
   return e;
 }
 

@@ -25,7 +25,7 @@ void launch_decode(const DecodeParams& p, cudaStream_t stream) {
     const Split split = split_row(p.d / F::kVector, e.n);
     with_packs(split.per_lane, [&](auto packs) { launch(split, packs); });
   } else {
-    launch({p.d, 4, (p.d + 127) / 128}, Constant<4>{});
+    launch(split_elements(p.d), Constant<4>{});
   }
 }
 

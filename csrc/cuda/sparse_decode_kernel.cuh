@@ -18,7 +18,7 @@ namespace fastsae::cuda {
 constexpr int kDecodeThreads = 128;
 
 template <class F, bool kWide, int kPacks>
-__global__ void __launch_bounds__(kDecodeThreads)
+__global__ void __launch_bounds__(kDecodeThreads, kGatherBlocks<kPacks>)
     sparse_decode_kernel(EntriesView<F> entries, const typename F::Bits* __restrict__ W,
                          const typename F::Bits* __restrict__ bias, int64_t n, int64_t d, int packs,
                          int chunks, typename F::Bits* __restrict__ out) {
@@ -56,7 +56,7 @@ __device__ __forceinline__ T warp_sum_8(T (&x)[8], int lane) {
 
 // `batches`: warps that share the entries of a token, `batch` <= 32 at a time.
 template <class F, bool kWide>
-__global__ void __launch_bounds__(kDecodeThreads)
+__global__ void __launch_bounds__(kDecodeThreads, 5)
     values_grad_kernel(EntriesView<F> entries, const typename F::Bits* __restrict__ grad,
                        const typename F::Bits* __restrict__ W, int64_t n, int64_t d, int packs,
                        int batches, int batch, void* __restrict__ out) {

@@ -254,3 +254,108 @@ def test_transpose_leaves_out_what_is_out_of_range() -> None:
         cuda.transpose(*lists(a), -1)
     with pytest.raises(RuntimeError, match="transpose: expected values to be float32"):
         cuda.transpose(a.indices, a.indices, None, 20)
+
+
+def skewed(n: int, d_sae: int, k: int, kind: str) -> tuple[Tensor, Tensor]:
+    """Values and indices [n, k] of which one latent, or some, have very long lists."""
+    indices = torch.randint(0, d_sae, (n, k), dtype=torch.int32)
+    if kind == "one latent":
+        indices.fill_(d_sae // 2)
+    elif kind == "one in every token":
+        indices[:, 0] = 1
+    elif kind == "three":
+        indices %= 3
+    return torch.randn(n, k), indices
+
+
+def weight_grad(module, values, transposed, x):
+    return module.sparse_weight_grad(values, *transposed, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weight_grad_at_every_width(dtype, layout) -> None:
+    for d in (*WIDTHS, 0):
+        a = acts(9, 50, 11, dtype, layout)
+        transposed = cpu.transpose(*lists(a), 50)
+        x = numbers(9, d, dtype=dtype)
+        for place in (lambda t: t, off_by_one):
+            got = weight_grad(cuda, a.values, transposed, place(x))
+            for one, other in zip(got, weight_grad(cpu, a.values, transposed, x), strict=True):
+                close(one, other, 9)
+
+
+# Lists that end at, just before and just behind a segment; d of one and of several strips.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["one latent", "one in every token", "three"])
+@pytest.mark.parametrize("n", [255, 256, 257, 1025])
+def test_weight_grad_of_long_lists(n, kind, dtype) -> None:
+    for d in (24, 33, 1032):
+        values, indices = skewed(n, 40, 2, kind)
+        values = values.to(dtype)
+        transposed = cpu.transpose(values, indices, None, 40)
+        x = numbers(n, d, dtype=dtype)
+        got = weight_grad(cuda, values, transposed, x)
+        for one, other in zip(got, weight_grad(cpu, values, transposed, x), strict=True):
+            close(one, other, 2 * n)
+        again = weight_grad(cuda, values, transposed, x)
+        assert torch.equal(got[0], again[0])
+        assert torch.equal(got[1], again[1])
+
+
+def test_a_sum_depends_on_nothing_but_its_list() -> None:
+    n, d = 700, 40
+    x = torch.randn(n, d)
+    values = torch.randn(n, 2)
+    indices = torch.stack([torch.zeros(n), torch.arange(n) % 5 + 1], 1).int()
+    alone = torch.where(indices == 0, values, 0)
+    results = [
+        weight_grad(cuda, v, cuda.transpose(v, 9 - indices, None, 10), x)[0][9]
+        for v in (values, alone)
+    ]
+    assert torch.equal(*results)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(0, 40),
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.integers(1, 200),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+)
+def test_weight_grad_of_any_shape(n, d_sae, k, d, layout, dtype, wide_values) -> None:
+    a = acts(n, d_sae, min(k, d_sae), dtype, layout)
+    if wide_values and dtype in (torch.bfloat16, torch.float16):
+        a = a.to(torch.float32)
+    x = numbers(n, d, dtype=dtype)
+    transposed = cpu.transpose(*lists(a), d_sae)
+    got = weight_grad(cuda, a.values, transposed, x)
+    for one, other in zip(got, weight_grad(cpu, a.values, transposed, x), strict=True):
+        close(one, other, n)
+
+
+def test_weight_grad_reads_nothing_out_of_range() -> None:
+    a = acts(30, 20, 6, torch.float32, "fixed")
+    offsets, rows, slots = cpu.transpose(*lists(a), 20)
+    x = torch.randn(30, 8)
+    weight, bias = cuda.sparse_weight_grad(a.values, offsets, rows + 1000, slots - 1000, x)
+    assert not weight.any()
+    assert not bias.any()
+    cuda.sparse_weight_grad(a.values, offsets * 1000, rows, slots, x)
+    cuda.sparse_weight_grad(a.values, -offsets, rows, slots, x)
+    calls = (
+        (a.values, offsets, rows, slots, x[0]),
+        (a.values, offsets, rows[1:], slots, x),
+        (a.values, offsets.long(), rows, slots, x),
+        (a.values.double(), offsets, rows, slots, x),
+    )
+    for call in calls:
+        messages = []
+        for module in (cpu, cuda):
+            with pytest.raises(RuntimeError, match="sparse_weight_grad: expected") as error:
+                module.sparse_weight_grad(*call)
+            messages.append(str(error.value).split(", sparse_weight_grad: ")[1])
+        assert messages[0] == messages[1]
