@@ -53,4 +53,33 @@ inline void check_entries(const char* op, int64_t entries) {
                 ": expected fewer than 2^31 selected entries, got ", entries);
 }
 
+// The shapes of sparse activations; their indices and offsets are for whoever can read them.
+inline void check_entries_layout(const char* op, const Tensor& values, const Tensor& indices,
+                                 const std::optional<Tensor>& offsets) {
+  check_int32(op, "indices", indices);
+  FASTSAE_CHECK(values.dim() == indices.dim() && values.numel() == indices.numel(), op,
+                ": expected indices to have the shape of values, got ", shape_of(indices), " and ",
+                shape_of(values));
+  if (!offsets) {
+    check_matrix(op, "values", values);
+  } else {
+    FASTSAE_CHECK(values.dim() == 1 && offsets->dim() == 1 && offsets->size(0) >= 1, op,
+                  ": expected values to be [cap] and offsets to be [n + 1], got ", shape_of(values),
+                  " and ", shape_of(*offsets));
+    check_int32(op, "offsets", *offsets);
+  }
+  check_entries(op, values.numel());
+}
+
+inline void check_lists_layout(const char* op, const Tensor& offsets, const Tensor& rows,
+                               const Tensor& slots) {
+  check_int32(op, "offsets", offsets);
+  check_int32(op, "rows", rows);
+  check_int32(op, "slots", slots);
+  FASTSAE_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1 && rows.dim() == 1 && slots.dim() == 1 &&
+                    rows.size(0) == slots.size(0),
+                op, ": expected offsets to be [d_sae + 1] and rows, slots to be [cap], got ",
+                shape_of(offsets), ", ", shape_of(rows), " and ", shape_of(slots));
+}
+
 }  // namespace fastsae

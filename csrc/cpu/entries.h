@@ -27,20 +27,12 @@ struct Entries {
 inline Entries checked_entries(const char* op, const Tensor& values, const Tensor& indices,
                                const std::optional<Tensor>& offsets, int64_t d_sae) {
   Entries e{as_contiguous(values), as_contiguous(indices), indices, !offsets.has_value(), 0, 0, 0};
-  check_int32(op, "indices", indices);
-  FASTSAE_CHECK(values.dim() == indices.dim() && values.numel() == indices.numel(), op,
-                ": expected indices to have the shape of values, got ", shape_of(indices), " and ",
-                shape_of(values));
+  check_entries_layout(op, values, indices, offsets);
   if (e.fixed) {
-    check_matrix(op, "values", values);
     e.n = values.size(0);
     e.k = values.size(1);
     e.total = values.numel();
   } else {
-    FASTSAE_CHECK(values.dim() == 1 && offsets->dim() == 1 && offsets->size(0) >= 1, op,
-                  ": expected values to be [cap] and offsets to be [n + 1], got ", shape_of(values),
-                  " and ", shape_of(*offsets));
-    check_int32(op, "offsets", *offsets);
     e.offsets = as_contiguous(*offsets);
     e.n = offsets->size(0) - 1;
     e.bound = data_of<int32_t>(e.offsets);
@@ -50,7 +42,6 @@ inline Entries checked_entries(const char* op, const Tensor& values, const Tenso
                   ": expected offsets to ascend from 0 to at most ", values.numel());
     e.total = e.bound[e.n];
   }
-  check_entries(op, values.numel());
   e.index = data_of<int32_t>(e.indices);
   // The sign bit of `outside` is set by an index below 0 or above the last one.
   const uint32_t last = static_cast<uint32_t>(d_sae) - 1;

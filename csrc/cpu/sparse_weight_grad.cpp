@@ -17,13 +17,7 @@ constexpr const char* kOp = "sparse_weight_grad";
 // Every list inside the entries, every row inside x, every slot inside values.
 void check_lists(const Tensor& values, const Tensor& offsets, const Tensor& rows,
                  const Tensor& slots, const Tensor& x) {
-  check_int32(kOp, "offsets", offsets);
-  check_int32(kOp, "rows", rows);
-  check_int32(kOp, "slots", slots);
-  FASTSAE_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1 && rows.dim() == 1 && slots.dim() == 1 &&
-                    rows.size(0) == slots.size(0),
-                kOp, ": expected offsets to be [d_sae + 1] and rows, slots to be [cap], got ",
-                shape_of(offsets), ", ", shape_of(rows), " and ", shape_of(slots));
+  check_lists_layout(kOp, offsets, rows, slots);
   const int32_t* bound = data_of<int32_t>(offsets);
   const int64_t d_sae = offsets.size(0) - 1;
   bool ordered = bound[0] == 0;

@@ -65,8 +65,10 @@ inline void check_launch(const char* op, const char* error) {
   FASTSAE_CHECK(error == nullptr, op, ": ", error);
 }
 
-inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  FASTSAE_CHECK(t.device() == like.device(), op, ": expected ", name, " on the device of x");
+inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like,
+                         const char* like_name = "x") {
+  FASTSAE_CHECK(t.device() == like.device(), op, ": expected ", name, " on the device of ",
+                like_name);
 }
 
 }  // namespace fastsae::cuda

@@ -1,0 +1,231 @@
+// Rows picked from a matrix by index: what every sparse-dense product is made of.
+//
+// A warp sums a strip of columns, `kPacks` packs per lane, over the entries of one list. It reads
+// 32 entries at a time, one per lane, hands them round by shuffles, and has the loads of kRows rows
+// in flight before it adds the first. Sums run in the order of the entries, one accumulator per
+// column, so they depend neither on the grid nor on how the columns are split.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/block.cuh"
+#include "cuda/entries.h"
+#include "cuda/number.cuh"
+
+namespace fastsae::cuda {
+
+// What one access reads: 16 bytes, or one element where rows do not start at multiples of 16 bytes.
+template <class F, bool kWide>
+struct Pack {
+  using Bits = typename F::Bits;
+  using Acc = typename F::Acc;
+  static constexpr int kSize = kWide ? F::kVector : 1;
+  using Raw = std::conditional_t<kWide, uint4, Bits>;
+
+  __device__ __forceinline__ static Raw load(const Bits* p) {
+    if constexpr (kWide) return load_shared_by_all(p);
+    else return __ldg(p);
+  }
+  // For memory that this kernel also writes.
+  __device__ __forceinline__ static Raw load_own(const Bits* p) {
+    return *reinterpret_cast<const Raw*>(p);
+  }
+  __device__ __forceinline__ static Acc at(const Raw& raw, int e) {
+    if constexpr (kWide) return F::widen(element<F>(raw, e));
+    else return F::widen(raw);
+  }
+  __device__ __forceinline__ static void store(Bits* p, const Acc (&x)[kSize]) {
+    if constexpr (!kWide) {
+      *p = F::narrow(x[0]);
+    } else {
+      uint32_t word[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        if constexpr (sizeof(Bits) == 2) {
+          word[w] = F::narrow(x[2 * w]) | static_cast<uint32_t>(F::narrow(x[2 * w + 1])) << 16;
+        } else if constexpr (sizeof(Bits) == 4) {
+          word[w] = F::narrow(x[w]);
+        } else {
+          word[w] = static_cast<uint32_t>(F::narrow(x[w / 2]) >> (w % 2 * 32));
+        }
+      }
+      *reinterpret_cast<uint4*>(p) = {word[0], word[1], word[2], word[3]};
+    }
+  }
+};
+
+// One entry as a lane holds it; weight 0: none, or inactive.
+template <class A>
+struct Entry {
+  int index;
+  A weight;
+};
+
+// Sparse activations; F is the format of the matrix they meet.
+template <class F>
+struct EntriesView {
+  using Acc = typename F::Acc;
+  using Bits = typename F::Bits;
+  EntriesParams p;
+
+  // Positions of the entries of a row. Bad offsets lead nowhere.
+  __device__ __forceinline__ int begin(int64_t row) const { return at(row); }
+  __device__ __forceinline__ int end(int64_t row) const { return at(row + 1); }
+
+  __device__ __forceinline__ Acc value(int j) const {
+    if (p.wide) return static_cast<const Acc*>(p.values)[j];
+    return F::widen(static_cast<const Bits*>(p.values)[j]);
+  }
+  __device__ __forceinline__ Entry<Acc> entry(int j) const {
+    const int index = p.indices[j];
+    const bool inside = static_cast<unsigned>(index) < static_cast<unsigned>(p.d_sae);
+    return {index, inside ? value(j) : Acc(0)};
+  }
+
+ private:
+  __device__ __forceinline__ int at(int64_t row) const {
+    if (!p.offsets) return static_cast<int>(row * p.k);
+    return min(max(p.offsets[row], 0), p.cap);
+  }
+};
+
+// The columns of one lane: packs first, first + 32, ... of a row of `packs` packs.
+template <class F, bool kWide, int kPacks>
+struct Strip {
+  using P = Pack<F, kWide>;
+  using Bits = typename F::Bits;
+  using Acc = typename F::Acc;
+  using Sum = Acc[kPacks][P::kSize];
+  int first, packs;
+
+  __device__ __forceinline__ Strip(int chunk, int lane, int packs)
+      : first(chunk * 32 * kPacks + lane), packs(packs) {}
+
+  __device__ __forceinline__ bool has(int i) const { return first + 32 * i < packs; }
+  __device__ __forceinline__ int column(int i) const { return (first + 32 * i) * P::kSize; }
+
+  // A row of sums, or 0 if null.
+  __device__ __forceinline__ void start(Sum& sum, const Bits* row) const {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const bool read = row && has(i);
+      const typename P::Raw raw = read ? P::load(row + column(i)) : typename P::Raw{};
+#pragma unroll
+      for (int e = 0; e < P::kSize; ++e) sum[i][e] = P::at(raw, e);
+    }
+  }
+  __device__ __forceinline__ void store(const Sum& sum, Bits* row) const {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      if (has(i)) P::store(row + column(i), sum[i]);
+    }
+  }
+};
+
+// Rows in flight: some 12 accesses of a lane are enough to hide the memory, and fit the registers.
+template <int kPacks>
+constexpr int kRowsInFlight = kPacks == 1 ? 8 : 4;
+// Blocks of 128 threads on a multiprocessor, at least.
+template <int kPacks>
+constexpr int kGatherBlocks = kPacks <= 2 ? 5 : 4;
+
+// sum += weight * rows[index] over the entries get(j), begin <= j < end. Called by a whole warp.
+template <class F, bool kWide, int kPacks, class Get>
+__device__ __forceinline__ void gather_sum(const Strip<F, kWide, kPacks>& strip,
+                                           typename Strip<F, kWide, kPacks>::Sum& sum, int begin,
+                                           int end, const typename F::Bits* rows, int64_t d,
+                                           Get&& get) {
+  using P = Pack<F, kWide>;
+  using Acc = typename F::Acc;
+  constexpr int kRows = kRowsInFlight<kPacks>;
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  const auto read = [&](int base) {
+    return lane < end - base ? get(base + lane) : Entry<Acc>{0, Acc(0)};
+  };
+  Entry<Acc> next = read(begin);
+  for (int done = 0; done < end - begin; done += 32) {
+    const Entry<Acc> own = next;
+    if (done + 32 < end - begin) next = read(begin + done + 32);
+    unsigned left = __ballot_sync(kFullWarp, own.weight != Acc(0));
+    while (left) {
+      const int count = __popc(left);
+      typename P::Raw held[kRows][kPacks];
+      Acc weight[kRows];
+      int from = 0;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (left) from = __ffs(static_cast<int>(left)) - 1;  // past the last one: that again
+        left &= left - 1;
+        const int index = __shfl_sync(kFullWarp, own.index, from);
+        weight[r] = __shfl_sync(kFullWarp, own.weight, from);
+        const typename F::Bits* row = rows + index * d;
+#pragma unroll
+        for (int i = 0; i < kPacks; ++i) {
+          held[r][i] = strip.has(i) ? P::load(row + strip.column(i)) : typename P::Raw{};
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (r >= count) continue;
+#pragma unroll
+        for (int i = 0; i < kPacks; ++i) {
+#pragma unroll
+          for (int e = 0; e < P::kSize; ++e) sum[i][e] += weight[r] * P::at(held[r][i], e);
+        }
+      }
+    }
+  }
+}
+
+// ---- the host's side
+// -----------------------------------------------------------------------------
+
+// Whether rows of d elements from p on can be read 16 bytes at a time.
+template <class F>
+bool rows_aligned(const void* p, int64_t d) {
+  return (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(d) * sizeof(typename F::Bits)) %
+             16 ==
+         0;
+}
+
+// How warps share the rows of `lists` sums.
+struct Split {
+  int packs;     // of a row
+  int per_lane;  // kPacks
+  int chunks;    // strips of a row, at least 1
+};
+
+// Rows of single elements.
+inline Split split_elements(int d) {
+  return {d, 4, d == 0 ? 1 : (d + 127) / 128};
+}
+
+// Packs per lane, 1 to 4: so that few lanes idle at the end of a row, but enough warps work.
+inline Split split_row(int packs, int64_t lists) {
+  if (packs == 0) return {0, 1, 1};
+  constexpr int kMost = 4;
+  const int64_t wanted = 8 * int64_t{multiprocessors()};
+  Split best{packs, 1, (packs + 31) / 32};
+  for (int per_lane = 2; per_lane <= kMost; ++per_lane) {
+    const int chunks = (packs + 32 * per_lane - 1) / (32 * per_lane);
+    if (lists * chunks < wanted) break;
+    if (chunks * per_lane <= best.chunks * best.per_lane) best = {packs, per_lane, chunks};
+  }
+  return best;
+}
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// Calls f with the number of packs per lane as a Constant.
+template <class Call>
+void with_packs(int per_lane, Call&& f) {
+  if (per_lane == 1) f(Constant<1>{});
+  if (per_lane == 2) f(Constant<2>{});
+  if (per_lane == 3) f(Constant<3>{});
+  if (per_lane == 4) f(Constant<4>{});
+}
+
+}  // namespace fastsae::cuda
