@@ -26,6 +26,11 @@ inline void check_matrix(const char* op, const char* name, const Tensor& t) {
                 " to have fewer than 2^31 columns, got ", shape_of(t));
 }
 
+// Rows of entries are int32.
+inline void check_rows(const char* op, int64_t n) {
+  FASTSAE_CHECK(n < (int64_t{1} << 31), op, ": expected x to have fewer than 2^31 rows, got ", n);
+}
+
 inline void check_vector(const char* op, const char* name, const Tensor& t, int64_t size) {
   FASTSAE_CHECK(t.dim() == 1 && t.size(0) == size, op, ": expected ", name, " to be [", size,
                 "], got ", shape_of(t));

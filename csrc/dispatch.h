@@ -49,6 +49,13 @@ inline std::optional<Tensor> checked_hint(const char* op, const std::optional<Te
   return torch::stable::to(*hint, accumulator_type(x));
 }
 
+// A threshold for all columns, or one for each.
+inline void check_theta(const char* op, const Tensor& theta, const Tensor& x, int64_t columns) {
+  if (theta.dim() != 0) check_vector(op, "theta", theta, columns);
+  FASTSAE_CHECK(theta.scalar_type() == accumulator_type(x), op,
+                ": expected theta to be float32 (float64 for a float64 x)");
+}
+
 // Typed pointers; torch's own bfloat16 and half have the same layout as ours.
 template <class T>
 const T* data_of(const Tensor& t) {

@@ -49,9 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> threshold_select(const Tensor& x_in, const Te
   constexpr const char* op = "threshold_select";
   check_matrix(op, "x", x_in);
   const Tensor x = as_contiguous(x_in), theta = as_contiguous(theta_in);
-  if (theta.dim() != 0) check_vector(op, "theta", theta, x.size(1));
-  FASTSAE_CHECK(theta.scalar_type() == accumulator_type(x), op,
-                ": expected theta to be float32 (float64 for a float64 x)");
+  check_theta(op, theta, x, x.size(1));
   FASTSAE_CHECK(cap_in >= 0, op, ": expected cap >= 0, got ", cap_in);
   const int64_t cap = std::min(cap_in, x.numel());
   check_entries(op, cap);

@@ -165,9 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> encode_threshold(const Tensor& x, const Tenso
   constexpr const char* op = "encode_threshold";
   const EncoderInput in = encoder_input(op, x, W_enc, b_enc, b_dec, std::nullopt, bf16_product);
   const Tensor theta = as_contiguous(theta_in);
-  if (theta.dim() != 0) check_vector(op, "theta", theta, in.d_sae);
-  FASTSAE_CHECK(theta.scalar_type() == accumulator_type(x), op,
-                ": expected theta to be float32 (float64 for a float64 x)");
+  check_theta(op, theta, x, in.d_sae);
   FASTSAE_CHECK(cap_in >= 0, op, ": expected cap >= 0, got ", cap_in);
   const int64_t cap = std::min(cap_in, in.x.size(0) * in.d_sae);
   check_entries(op, cap);

@@ -240,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor> feature_topk(const Tensor& x_in, const Tensor
                                                 int64_t cap_in) {
   check_matrix(kOp, "x", x_in);
   const int64_t n = x_in.size(0), columns = x_in.size(1);
-  FASTSAE_CHECK(n < (int64_t{1} << 31), kOp, ": expected x to have fewer than 2^31 rows, got ", n);
+  check_rows(kOp, n);
   check_vector(kOp, "m", m_in, columns);
   check_int32(kOp, "m", m_in);
   FASTSAE_CHECK(cap_in >= 0, kOp, ": expected cap >= 0, got ", cap_in);

@@ -12,9 +12,10 @@ __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
-__device__ __forceinline__ unsigned warp_inclusive_sum(unsigned x, int lane) {
+template <class T>
+__device__ __forceinline__ T warp_inclusive_sum(T x, int lane) {
   for (int step = 1; step < 32; step <<= 1) {
-    const unsigned other = __shfl_up_sync(kFullWarp, x, step);
+    const T other = __shfl_up_sync(kFullWarp, x, step);
     if (lane >= step) x += other;
   }
   return x;
@@ -22,14 +23,13 @@ __device__ __forceinline__ unsigned warp_inclusive_sum(unsigned x, int lane) {
 
 // The sum of `x` over the threads before this one, and over all. Called by the whole block of
 // kThreads; `space` [kThreads / 32] is free again after the next barrier.
-template <int kThreads>
-__device__ __forceinline__ unsigned block_exclusive_sum(unsigned x, unsigned* space,
-                                                        unsigned* total) {
+template <int kThreads, class T>
+__device__ __forceinline__ T block_exclusive_sum(T x, T* space, T* total) {
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
-  const unsigned inclusive = warp_inclusive_sum(x, lane);
+  const T inclusive = warp_inclusive_sum(x, lane);
   if (lane == 31) space[warp] = inclusive;
   __syncthreads();  // every warp's sum is there
-  unsigned before = 0, all = 0;
+  T before = 0, all = 0;
   for (int w = 0; w < kThreads / 32; ++w) {
     if (w < warp) before += space[w];
     all += space[w];

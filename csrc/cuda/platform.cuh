@@ -95,9 +95,15 @@ inline int multiprocessors() {
   return count;
 }
 
+// Kernels stride over what is more. Few in the emulation, so that they do.
+#ifdef FASTSAE_EMULATED
+constexpr int64_t kMostBlocks = 5;
+#else
+constexpr int64_t kMostBlocks = int64_t{1} << 30;
+#endif
+
 inline unsigned grid_of(int64_t blocks) {
-  constexpr int64_t kMost = int64_t{1} << 30;  // kernels stride over what is more
-  return static_cast<unsigned>(blocks < kMost ? blocks : kMost);
+  return static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
 }
 
 }  // namespace fastsae::cuda

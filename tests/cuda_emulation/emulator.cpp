@@ -363,6 +363,25 @@ void Runner::entry() {
   std::abort();
 }
 
+// Runners are kept for the next launch: a thousand stacks take longer to make than a small kernel
+// to run. One that met an error is not: its fibers stand somewhere in the middle.
+std::mutex idle_mu;
+std::vector<std::unique_ptr<Runner>>& idle_runners() {
+  static auto* kept = new std::vector<std::unique_ptr<Runner>>;  // for as long as the process
+  return *kept;
+}
+std::unique_ptr<Runner> take_runner() {
+  std::lock_guard<std::mutex> g(idle_mu);
+  if (idle_runners().empty()) return std::make_unique<Runner>();
+  std::unique_ptr<Runner> r = std::move(idle_runners().back());
+  idle_runners().pop_back();
+  return r;
+}
+void keep_runner(std::unique_ptr<Runner> r) {
+  std::lock_guard<std::mutex> g(idle_mu);
+  if (r->error.empty()) idle_runners().push_back(std::move(r));
+}
+
 std::mutex smem_mu;
 std::map<const void*, size_t>& smem_limits() {
   static std::map<const void*, size_t> m;
@@ -410,8 +429,10 @@ void launch_impl(const char* name, dim3 grid, dim3 block, size_t smem, Body body
   std::mutex mu;
   std::string error;
   auto work = [&] {
-    Runner r;
+    std::unique_ptr<Runner> own = take_runner();
+    Runner& r = *own;
     runner = &r;
+    r.order_mode = 0;
     if (mode && !std::strcmp(mode, "reverse")) r.order_mode = 1;
     if (mode && !std::strncmp(mode, "random", 6))
       r.order_mode = 2, r.rng = mode[6] == ':' ? std::strtoull(mode + 7, nullptr, 10) : 1;
@@ -442,6 +463,7 @@ void launch_impl(const char* name, dim3 grid, dim3 block, size_t smem, Body body
     }
     tl.dyn_smem = nullptr;
     runner = nullptr;
+    keep_runner(std::move(own));
   };
   if (workers == 1) {
     work();

@@ -25,6 +25,7 @@ def main() -> int:
     parser.add_argument("--namespace", default="fastsae")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", default="", choices=["", *NAMES])
+    parser.add_argument("--dtype", choices=["float32"], help="calls of this dtype")
     a = parser.parse_args()
     torch.set_num_threads(1)
     if a.library:
@@ -33,7 +34,7 @@ def main() -> int:
         print("under ThreadSanitizer")
     passed_over = [op for op in NAMES if not has_kernel(op, a.namespace, a.device)]
     ran, wrong = 0, 0
-    for call in calls(only=a.only):
+    for call in calls(only=a.only, dtype=getattr(torch, a.dtype) if a.dtype else None):
         if call.op in passed_over:
             continue
         ran += 1

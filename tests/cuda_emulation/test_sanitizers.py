@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from fastsae import _library
 from tests.cuda_emulation import sanitizers
+from tests.cuda_emulation.bugs import BUGS, SIGNS, Bug, plant
 from tests.ops.calls import NAMES, calls, has_kernel
 
 watched = _library.find("libfastsae_emulated_tsan.so")
@@ -28,3 +32,35 @@ def test_no_race() -> None:
     expected = sum(call.op in here for call in calls())
     assert re.search(rf"ran {expected} calls, 0 wrong", said), said
     assert "under ThreadSanitizer" in said, said
+
+
+recipe = _library.find("emulated_build.json")
+
+
+def _output_with(bug: Bug, build: sanitizers.Build, emulators: dict[str, Future[Path]]) -> str:
+    """Plant one bug, build, run; return what was said."""
+    name = bug.name.replace(" ", "_")
+    csrc = sanitizers.narrowed_copy(build.folder / name)
+    plant(bug, csrc)
+    launcher = build.launcher(bug.op, csrc, bug.kind)
+    library = build.library(name, {bug.op: launcher}, bug.kind, emulators[bug.kind].result())
+    done = sanitizers.run_calls(library, bug.kind, "--only", bug.op, "--dtype", "float32")
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[str]]]:
+    """What is said with every bug, two at a time."""
+    assert recipe is not None
+    build = sanitizers.Build.of(recipe, tmp_path_factory.mktemp("bugs"))
+    with ThreadPoolExecutor(2) as pool:
+        emulators = {k: pool.submit(build.emulator, k) for k in sorted({b.kind for b in BUGS})}
+        yield {b.name: pool.submit(_output_with, b, build, emulators) for b in BUGS}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.skipif(recipe is None, reason="built without the emulated kernels")
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_a_planted_bug_is_noticed(bug: Bug, outputs: dict[str, Future[str]]) -> None:
+    said = outputs[bug.name].result()
+    assert re.search(SIGNS[bug.noticed_by], said), f"{bug.noticed_by} did not notice:\n{said}"

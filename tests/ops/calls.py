@@ -98,8 +98,9 @@ def _select() -> list[Call]:
         (5, 257, 9, f16, "ties"),
         (2, 301, 40, f64, "normal"),
         (3, 4099, 3, bf16, "normal"),
-        (1, 40_001, 20, f32, "normal"),
+        (3, 33_001, 20, f32, "normal"),
         (1, 9000, 40, f32, "ascending"),
+        (4, 130, 60, f32, "zeros"),
     ):
         for sorted in (False, True):
             x = matrix(kind, n, m, dtype)
@@ -223,12 +224,16 @@ def _adam() -> list[Call]:
     return found
 
 
-def calls(device: str = "cpu", only: str = "") -> list[Call]:
-    """Return the table, the same numbers every time; `only` keeps operators of that name."""
+def calls(device: str = "cpu", only: str = "", dtype: torch.dtype | None = None) -> list[Call]:
+    """Return the table, the same numbers every time; `only`: of one operator, `dtype`: of one."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         makers: tuple[Callable[[], list[Call]], ...] = (_select, _encode, _sparse, _adam)
         table = [call for make in makers for call in make()]
     missing = set(NAMES) - {call.op for call in table}
     assert not missing, f"calls: expected a call of every operator, got none of {missing}"
-    return [call.to(device) for call in table if only in ("", call.op)]
+    return [
+        call.to(device)
+        for call in table
+        if only in ("", call.op) and dtype in (None, call.arguments[0].dtype)
+    ]

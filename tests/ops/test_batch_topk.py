@@ -53,7 +53,7 @@ def test_any_shape(n, m, k, kind) -> None:
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "ascending", "skewed", "few"])
-def test_large_enough_to_sample_a_bound(isa, kind) -> None:
+def test_large_enough_to_sample_a_bound(device, isa, kind) -> None:
     # From 262,144 entries on the first bound is an estimate; it must never show in the result.
     n, m = 96, 20_000
     if kind == "skewed":  # the rows that are sampled are nothing like the others
@@ -63,9 +63,10 @@ def test_large_enough_to_sample_a_bound(isa, kind) -> None:
         x[7, 11:50] = 1.0
     else:
         x = matrix(kind, n, m, torch.float32)
+    x = x.to(device)
     for k in (0.02, 3, 40):
         want = reference.batch_topk(x, k)
-        for hint in (None, want.threshold, want.threshold * 2, torch.tensor(-1.0)):
+        for hint in (None, want.threshold, want.threshold * 2, torch.tensor(-1.0, device=device)):
             got = ops.batch_topk(x, k, hint=hint)
             assert_same_acts(got.acts, want.acts, k)
             assert torch.equal(got.threshold, want.threshold)

@@ -1,0 +1,153 @@
+"""Mistakes that the emulation and the sanitizers have to notice, planted one at a time.
+
+Each is one piece of text of a file below csrc that is replaced; the launchers that include it are
+compiled again and the table of calls runs. To add one, add a line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+# What the one who notices prints.
+SIGNS = {
+    "tsan": r"WARNING: ThreadSanitizer: data race",
+    "asan": r"ERROR: AddressSanitizer",
+    "ubsan": r"runtime error:",
+    "emulator": r"emulator: ",
+    "result": r"wrong: ",
+}
+# Built and run with; the emulator and a wrong result need no sanitizer.
+KINDS = {"tsan": "tsan", "asan": "asan", "ubsan": "asan"}
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One mistake: what it is called, where, the text and its replacement, who notices."""
+
+    name: str
+    op: str
+    file: str
+    old: str
+    new: str
+    noticed_by: str
+
+    @property
+    def kind(self) -> str:
+        """How the launcher is compiled."""
+        return KINDS.get(self.noticed_by, "plain")
+
+
+def plant(bug: Bug, csrc: Path) -> None:
+    """Replace the text in a copy of csrc."""
+    file = csrc / bug.file
+    text = file.read_text()
+    count = text.count(bug.old)
+    assert count == 1, f"{bug.file}: expected the text of {bug.name!r} once, got {count} times"
+    file.write_text(text.replace(bug.old, bug.new))
+
+
+def _barrier(name: str, op: str, file: str, comment: str, before: str = "", after: str = "") -> Bug:
+    """Return the bug of a barrier left out; context where a comment is not unique."""
+    line = f"__syncthreads();  // {comment}"
+    return Bug(name, op, file, before + line + after, before + after, "tsan")
+
+
+_SELECT, _BLOCK = "cuda/row_select.cuh", "cuda/block.cuh"
+_TOPK, _LAUNCH = "cuda/topk_kernel.cuh", "cuda/topk.cu"
+
+BUGS = (
+    _barrier("candidates are counted too early", "topk", _TOPK, "all candidates are there"),
+    _barrier("count is reset too late", "topk", _TOPK, "reset before anyone takes"),
+    _barrier("sort without steps", "topk", _BLOCK, "one exchange step done by all before the next"),
+    _barrier(
+        "digit is overwritten",
+        "topk",
+        _SELECT,
+        "read before the next digit overwrites it",
+        after="\n    if (all) break;",
+    ),
+    _barrier(
+        "next row starts too early",
+        "topk",
+        _TOPK,
+        "done with shared memory before the next row",
+        before="a.partial[task * a.k + j] = 0;\n    }\n    ",
+    ),
+    Bug(
+        "histogram is not atomic",
+        "topk",
+        _BLOCK,
+        "atomicAdd(&histogram[digit], static_cast<unsigned>(__popc(peers)));",
+        "histogram[digit] += static_cast<unsigned>(__popc(peers));",
+        "tsan",
+    ),
+    Bug(
+        "shared memory is one short",
+        "topk",
+        _LAUNCH,
+        "static_cast<size_t>(a.room + a.sort_size)",
+        "static_cast<size_t>(a.room + a.sort_size - 1)",
+        "asan",
+    ),
+    Bug(
+        "one read past the row",
+        "topk",
+        _SELECT,
+        "const bool inside = first + tid < count;",
+        "const bool inside = first + tid <= count;",
+        "asan",
+    ),
+    Bug(
+        "scratch is half",
+        "topk",
+        _LAUNCH,
+        "entries = 2 * int64_t{plan.sort_blocks}",
+        "entries = 1 * int64_t{plan.sort_blocks}",
+        "asan",
+    ),
+    Bug(
+        "vectors start anywhere",
+        "topk",
+        _TOPK,
+        "const int head = min((E - misaligned) % E, size)",
+        "const int head = min((E - E * misaligned) % E, size)",
+        "ubsan",
+    ),
+    Bug(
+        "a barrier for some",
+        "topk",
+        _SELECT,
+        "__syncthreads();  // all warps have counted",
+        "if (warp < 2) __syncthreads();",
+        "emulator",
+    ),
+    Bug(
+        "a warp operation for some",
+        "topk",
+        _SELECT,
+        "    if (tid < 32) find_digit(s.histogram, need, lane, &s.digit, &s.rest);\n"
+        "    __syncthreads();  // found before everyone reads it\n"
+        "    prefix = ",
+        "    if (tid < 31) find_digit(s.histogram, need, lane, &s.digit, &s.rest);\n"
+        "    __syncthreads();\n"
+        "    prefix = ",
+        "emulator",
+    ),
+    Bug(
+        "ties go to the highest index",
+        "topk",
+        _TOPK,
+        "places[j] < places[p]",
+        "places[j] > places[p]",
+        "result",
+    ),
+    Bug(
+        "-0 is below +0",
+        "topk",
+        "cuda/number.cuh",
+        "if (magnitude == 0) return kSign;",
+        "",
+        "result",
+    ),
+)
