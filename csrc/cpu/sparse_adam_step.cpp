@@ -16,11 +16,12 @@
 
 #include "cpu/counting_sort.h"
 #include "cpu/kernels.h"
+#include "sparse_adam_call.h"
 
 namespace fastsae::cpu {
 namespace {
 
-constexpr const char* kOp = "sparse_adam_step_";
+constexpr const char* kOp = AdamCall::kOp;
 constexpr int64_t kGroup =
     64;  // latents whose shares of the gradient of b_dec are added up together
 
@@ -160,80 +161,27 @@ struct Step {
   }
 };
 
-void check_state(const char* name, const Tensor& t, const Tensor& like) {
-  bool same = t.dim() == like.dim() && t.scalar_type() == like.scalar_type() && t.is_contiguous();
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
-  FASTSAE_CHECK(same, kOp, ": expected ", name, " to be contiguous, with the dtype of W_enc and ",
-                shape_of(like), ", got ", shape_of(t));
-}
-
-void check_rows(const char* name, const Tensor& t, const Tensor& like, int64_t n) {
-  FASTSAE_CHECK(t.dim() == 2 && t.size(0) == n && t.size(1) == like.size(1) &&
-                    t.scalar_type() == like.scalar_type(),
-                kOp, ": expected ", name, " to be [", n, ", ", like.size(1),
-                "] with the dtype of W_enc, got ", shape_of(t));
-}
-
-void sparse_adam_step(Tensor W_enc, Tensor W_dec, Tensor b_enc, Tensor b_dec, Tensor m_W_enc,
-                      Tensor m_W_dec, Tensor m_b_enc, Tensor m_b_dec, Tensor v_W_enc,
-                      Tensor v_W_dec, Tensor v_b_enc, Tensor v_b_dec, const Tensor& values_in,
-                      const Tensor& grad_in, const Tensor& indices, std::optional<Tensor> offsets,
-                      const Tensor& x_in, const Tensor& error_in, std::optional<Tensor> rows,
-                      std::optional<Tensor> rows_W_enc, std::optional<Tensor> rows_W_dec,
-                      std::optional<Tensor> rows_b_enc, double lr, double beta1, double beta2,
-                      double eps, int64_t step, double max_norm, bool unit_norm) {
-  check_matrix(kOp, "W_enc", W_enc);
-  FASTSAE_CHECK(
-      W_enc.scalar_type() == ScalarType::Float || W_enc.scalar_type() == ScalarType::Double, kOp,
-      ": expected W_enc to be float32 or float64");
-  const int64_t d_sae = W_enc.size(0), d = W_enc.size(1);
-  check_vector(kOp, "b_enc", b_enc, d_sae);
-  check_vector(kOp, "b_dec", b_dec, d);
-  for (const Tensor* t : {&W_enc, &W_dec, &m_W_enc, &m_W_dec, &v_W_enc, &v_W_dec}) {
-    check_state("every matrix", *t, W_enc);
-  }
-  for (const Tensor* t : {&b_enc, &m_b_enc, &v_b_enc})
-    check_state("b_enc and its state", *t, b_enc);
-  for (const Tensor* t : {&b_dec, &m_b_dec, &v_b_dec})
-    check_state("b_dec and its state", *t, b_dec);
-  FASTSAE_CHECK(
-      b_enc.scalar_type() == W_enc.scalar_type() && b_dec.scalar_type() == W_enc.scalar_type(), kOp,
-      ": expected biases with the dtype of W_enc");
-  check_same_type(kOp, "values", values_in, W_enc.scalar_type());
-  const Entries e = checked_entries(kOp, values_in, indices, offsets, d_sae);
-  FASTSAE_CHECK(grad_in.dim() == values_in.dim() && grad_in.numel() == values_in.numel() &&
-                    grad_in.scalar_type() == values_in.scalar_type(),
-                kOp, ": expected grad_values to be like values, got ", shape_of(grad_in));
-  check_rows("x", x_in, W_enc, e.n);
-  check_rows("error", error_in, W_enc, e.n);
-  FASTSAE_CHECK(step >= 1, kOp, ": expected step >= 1, got ", step);
-  const Tensor grad = as_contiguous(grad_in), error = as_contiguous(error_in);
-  const Tensor centred = as_contiguous(torch::stable::subtract(x_in, b_dec));
+void run(AdamCall& c) {
+  const int64_t d_sae = c.W_enc.size(0), d = c.W_enc.size(1);
+  const Entries e = checked_entries(kOp, c.values, c.indices, c.offsets, d_sae);
+  const Tensor grad = as_contiguous(c.grad_values), error = as_contiguous(c.error);
+  const Tensor centred = as_contiguous(torch::stable::subtract(c.x, c.b_dec));
 
   std::vector<int32_t> extra;
-  Tensor extra_enc = W_enc, extra_dec = W_enc, extra_b = b_enc;
-  if (rows) {
-    FASTSAE_CHECK(rows_W_enc && rows_W_dec && rows_b_enc, kOp,
-                  ": expected rows_W_enc, rows_W_dec and rows_b_enc with rows");
-    check_int32(kOp, "rows", *rows);
-    const int64_t count = rows->numel();
-    check_vector(kOp, "rows", *rows, count);
-    check_rows("rows_W_enc", *rows_W_enc, W_enc, count);
-    check_rows("rows_W_dec", *rows_W_dec, W_enc, count);
-    check_vector(kOp, "rows_b_enc", *rows_b_enc, count);
-    check_same_type(kOp, "rows_b_enc", *rows_b_enc, W_enc.scalar_type());
+  Tensor extra_enc = c.W_enc, extra_dec = c.W_enc, extra_b = c.b_enc;
+  if (c.rows) {
     extra.assign(static_cast<size_t>(d_sae), -1);
-    const Tensor list = as_contiguous(*rows);
-    for (int64_t j = 0; j < count; ++j) {
+    const Tensor list = as_contiguous(*c.rows);
+    for (int64_t j = 0; j < list.numel(); ++j) {
       const int32_t f = data_of<int32_t>(list)[j];
       FASTSAE_CHECK(f >= 0 && f < d_sae, kOp, ": expected 0 <= rows < d_sae = ", d_sae, ", got ",
                     f);
       FASTSAE_CHECK(extra[f] < 0, kOp, ": expected different rows, got ", f, " twice");
       extra[f] = static_cast<int32_t>(j);
     }
-    extra_enc = as_contiguous(*rows_W_enc);
-    extra_dec = as_contiguous(*rows_W_dec);
-    extra_b = as_contiguous(*rows_b_enc);
+    extra_enc = as_contiguous(*c.rows_W_enc);
+    extra_dec = as_contiguous(*c.rows_W_dec);
+    extra_b = as_contiguous(*c.rows_b_enc);
   }
 
   const auto run = [&](auto type) {
@@ -245,21 +193,13 @@ void sparse_adam_step(Tensor W_enc, Tensor W_dec, Tensor b_enc, Tensor b_dec, Te
     const auto moving = [](Tensor& p, Tensor& m, Tensor& v) {
       return Moving<A>{mutable_data_of<A>(p), mutable_data_of<A>(m), mutable_data_of<A>(v)};
     };
-    const double correction1 = 1.0 - std::pow(beta1, static_cast<double>(step));
-    const double correction2 = 1.0 - std::pow(beta2, static_cast<double>(step));
-    const AdamScalars<A> adam{static_cast<A>(1.0 - beta1),
-                              static_cast<A>(beta2),
-                              static_cast<A>(1.0 - beta2),
-                              static_cast<A>(lr / correction1),
-                              static_cast<A>(1.0 / std::sqrt(correction2)),
-                              static_cast<A>(eps)};
     const Step<A> all{e.n,
                       d,
                       d_sae,
-                      moving(W_enc, m_W_enc, v_W_enc),
-                      moving(W_dec, m_W_dec, v_W_dec),
-                      moving(b_enc, m_b_enc, v_b_enc),
-                      moving(b_dec, m_b_dec, v_b_dec),
+                      moving(c.W_enc, c.m_W_enc, c.v_W_enc),
+                      moving(c.W_dec, c.m_W_dec, c.v_W_dec),
+                      moving(c.b_enc, c.m_b_enc, c.v_b_enc),
+                      moving(c.b_dec, c.m_b_dec, c.v_b_dec),
                       data_of<A>(e.values),
                       data_of<A>(grad),
                       bounds,
@@ -267,24 +207,24 @@ void sparse_adam_step(Tensor W_enc, Tensor W_dec, Tensor b_enc, Tensor b_dec, Te
                       slots,
                       data_of<A>(centred),
                       data_of<A>(error),
-                      rows ? extra.data() : nullptr,
+                      c.rows ? extra.data() : nullptr,
                       data_of<A>(extra_enc),
                       data_of<A>(extra_dec),
                       data_of<A>(extra_b),
-                      adam,
-                      unit_norm,
+                      c.scalars<AdamScalars<A>>(),
+                      c.unit_norm,
                       kernels<A>(),
                       adam_kernels<A>()};
-    all.run(max_norm);
+    all.run(c.max_norm);
   };
-  if (W_enc.scalar_type() == ScalarType::Double) run(Type<double>{});
+  if (c.W_enc.scalar_type() == ScalarType::Double) run(Type<double>{});
   else run(Type<float>{});
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastsae, CPU, m) {
-  m.impl("sparse_adam_step_", TORCH_BOX(&sparse_adam_step));
+  m.impl("sparse_adam_step_", TORCH_BOX(&sparse_adam_step<&run>));
 }
 
 }  // namespace fastsae::cpu

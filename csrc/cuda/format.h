@@ -12,5 +12,18 @@ constexpr int64_t kAlignment = 256;
 inline int64_t aligned(int64_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
+class Layout {
+ public:
+  // The offset of the next `bytes` bytes.
+  int64_t add(int64_t bytes) {
+    const int64_t at = bytes_;
+    bytes_ += aligned(bytes);
+    return at;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
 
 }  // namespace fastsae::cuda

@@ -67,6 +67,15 @@ __device__ __forceinline__ uint4 load_shared_by_all(const void* p) {
   return __ldg(static_cast<const uint4*>(p));
 }
 
+// Starts to fetch the line at p into the second-level cache.
+__device__ __forceinline__ void prefetch(const void* p) {
+#ifdef FASTSAE_EMULATED
+  (void)p;
+#else
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(p));
+#endif
+}
+
 // ---- the host's side of a launch
 // -----------------------------------------------------------------
 

@@ -37,11 +37,11 @@ ROOT = HERE.parents[1]
 
 
 def runtime(library: Path, kind: str) -> str:
-    """Return the sanitizer's runtime that a library was linked with."""
+    """Return what goes before Python: the sanitizer's runtime, and C++'s, whose throw it wants."""
     linked = subprocess.run(["ldd", library], capture_output=True, text=True, check=True).stdout
-    found = re.search(rf"lib{kind}\S* => (\S+)", linked)
-    assert found, f"{library.name}: expected to be linked with lib{kind}, got:\n{linked}"
-    return found[1]
+    found = re.findall(rf"lib(?:{kind}|stdc\+\+)\S* => (\S+)", linked)
+    assert len(found) == 2, f"{library.name}: expected to be linked with lib{kind}, got:\n{linked}"
+    return " ".join(found)
 
 
 def environment(library: Path, kind: str) -> dict[str, str]:

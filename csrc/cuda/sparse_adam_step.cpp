@@ -1,0 +1,73 @@
+// The operator sparse_adam_step_ on CUDA: check, allocate, launch, register.
+#include "sparse_adam_call.h"
+
+#include "cuda/sparse_adam_step.h"
+#include "cuda/sparse_args.h"
+
+namespace fastsae::cuda {
+namespace {
+
+void run(AdamCall& c) {
+  constexpr const char* op = AdamCall::kOp;
+  for (const Tensor* t : {&c.W_dec, &c.b_enc, &c.b_dec, &c.m_W_enc, &c.m_W_dec, &c.m_b_enc,
+                          &c.m_b_dec, &c.v_W_enc, &c.v_W_dec, &c.v_b_enc, &c.v_b_dec}) {
+    check_device(op, "parameters and averages", *t, c.W_enc, "W_enc");
+  }
+  check_device(op, "grad_values", c.grad_values, c.W_enc, "W_enc");
+  check_device(op, "x", c.x, c.W_enc, "W_enc");
+  check_device(op, "error", c.error, c.W_enc, "W_enc");
+  for (const std::optional<Tensor>* t : {&c.rows, &c.rows_W_enc, &c.rows_W_dec, &c.rows_b_enc}) {
+    if (*t) check_device(op, "rows and their gradients", **t, c.W_enc, "W_enc");
+  }
+  FASTSAE_CHECK(c.W_enc.size(0) < INT32_MAX, op, ": expected d_sae < 2^31 - 1, got ",
+                c.W_enc.size(0));
+  const DeviceScope device(c.W_enc);
+  const Format format = format_of(op, "W_enc", c.W_enc);
+  const Entries e = checked_entries(op, c.values, c.indices, c.offsets, c.W_enc.size(0),
+                                    c.W_enc.scalar_type(), "W_enc", c.W_enc);
+  const Tensor grad = as_contiguous(c.grad_values), error = as_contiguous(c.error);
+  const Tensor centred = as_contiguous(torch::stable::subtract(c.x, c.b_dec));
+  const auto moving = [](Tensor& p, Tensor& m, Tensor& v) {
+    return MovingParams{p.mutable_data_ptr(), m.mutable_data_ptr(), v.mutable_data_ptr()};
+  };
+  AdamParams params{moving(c.W_enc, c.m_W_enc, c.v_W_enc),
+                    moving(c.W_dec, c.m_W_dec, c.v_W_dec),
+                    moving(c.b_enc, c.m_b_enc, c.v_b_enc),
+                    moving(c.b_dec, c.m_b_dec, c.v_b_dec),
+                    e.params,
+                    grad.const_data_ptr(),
+                    centred.const_data_ptr(),
+                    error.const_data_ptr(),
+                    nullptr,
+                    nullptr,
+                    nullptr,
+                    nullptr,
+                    0,
+                    static_cast<int32_t>(c.W_enc.size(1)),
+                    c.scalars<AdamConstants>(),
+                    c.max_norm,
+                    c.unit_norm};
+  Tensor added = c.W_enc, added_enc = c.W_enc, added_dec = c.W_enc, added_b = c.W_enc;
+  if (c.rows) {
+    added = as_contiguous(*c.rows);
+    added_enc = as_contiguous(*c.rows_W_enc);
+    added_dec = as_contiguous(*c.rows_W_dec);
+    added_b = as_contiguous(*c.rows_b_enc);
+    params.added = data_of<int32_t>(added);
+    params.added_W_enc = added_enc.const_data_ptr();
+    params.added_W_dec = added_dec.const_data_ptr();
+    params.added_b_enc = added_b.const_data_ptr();
+    params.added_count = static_cast<int32_t>(added.numel());
+  }
+  Tensor space = scratch(c.W_enc, sparse_adam_step_scratch(params, format));
+  params.scratch = space.mutable_data_ptr();
+  check_launch(op, launch_sparse_adam_step(params, format, device.stream()));
+}
+
+}  // namespace
+
+FASTSAE_CUDA_LIBRARY_IMPL(m) {
+  m.impl("sparse_adam_step_", TORCH_BOX(&sparse_adam_step<&run>));
+}
+
+}  // namespace fastsae::cuda

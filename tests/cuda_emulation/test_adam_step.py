@@ -1,0 +1,195 @@
+"""The kernels of sparse_adam_step_ executed on the host, against the CPU op."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from fastsae import _library
+from tests.cuda_emulation.test_gather import LAYOUTS, off_by_one, skewed
+from tests.ops.inputs import acts
+
+emulated = _library.find("libfastsae_emulated.so")
+pytestmark = pytest.mark.skipif(
+    emulated is None, reason="built without FASTSAE_EMULATION=ON (make test turns it on)"
+)
+cpu, cuda = torch.ops.fastsae, torch.ops.fastsae_emulated
+
+
+def state(d_sae: int, d: int, dtype: torch.dtype) -> list[Tensor]:
+    """Parameters and both averages, in the order of the operator."""
+    W = torch.randn(d_sae, d, dtype=torch.float64)
+    W_dec = W / W.norm(dim=1, keepdim=True).clamp(min=1e-9)
+    W_dec[:1] = 0
+    p = [torch.randn(d_sae, d), W_dec, torch.randn(d_sae), torch.randn(d)]
+    m = [0.1 * torch.randn_like(t) for t in p]
+    v = [0.01 * torch.rand_like(t) for t in p]
+    return [t.to(dtype) for t in (*p, *m, *v)]
+
+
+def batch(values: Tensor, indices: Tensor, offsets: Tensor | None, n: int, d: int) -> list:
+    grad = torch.randn(values.shape, dtype=torch.float64).to(values.dtype)
+    x, error = (torch.randn(n, d, dtype=torch.float64).to(values.dtype) for _ in range(2))
+    return [values, grad, indices, offsets, x, error]
+
+
+def added_rows(d_sae: int, d: int, dtype: torch.dtype) -> list[Tensor]:
+    rows = torch.randperm(d_sae)[: d_sae // 3].int()
+    shapes = ((len(rows), d), (len(rows), d), (len(rows),))
+    return [rows, *(torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes)]
+
+
+NONE = [None] * 4
+
+
+def step(module, before: list[Tensor], entries: list, added=NONE, clip=math.inf, unit=True):
+    after = [t.clone() for t in before]
+    module.sparse_adam_step_(*after, *entries, *added, 1e-2, 0.9, 0.999, 1e-8, 3, clip, unit)
+    return after
+
+
+def assert_same_step(before, entries, added=NONE, clip=math.inf, unit=True) -> list[Tensor]:
+    got, want = (step(module, before, entries, added, clip, unit) for module in (cuda, cpu))
+    tol = 1e-12 if before[0].dtype == torch.float64 else 2e-5
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert_close(a, b, rtol=tol, atol=tol, equal_nan=True, msg=lambda m, i=i: f"{i}: {m}")
+    return got
+
+
+# Every number of packs per lane, blocks of 128 and of 512 threads, gradients in shared memory and
+# in scratch.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("d", [1, 7, 24, 131, 260, 300, 512, 770, 1028, 2050, 4100, 8200])
+def test_every_width(d, dtype) -> None:
+    d_sae = 37 if d < 2000 else 18
+    a = acts(9, d_sae, 4, dtype, "fixed")
+    before, entries = state(d_sae, d, dtype), batch(a.values, a.indices, None, 9, d)
+    added = added_rows(d_sae, d, dtype)
+    assert_same_step(before, entries, added)
+    assert_same_step(before, entries, clip=0.5, unit=False)
+
+
+def test_more_groups_of_latents_than_blocks() -> None:
+    # So wide that gradients are kept in scratch, for as many blocks as fit the device.
+    d, d_sae = 4100, 150
+    a = acts(3, d_sae, 30, torch.float64, "fixed")
+    before, entries = state(d_sae, d, torch.float64), batch(a.values, a.indices, None, 3, d)
+    assert_same_step(before, entries, clip=0.5)
+
+
+@pytest.mark.parametrize("clip", [math.inf, 0.5])
+@pytest.mark.parametrize("kind", ["one latent", "one in every token", "three"])
+@pytest.mark.parametrize("n", [256, 257, 1030])
+def test_long_lists(n, kind, clip) -> None:
+    values, indices = skewed(n, 40, 2, kind)
+    for d in (24, 33):
+        before = state(40, d, torch.float32)
+        entries = batch(values / n, indices, None, n, d)
+        got = assert_same_step(before, entries, clip=clip)
+        again = step(cuda, before, entries, clip=clip)
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 30),
+    st.integers(1, 80),
+    st.integers(1, 60),
+    st.integers(1, 90),
+    st.sampled_from(LAYOUTS),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from((math.inf, 1e9, 0.1)),
+)
+def test_any_shape(n, d_sae, k, d, layout, extra, unit, clip) -> None:
+    a = acts(n, d_sae, min(k, d_sae), torch.float64, layout)
+    entries = batch(a.values, a.indices, a.offsets, n, d)
+    added = added_rows(d_sae, d, torch.float64) if extra else NONE
+    assert_same_step(state(d_sae, d, torch.float64), entries, added, clip, unit)
+
+
+def test_rows_that_are_not_aligned() -> None:
+    a = acts(9, 20, 4, torch.float32, "variable")
+    before = state(20, 32, torch.float32)
+    entries = batch(a.values, a.indices, a.offsets, 9, 32)
+    want = step(cuda, before, entries)
+    for place in range(12):
+        moved = [off_by_one(t) if i == place else t.clone() for i, t in enumerate(before)]
+        rest = (*NONE, 1e-2, 0.9, 0.999, 1e-8, 3, math.inf, True)
+        cuda.sparse_adam_step_(*moved, *entries, *rest)
+        for one, other in zip(moved, want, strict=True):
+            assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_nan_stays_in_its_latent() -> None:
+    a = acts(9, 20, 4, torch.float32, "fixed")
+    before, entries = state(20, 12, torch.float32), batch(a.values, a.indices, None, 9, 12)
+    entries[1][2, 1] = float("nan")
+    assert_same_step(before, entries)
+    entries[1][2, 1] = 0.0
+    entries[5][3] = float("inf")
+    assert_same_step(before, entries)
+    # The CPU does not clip by a norm that is not a number.
+    assert_same_step(before, entries, clip=0.5)
+
+
+def test_nothing_to_do() -> None:
+    none, no_index = torch.zeros(0), torch.zeros(0, dtype=torch.int32)
+    offsets = torch.zeros(1, dtype=torch.int32)
+    for clip in (math.inf, 0.1):
+        entries = batch(none.view(0, 2), no_index.view(0, 2), None, 0, 6)
+        assert_same_step(state(10, 6, torch.float32), entries, clip=clip)
+        assert_same_step(state(10, 6, torch.float32), batch(none, no_index, offsets, 0, 6))
+        assert_same_step(state(0, 6, torch.float32), batch(none, no_index, offsets, 0, 6))
+        assert_same_step(state(10, 0, torch.float32), entries[:4] + [none.view(0, 0)] * 2)
+    added = [no_index, none.view(0, 6), none.view(0, 6), none]
+    assert_same_step(state(10, 6, torch.float32), entries, added)
+
+
+def test_latents_out_of_range_take_no_part() -> None:
+    a = acts(9, 20, 4, torch.float32, "fixed")
+    before, entries = state(20, 12, torch.float32), batch(a.values, a.indices, None, 9, 12)
+    added = added_rows(20, 12, torch.float32)
+    bad = [added[0].clone(), *added[1:]]
+    bad[0][0], bad[0][1] = -1, 20
+    got = step(cuda, before, entries, bad)
+    want = step(cuda, before, entries, [t[2:] for t in added])
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def test_takes_the_arguments_of_the_cpu() -> None:
+    a = acts(6, 20, 3, torch.float32, "fixed")
+    before, entries = state(20, 5, torch.float32), batch(a.values, a.indices, None, 6, 5)
+    added = added_rows(20, 5, torch.float32)
+    rest = [1e-3, 0.9, 0.999, 1e-8, 1, 0.5, True]
+    good = [*before, *entries, *added, *rest]
+    changes = {
+        0: before[0].bfloat16(),
+        1: before[1].t(),
+        5: before[5].double(),
+        6: before[6][:3],
+        12: entries[0].double(),
+        13: entries[1][:2],
+        14: entries[2].long(),
+        16: entries[4][:5],
+        17: entries[5].double(),
+        18: added[0].long(),
+        19: None,
+        20: added[2][:1],
+        21: added[3].double(),
+        26: 0,
+    }
+    for place, value in changes.items():
+        call = [value if i == place else t for i, t in enumerate(good)]
+        messages = []
+        for module in (cpu, cuda):
+            with pytest.raises(RuntimeError, match="sparse_adam_step_: expected") as error:
+                module.sparse_adam_step_(*call)
+            messages.append(str(error.value).split(", sparse_adam_step_: ")[1])
+        assert messages[0] == messages[1], place
