@@ -28,14 +28,14 @@ from bench import report, timing
 from bench.ops import MODULES
 from bench.ops.inputs import CUDA_SHAPES, Shape
 from bench.run import machine
-from bench.timing import Result
+from bench.timing import Case, Result
 from fastsae import _host, _library
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 480.0
 # Seconds after the start at which tests and benches end; the sanitizers get the rest.
 TESTS_END, BENCHES_END = 200.0, 400.0
-SILENCE = 60.0  # a bench that reports nothing for so long hangs
+SILENCE = 120.0  # a bench that reports nothing for so long hangs
 POISONED = 3  # exit code: no kernel of this process will run any more
 
 Line = dict[str, Any]
@@ -73,6 +73,7 @@ def measure(
                     continue
                 yield {"group": i, "begun": what}
                 try:
+                    yield from drop_broken_ways(case, what, i)
                     result = timing.run(case, ceilings, device, seconds)
                     yield {"result": dataclasses.asdict(result)}
                 except Exception as e:
@@ -83,6 +84,18 @@ def measure(
             _stop_if_poisoned(device)
         if device == "cuda":
             torch.cuda.empty_cache()
+
+
+def drop_broken_ways(case: Case, what: str, group: int) -> Iterator[Line]:
+    """Try what ours is compared with, and leave out what fails: it may not fit into memory."""
+    for works in (case.torch, case.parts):
+        for name in list(works):
+            yield {"group": group, "begun": f"{what}: {name}"}
+            try:
+                works[name]()
+            except RuntimeError as e:
+                del works[name]
+                yield {"left_out": f"{what}: {name}", "why": _short(e)}
 
 
 def _short(e: Exception) -> str:
@@ -234,6 +247,7 @@ def collect(lines: list[Line], steps: list[Line], machine: Line) -> Line:
         "steps": steps,
         "results": [line["result"] for line in lines if "result" in line],
         "failed": [line for line in lines if "failed" in line],
+        "left_out": [line for line in lines if "left_out" in line],
         "skipped": [line["skipped"] for line in lines if "skipped" in line],
         "dropped": [line["dropped"] for line in lines if "dropped" in line],
     }

@@ -78,6 +78,7 @@ def gpu(record: dict[str, Any]) -> str:
             f"{r.torch_name} | **{r.ratio:.2f}** | {r.of_floor:.0%} | {gather} | {verdict} |"
         )
     lines += ["", *(f"- failed: {line['failed']}: {line['why']}" for line in record["failed"])]
+    lines += [f"- left out: {line['left_out']}: {line['why']}" for line in record["left_out"]]
     for kind, why in (("skipped", "no CUDA kernel"), ("dropped", "no time left")):
         if record[kind]:
             lines.append(f"- {kind}, {why}: {'; '.join(record[kind])}")

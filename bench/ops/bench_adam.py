@@ -26,7 +26,8 @@ def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[C
     a = acts(shape, torch.float32, device)
     indices = a.indices.long()
     error, grad_values = 1e-3 * torch.randn_like(x), 1e-3 * torch.randn_like(a.values)
-    parameters = StepTensors(W.clone(), W, b, torch.zeros(d, device=device))
+    initial = (W, W, b, torch.zeros(d, device=device))
+    parameters = StepTensors(*(t.clone() for t in initial))
     averages = [StepTensors(*(torch.zeros_like(p) for p in parameters)) for _ in range(2)]
     theirs = [p.clone().requires_grad_() for p in parameters]
     optimizer = torch.optim.Adam(theirs, lr=1e-3, fused=True)
@@ -50,7 +51,14 @@ def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[C
         optimizer.step()
         W_dec /= W_dec.norm(dim=1, keepdim=True)
 
+    @torch.no_grad()
     def same() -> None:
+        for mine, other, start in zip(parameters, theirs, initial, strict=True):
+            mine.copy_(start)
+            other.copy_(start)
+        for average in (*averages[0], *averages[1]):
+            average.zero_()
+        optimizer.state.clear()
         step()
         dense_step()
         for got, want in zip(parameters, theirs, strict=True):

@@ -83,6 +83,17 @@ def test_what_fails_or_has_no_time_is_reported(monkeypatch) -> None:
     assert len([line for line in lines if "dropped" in line]) == 8
 
 
+def test_a_way_that_fails_is_left_out() -> None:
+    def fails() -> None:
+        raise RuntimeError("out of memory")
+
+    case = timing.Case("topk", "A", int, {"good": int, "bad": fails}, int, parts={"part": fails})
+    lines = list(gpu.drop_broken_ways(case, "topk", 0))
+    assert set(case.torch) == {"good"}
+    assert not case.parts
+    assert [line["left_out"] for line in lines if "left_out" in line] == ["topk: bad", "topk: part"]
+
+
 def test_the_time_is_compared_with_targets() -> None:
     r = Result("op", "A", "float32", 1.0, 3.0, "torch", 3.0, 0.7, 0.7, 0.0, 5)
     r.ratios, r.targets = {"torch": 3.0}, {"copy": 0.8, "torch": 2.0, "gather": 0.1}
