@@ -17,6 +17,8 @@ SIGNS = {
     "emulator": r"emulator: ",
     "result": r"wrong: ",
 }
+# Where an operator's launches are, if not in the file of its name.
+LAUNCHERS = {"batch_topk": "matrix_select", "sparse_adam_step_": "sparse_adam_step"}
 # Built and run with; the emulator and a wrong result need no sanitizer.
 KINDS = {"tsan": "tsan", "asan": "asan", "ubsan": "asan"}
 
@@ -31,6 +33,11 @@ class Bug:
     old: str
     new: str
     noticed_by: str
+
+    @property
+    def launcher(self) -> str:
+        """The file below csrc/cuda that is compiled again, without its ending."""
+        return LAUNCHERS.get(self.op, self.op)
 
     @property
     def kind(self) -> str:
@@ -55,6 +62,7 @@ def _barrier(name: str, op: str, file: str, comment: str, before: str = "", afte
 
 _SELECT, _BLOCK = "cuda/row_select.cuh", "cuda/block.cuh"
 _TOPK, _LAUNCH = "cuda/topk_kernel.cuh", "cuda/topk.cu"
+_MATRIX, _COLUMNS = "cuda/matrix_select_kernel.cuh", "cuda/feature_topk_kernel.cuh"
 
 BUGS = (
     _barrier("candidates are counted too early", "topk", _TOPK, "all candidates are there"),
@@ -148,6 +156,62 @@ BUGS = (
         "cuda/number.cuh",
         "if (magnitude == 0) return kSign;",
         "",
+        "result",
+    ),
+    _barrier("hits are read too early", "batch_topk", _MATRIX, "all hits are there"),
+    _barrier(
+        "a tile is written nowhere",
+        "batch_topk",
+        _MATRIX,
+        "the place of the tile's candidates is known",
+    ),
+    _barrier(
+        "a place is read too early", "batch_topk", _MATRIX, "every tile knows what comes before it"
+    ),
+    Bug(
+        "tiles take the same place",
+        "batch_topk",
+        _MATRIX,
+        "base = atomicAdd(&a.header->candidates, static_cast<Count>(count));",
+        "base = a.header->candidates, a.header->candidates = base + count;",
+        "tsan",
+    ),
+    Bug(
+        "one more tie is kept",
+        "batch_topk",
+        _MATRIX,
+        "if (is_above || (is_equal && rank < known.need)) {",
+        "if (is_above || (is_equal && rank <= known.need)) {",
+        "asan",
+    ),
+    Bug(
+        "a guess is believed",
+        "batch_topk",
+        _MATRIX,
+        "return found > capacity || (header->guessed && found < cap);",
+        "return found > capacity;",
+        "result",
+    ),
+    Bug(
+        "the tile past the end",
+        "batch_topk",
+        _MATRIX,
+        "parts[e] = i + e < total ? x[i + e] : kNaN;",
+        "parts[e] = i + e <= total ? x[i + e] : kNaN;",
+        "asan",
+    ),
+    _barrier(
+        "a column's digit is read too early",
+        "feature_topk",
+        _COLUMNS,
+        "found before everyone reads it",
+    ),
+    Bug(
+        "the last tie of a column is lost",
+        "feature_topk",
+        _COLUMNS,
+        "tie_row = static_cast<int32_t>(r - 1);",
+        "tie_row = static_cast<int32_t>(r - 2);",
         "result",
     ),
 )
