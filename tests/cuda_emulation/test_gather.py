@@ -247,9 +247,7 @@ def test_transpose_leaves_out_what_is_out_of_range() -> None:
     bad = a.indices.clone()
     bad[0, 0], bad[1, 3], bad[3, 5] = -1, 20, 2**31 - 1
     silent = torch.where(bad == a.indices, a.values, 0)
-    same_lists(
-        cuda.transpose(a.values, bad, None, 20), cpu.transpose(silent, a.indices, None, 20)
-    )
+    same_lists(cuda.transpose(a.values, bad, None, 20), cpu.transpose(silent, a.indices, None, 20))
     with pytest.raises(RuntimeError, match="transpose: expected d_sae >= 0, got -1"):
         cuda.transpose(*lists(a), -1)
     with pytest.raises(RuntimeError, match="transpose: expected values to be float32"):
