@@ -5,7 +5,7 @@
 # make lint   formatting, types, and the ABI of the libraries
 # make bench  every op against plain torch, on this machine                   (about 5 minutes)
 # make bench-step  a whole training step, against other libraries where installed
-# make gpu    tests and benchmarks on a machine with a GPU and its own torch
+# make gpu    tests and benchmarks on a machine with a GPU and its own torch  (8 minutes)
 #
 # Everything is installed into $(VENV); nothing outside this folder is touched.
 PYTHON ?= python3
@@ -16,6 +16,9 @@ VENV_FLAGS ?=
 ARGS   ?=
 # ON: a compiler warning stops the build.
 WERROR ?= OFF
+# OFF: without the emulated CUDA kernels. ARCHS: the GPUs to compile for; empty: all of them.
+EMULATION ?= ON
+ARCHS  ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check
 BUILD  := scikit-build-core>=0.11 pybind11>=2.13 ninja cmake>=3.25,<5
@@ -58,16 +61,21 @@ bench: build
 bench-step: build
 	$(BIN)/python -m bench.train_step --memory --growth --rest $(ARGS)
 
-# One command for a machine that has a GPU, torch and the build tools, but maybe no network.
+# One command for a machine that has a GPU, torch and the build tools, but maybe no network: builds
+# for that GPU only, then tests, benches and compute-sanitizer; see bench/gpu.py.
+ARCH = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d . \
+  | sed 's/^90$$/90a/')-real
 gpu:
-	$(MAKE) build VENV=.venv-gpu VENV_FLAGS=--system-site-packages TORCH= OFFLINE=1
-	.venv-gpu/bin/python -m pytest -q tests/ops tests/cuda_emulation
-	.venv-gpu/bin/python -m bench.run --device cuda $(ARGS)
+	started=$$(date +%s); \
+	$(MAKE) build VENV=.venv-gpu VENV_FLAGS=--system-site-packages TORCH= OFFLINE=1 \
+	  EMULATION=OFF ARCHS=$(ARCH) && \
+	.venv-gpu/bin/python -m bench.gpu --started $$started $(ARGS)
 
 # pip leaves what is installed alone; CMake compiles only what changed.
 build: $(VENV)/.base
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . \
-	  -C cmake.define.FASTSAE_EMULATION=ON -C cmake.define.FASTSAE_WERROR=$(WERROR)
+	  -C cmake.define.FASTSAE_EMULATION=$(EMULATION) -C cmake.define.FASTSAE_WERROR=$(WERROR) \
+	  $(if $(ARCHS),-C 'cmake.define.FASTSAE_CUDA_ARCHS=$(ARCHS)')
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)

@@ -3,7 +3,8 @@
     python -m bench.report FILE.jsonl
     python -m bench.report --plot OUT.svg [--shape A] FILE.jsonl
 
-The file is what `bench.run` or `bench.train_step` wrote with `--out`; only the latter can be drawn.
+The file is what `bench.run` or `bench.train_step` wrote with `--out`, or a .json of `bench.gpu`;
+only training steps can be drawn.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.timing import Result
 
@@ -49,6 +51,37 @@ def table(head: Row, results: Sequence[Result]) -> str:
         f"{r.torch_name} | **{r.ratio:.2f}** | {r.floor_ms:.2f} | {r.of_floor:.0%} |"
         for r in results
     ]
+    return "\n".join(lines)
+
+
+def gpu(record: dict[str, Any]) -> str:
+    """Return a run of `bench.gpu` as Markdown: steps, results and targets, what is missing."""
+    head = record["machine"]
+    about = (f"{name} {head[name]}" for name in ("driver", "nvcc", "commit") if name in head)
+    lines = [machine(head) if "copy_gbs" in head else str(head), ", ".join(about) + ".", ""]
+    for step in record["steps"]:
+        state = {True: "pass", False: "FAIL", None: "not run"}[step["ok"]]
+        lines.append(f"- {step['step']}: {state}, {step.get('seconds', 0):g} s: {step['why']}")
+        lines += [f"  - {failure}" for failure in step.get("failures", [])]
+    lines += [
+        "",
+        "| op | shape | dtype | ours, ms | best other, ms | which | times faster | of copy | "
+        "of gather | targets |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["results"]:
+        r = Result(**row)
+        verdict = ("MISS: " + "; ".join(r.missed()) if r.missed() else "pass") if r.targets else ""
+        gather = f"{r.of_gather:.0%}" if r.of_gather else ""
+        lines.append(
+            f"| `{r.op}` | {r.shape} | {r.dtype} | {r.ours_ms:.3f} | {r.torch_ms:.3f} | "
+            f"{r.torch_name} | **{r.ratio:.2f}** | {r.of_floor:.0%} | {gather} | {verdict} |"
+        )
+    lines += ["", *(f"- failed: {line['failed']}: {line['why']}" for line in record["failed"])]
+    lines += [f"- left out: {line['left_out']}: {line['why']}" for line in record["left_out"]]
+    for kind, why in (("skipped", "no CUDA kernel"), ("dropped", "no time left")):
+        if record[kind]:
+            lines.append(f"- {kind}, {why}: {'; '.join(record[kind])}")
     return "\n".join(lines)
 
 
@@ -108,10 +141,13 @@ def plot(head: Row, rows: Sequence[Row], shape: str, out: Path) -> None:
 def main() -> int:
     """Parse arguments, read, print or draw."""
     parser = argparse.ArgumentParser(description="print results as tables or draw them")
-    parser.add_argument("file", type=Path, help="JSON lines of bench.run or bench.train_step")
+    parser.add_argument("file", type=Path, help="what bench.run, train_step or gpu wrote")
     parser.add_argument("--plot", type=Path, metavar="OUT.svg", help="draw instead of printing")
     parser.add_argument("--shape", default="A", help="the shape to draw")
     arguments = parser.parse_args()
+    if arguments.file.suffix == ".json":
+        print(gpu(json.loads(arguments.file.read_text())))
+        return 0
     head, *rows = map(json.loads, arguments.file.read_text().splitlines())
     if arguments.plot:
         plot(head, rows, arguments.shape, arguments.plot)

@@ -1,6 +1,7 @@
-"""Run the benchmarks: `python -m bench.run [--device cpu] [--only topk] [--seconds 2] [--out F]`.
+"""Run the benchmarks on the CPU: `python -m bench.run [--only topk] [--seconds 2] [--out F]`.
 
 Writes one JSON line per result, the first with the machine and its ceilings, and prints the table.
+For a GPU there is `bench.gpu`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 import torch
 
 from bench import report, timing
-from bench.ops import bench_decode, bench_encode, bench_select
+from bench.ops import all_cases
+from bench.ops.inputs import SHAPES
 from fastsae import __version__, _host
 
 
@@ -44,19 +46,18 @@ def machine(device: str) -> dict[str, object]:
 def main() -> int:
     """Parse arguments, measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", default="", help="run ops whose name contains this")
     parser.add_argument("--seconds", type=float, default=2.0, help="time per case")
     parser.add_argument("--out", type=Path, help="write JSON lines here")
     arguments = parser.parse_args()
-    head = {**machine(arguments.device), **timing.ceilings(arguments.device)}
+    head = {**machine("cpu"), **timing.ceilings("cpu")}
     lines = [json.dumps(head)]
     results = []
-    for module in (bench_select, bench_encode, bench_decode):
-        for case in module.cases(arguments.device):
+    for name, shape in SHAPES.items():
+        for case in all_cases(name, shape, "cpu"):
             if arguments.only not in case.op:
                 continue
-            result = timing.run(case, head, arguments.device, arguments.seconds)  # type: ignore[arg-type]
+            result = timing.run(case, head, "cpu", arguments.seconds)  # type: ignore[arg-type]
             results.append(result)
             lines.append(json.dumps(dataclasses.asdict(result)))
             print(f"{result.op:26} {result.shape:38} {result.ratio:6.2f}x", file=sys.stderr)

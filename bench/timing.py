@@ -31,6 +31,13 @@ class Case:
     """Bytes that have to move between memory and the processor."""
     flops: float = 0.0
     dtype: torch.dtype = torch.float32
+    gather_bytes: float = 0.0
+    """Bytes if every gathered row comes from memory, each time."""
+    parts: dict[str, Work] = field(default_factory=dict)
+    """Work that is less than ours, such as its matrix product alone: timed, but no competitor."""
+    targets: dict[str, float] = field(default_factory=dict)
+    """What ours should reach: times faster than a way or a part, or a share of `copy` (the floor)
+    or `gather`."""
 
 
 @dataclass
@@ -49,16 +56,43 @@ class Result:
     spread_ms: float
     repeats: int
     device: str = field(default="cpu")
+    of_gather: float = 0.0
+    ratios: dict[str, float] = field(default_factory=dict)
+    """Every way and part -> its time over ours."""
+    targets: dict[str, float] = field(default_factory=dict)
+
+    def reached(self, target: str) -> float:
+        """Return what a target is compared with."""
+        shares = {"copy": self.of_floor, "gather": self.of_gather}
+        return shares[target] if target in shares else self.ratios.get(target, 0.0)
+
+    def missed(self) -> list[str]:
+        """Return the targets that were not reached, in words."""
+        return [
+            f"{name} {self.reached(name):.2f} < {least:g}"
+            for name, least in self.targets.items()
+            if self.reached(name) < least
+        ]
 
 
 def _once(work: Work, device: str) -> float:
     if device == "cuda":
-        torch.cuda.synchronize()
+        return _once_on_gpu(work)
     start = time.perf_counter()
     work()
-    if device == "cuda":
-        torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - start)
+
+
+def _once_on_gpu(work: Work) -> float:
+    """Return the time between two events; the GPU pauses first, so that the host gets ahead."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(400_000)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
 
 
 def medians(works: dict[str, Work], device: str, seconds: float) -> dict[str, list[float]]:
@@ -71,7 +105,7 @@ def medians(works: dict[str, Work], device: str, seconds: float) -> dict[str, li
         for name, work in works.items():
             # Each finds the caches as it left them itself, not as another way of the work did:
             # after a large matrix product a gather needs several runs to get its rows back.
-            warm = time.perf_counter() + 0.02
+            warm = time.perf_counter() + (0.002 if device == "cuda" else 0.02)
             if times[name] == [] or times[name][-1] < 100:
                 _once(work, device)
                 while time.perf_counter() < warm:
@@ -85,7 +119,7 @@ def medians(works: dict[str, Work], device: str, seconds: float) -> dict[str, li
 def run(case: Case, ceilings: dict[str, float], device: str, seconds: float) -> Result:
     """Check and time one case against the ceilings `copy_gbs` and `gemm_gflops_<dtype>`."""
     case.check()
-    times = medians({"ours": case.ours, **case.torch}, device, seconds)
+    times = medians({"ours": case.ours, **case.torch, **case.parts}, device, seconds)
     middle = {name: statistics.median(t) for name, t in times.items()}
     best = min(case.torch, key=lambda name: middle[name])
     dtype = str(case.dtype).removeprefix("torch.")
@@ -107,24 +141,33 @@ def run(case: Case, ceilings: dict[str, float], device: str, seconds: float) -> 
         max(times["ours"]) - min(times["ours"]),
         len(times["ours"]),
         device,
+        case.gather_bytes / ceilings["copy_gbs"] / 1e6 / ours,
+        {name: ms / ours for name, ms in middle.items() if name != "ours"},
+        case.targets,
     )
 
 
-def ceilings(device: str) -> dict[str, float]:
+def ceilings(device: str, scale: int = 1) -> dict[str, float]:
     """Measure what this machine can do at best: copy bandwidth and GEMM rates of torch."""
-    source = torch.randn(1 << 25, device=device)
+    gpu = device == "cuda"
+    source = torch.randn((1 << (28 if gpu else 25)) // scale, device=device)
     target = torch.empty_like(source)
     best = min(medians({"copy": lambda: target.copy_(source)}, device, 1.0)["copy"])
     found = {"copy_gbs": 2 * 4 * source.numel() / best / 1e6}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(1024, 768, device=device).to(dtype)
-        b = torch.randn(768, 24576, device=device).to(dtype)
-        out = torch.empty(1024, 24576, device=device, dtype=dtype)
+    n, d, m = (
+        max(1, size // scale) for size in ((8192, 4096, 16384) if gpu else (1024, 768, 24576))
+    )
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    for name, dtype in (kinds | ({"tf32": torch.float32} if gpu else {})).items():
+        a, b = (torch.randn(s, device=device).to(dtype) for s in ((n, d), (d, m)))
+        out = torch.empty(n, m, device=device, dtype=dtype)
 
         def gemm(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> None:
             torch.mm(a, b, out=out)
 
-        best = min(medians({"gemm": gemm}, device, 2.0)["gemm"])
-        name = f"gemm_gflops_{str(dtype).removeprefix('torch.')}"
-        found[name] = 2 * 1024 * 768 * 24576 / best / 1e6
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if name == "tf32" else before)
+        best = min(medians({"gemm": gemm}, device, 1.0 if gpu else 2.0)["gemm"])
+        torch.set_float32_matmul_precision(before)
+        found[f"gemm_gflops_{name}"] = 2 * n * d * m / best / 1e6
     return found

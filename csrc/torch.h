@@ -37,4 +37,14 @@ inline void mm_out(const Tensor& a, const Tensor& b, Tensor& out) {
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// The same of bfloat16 or float16 matrices, with unrounded sums: out is float32. CUDA only.
+inline void mm_widening_out(const Tensor& a, const Tensor& b, Tensor& out) {
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out.scalar_type()),
+                                    torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 }  // namespace fastsae

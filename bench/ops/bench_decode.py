@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 from torch.testing import assert_close
 
-from bench.ops.inputs import SHAPES, acts, describe, weights
-from bench.timing import Case
+from bench.ops.inputs import Shape, acts, describe, peer, weights
+from bench.timing import Case, Work
 from fastsae import SparseActs, ops
 
 
@@ -18,9 +18,12 @@ def _bag(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
     return embedding_bag(indices, W, per_sample_weights=values, mode="sum")
 
 
+def _codes(values: Tensor, indices: Tensor, m: int) -> Tensor:
+    return values.new_zeros(values.shape[0], m).scatter(1, indices, values)
+
+
 def _dense(values: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    codes = values.new_zeros(values.shape[0], W.shape[0])
-    return codes.scatter(1, indices, values) @ W
+    return _codes(values, indices, W.shape[0]) @ W
 
 
 def _sorted_lists(indices: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -33,103 +36,156 @@ def _index_add(values: Tensor, indices: Tensor, x: Tensor, m: int) -> Tensor:
     return x.new_zeros(m, x.shape[1]).index_add_(0, indices.flatten(), parts)
 
 
-def _scatter_product(values: Tensor, indices: Tensor, x: Tensor, m: int) -> Tensor:
-    return values.new_zeros(values.shape[0], m).scatter(1, indices, values).t() @ x
+def _gathered_products(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    return torch.bmm(W[indices], grad.unsqueeze(2)).squeeze(2)
 
 
-def cases(device: str) -> Iterator[Case]:
-    """Yield the cases; the floor counts every gathered row of W_dec once per use."""
-    for name in SHAPES:
-        n, d, m, k = SHAPES[name]
-        for dtype in (torch.float32, torch.bfloat16):
-            a = acts(name, dtype, device)
-            values, indices = a.values, a.indices.long()
-            x, W, _ = weights(name, dtype, device)
-            size = W.element_size()
-            tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[Case]:
+    """Yield the cases; the floor counts every row of W_dec that is needed once."""
+    for dtype in (torch.float32, torch.bfloat16):
+        a = acts(shape, dtype, device)
+        x, W, _ = weights(shape, dtype, device)
+        yield _decode_case(a, W, name, shape, gpu)
+        if gpu or dtype == torch.float32:
+            yield from _gradient_cases(a, x, W, name, shape, gpu)
 
-            def same(a: SparseActs = a, i: Tensor = indices, W: Tensor = W, t=tolerance) -> None:
-                assert_close(ops.sparse_decode(a, W), _bag(a.values, i, W), rtol=t, atol=t)
 
-            yield Case(
-                "sparse_decode",
-                describe(name),
-                lambda a=a, W=W: ops.sparse_decode(a, W),
-                {
-                    "embedding_bag": lambda v=values, i=indices, W=W: _bag(v, i, W),
-                    "scatter + dense product": lambda v=values, i=indices, W=W: _dense(v, i, W),
-                },
-                same,
-                bytes=size * (min(n * k, m) * d + n * d),
-                dtype=dtype,
-            )
-        a = acts(name, torch.float32, device)
-        values, indices = a.values, a.indices.long()
-        x, W, _ = weights(name, torch.float32, device)
-        leaves = [t.clone().requires_grad_() for t in (values, W)]
+def _tolerance(W: Tensor) -> float:
+    return 1e-4 if W.dtype == torch.float32 else 5e-2
 
-        def backward(
-            decode: object, leaves: list[Tensor] = leaves, x: Tensor = x
-        ) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(decode(*leaves), leaves, x)  # type: ignore[operator]
 
-        def ours(v: Tensor, W: Tensor, a: SparseActs = a) -> Tensor:
-            return ops.sparse_decode(SparseActs(v, a.indices, None, a.d_sae), W)
+def _decode_case(a: SparseActs, W: Tensor, name: str, shape: Shape, gpu: bool) -> Case:
+    n, d, m, k = shape
+    values, indices = a.values, a.indices.long()
 
-        def bag(v: Tensor, W: Tensor, i: Tensor = indices) -> Tensor:
-            return _bag(v, i, W)
+    def same() -> None:
+        t = _tolerance(W)
+        assert_close(ops.sparse_decode(a, W), _bag(values, indices, W), rtol=t, atol=t)
 
-        def dense(v: Tensor, W: Tensor, i: Tensor = indices) -> Tensor:
-            return _dense(v, i, W)
+    ways: dict[str, Work] = {
+        "embedding_bag": lambda: _bag(values, indices, W),
+        "scatter + dense product": lambda: _dense(values, indices, W),
+    }
+    parts: dict[str, Work] = {}
+    if gpu:
+        codes = _codes(values, indices, m)
+        parts["dense product"] = lambda: codes @ W
+        triton = peer("sparsify.xformers", "xformers_embedding_bag")
+        if triton:
+            ways["eai-sparsify"] = lambda: triton(indices, W, values)
+    if gpu and name == "A":
+        compiled = torch.compile(_dense)
+        ways["torch.compile"] = lambda: compiled(values, indices, W)
+    return Case(
+        "sparse_decode",
+        describe(name, shape),
+        lambda: ops.sparse_decode(a, W),
+        ways,
+        same,
+        bytes=W.element_size() * (min(n * k, m) * d + n * d),
+        dtype=W.dtype,
+        gather_bytes=W.element_size() * (n * k * d + n * d),
+        parts=parts,
+        targets={"gather": 0.7, "dense product": 3.0} if gpu else {},
+    )
 
-        def same_gradients(backward=backward, ours=ours, bag=bag) -> None:
-            for got, want in zip(backward(ours), backward(bag), strict=True):
-                assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+def _gradient_cases(
+    a: SparseActs, x: Tensor, W: Tensor, name: str, shape: Shape, gpu: bool
+) -> Iterator[Case]:
+    n, d, m, k = shape
+    dtype, size, values, indices = W.dtype, W.element_size(), a.values, a.indices.long()
+    tolerance = 1e-3 if W.dtype == torch.float32 else 5e-2
+    leaves = [t.clone().requires_grad_() for t in (values, W)]
+
+    def backward(decode: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(decode(*leaves), leaves, x)
+
+    def ours(v: Tensor, W: Tensor) -> Tensor:
+        return ops.sparse_decode(SparseActs(v, a.indices, None, a.d_sae), W)
+
+    def bag(v: Tensor, W: Tensor) -> Tensor:
+        return _bag(v, indices, W)
+
+    def dense(v: Tensor, W: Tensor) -> Tensor:
+        return _dense(v, indices, W)
+
+    def same_gradients() -> None:
+        for got, want in zip(backward(ours), backward(dense), strict=True):
+            assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+    yield Case(
+        "sparse_decode + backward",
+        describe(name, shape),
+        lambda: backward(ours),
+        {
+            "embedding_bag": lambda: backward(bag),
+            "scatter + dense product": lambda: backward(dense),
+        },
+        same_gradients,
+        bytes=size * (2 * min(n * k, m) * d + m * d),
+        dtype=dtype,
+    )
+    if gpu:
+        grad_of_values = torch.ops.fastsae.sparse_decode_values_grad
+
+        def same_values_grad() -> None:
+            got = grad_of_values(x, values, a.indices, None, W)
+            want = _gathered_products(x, indices, W).to(got.dtype)
+            assert_close(got, want, rtol=tolerance, atol=tolerance)
 
         yield Case(
-            "sparse_decode + backward",
-            describe(name),
-            lambda f=backward, g=ours: f(g),
-            {
-                "embedding_bag": lambda f=backward, g=bag: f(g),
-                "scatter + dense product": lambda f=backward, g=dense: f(g),
-            },
-            same_gradients,
-            bytes=4 * (2 * min(n * k, m) * d + m * d),
+            "sparse_decode_values_grad",
+            describe(name, shape),
+            lambda: grad_of_values(x, values, a.indices, None, W),
+            {"gather + bmm": lambda: _gathered_products(x, indices, W)},
+            same_values_grad,
+            bytes=size * (min(n * k, m) * d + n * d),
+            dtype=dtype,
+            gather_bytes=size * (n * k * d + n * d),
         )
 
-        def same_lists(a: SparseActs = a, i: Tensor = indices) -> None:
-            order, ends = _sorted_lists(i, a.d_sae)
-            lists = ops.transpose(a)
-            assert torch.equal(lists.slots.long(), order)
-            assert torch.equal(lists.offsets[1:].long(), ends)
-
-        yield Case(
-            "transpose",
-            describe(name),
-            lambda a=a: ops.transpose(a),
-            {"sort + bincount": lambda i=indices, m=m: _sorted_lists(i, m)},
-            same_lists,
-            bytes=24 * n * k + 4 * m,
-        )
+    def same_lists() -> None:
+        order, ends = _sorted_lists(indices, m)
         lists = ops.transpose(a)
+        assert torch.equal(lists.slots.long(), order)
+        assert torch.equal(lists.offsets[1:].long(), ends)
 
-        def same_weight(
-            v: Tensor = values, i: Tensor = indices, x: Tensor = x, m: int = m, lists=lists
-        ) -> None:
-            got = ops.sparse_weight_grad(v, lists, x)[0]
-            assert_close(got, _index_add(v, i, x, m), rtol=1e-3, atol=1e-3)
+    yield Case(
+        "transpose",
+        describe(name, shape),
+        lambda: ops.transpose(a),
+        {"sort + bincount": lambda: _sorted_lists(indices, m)},
+        same_lists,
+        bytes=24 * n * k + 4 * m,
+        dtype=dtype,
+    )
+    lists = ops.transpose(a)
 
-        yield Case(
-            "sparse_weight_grad",
-            describe(name),
-            lambda v=values, lists=lists, x=x: ops.sparse_weight_grad(v, lists, x),
-            {
-                "index_add": lambda v=values, i=indices, x=x, m=m: _index_add(v, i, x, m),
-                "scatter + dense product": (
-                    lambda v=values, i=indices, x=x, m=m: _scatter_product(v, i, x, m)
-                ),
-            },
-            same_weight,
-            bytes=4 * (n * d + m * d),
+    def same_weight() -> None:
+        got = ops.sparse_weight_grad(values, lists, x)
+        want = _codes(values, indices, m).t() @ x
+        assert_close(got[0], want, rtol=tolerance, atol=tolerance)
+        again = ops.sparse_weight_grad(values, lists, x)
+        assert all(torch.equal(p, q) for p, q in zip(got, again, strict=True))
+
+    ways: dict[str, Work] = {
+        "index_add": lambda: _index_add(values, indices, x, m),
+        "scatter + dense product": lambda: _codes(values, indices, m).t() @ x,
+    }
+    if gpu:
+        out = _bag(values, indices, leaves[1])
+        ways["embedding_bag backward"] = lambda: torch.autograd.grad(
+            out, leaves[1], x, retain_graph=True
         )
+    yield Case(
+        "sparse_weight_grad",
+        describe(name, shape),
+        lambda: ops.sparse_weight_grad(values, lists, x),
+        ways,
+        same_weight,
+        bytes=size * (n * d + m * d),
+        dtype=dtype,
+        gather_bytes=size * (n * k * d + m * d),
+        targets={"index_add": 2.0, "embedding_bag backward": 2.0} if gpu else {},
+    )

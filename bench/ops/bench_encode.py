@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.testing import assert_close
 
-from bench.ops.inputs import SHAPES, describe, weights
-from bench.timing import Case
+from bench.ops.inputs import Shape, describe, peer, weights
+from bench.timing import Case, Work
 from fastsae import ops
 
 
@@ -19,89 +20,117 @@ def _topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.relu(), indices
 
 
-def _train(encode: object, x: Tensor, W: Tensor, b: Tensor, k: int) -> None:
-    values = encode(x, W, b, k)[0]  # type: ignore[operator]
-    torch.autograd.grad(values.square().sum(), (W, b))
+def _train(
+    encode: Callable[..., Any], x: Tensor, W: Tensor, b: Tensor, k: int
+) -> tuple[Tensor, ...]:
+    values = encode(x, W, b, k)[0]
+    return torch.autograd.grad(values.square().sum(), (W, b))
 
 
-def cases(device: str) -> Iterator[Case]:
+def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[Case]:
     """Yield the cases; the floor is the GEMM rate that torch reaches in the same run."""
-    for name in SHAPES:
-        n, d, m, k = SHAPES[name]
-        flops = 2.0 * n * d * m
-        for dtype in (torch.float32, torch.bfloat16):
-            x, W, b = weights(name, dtype, device)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, W, b = weights(shape, dtype, device)
+        yield _topk_case(x, W, b, name, shape, gpu)
+        if gpu or dtype == torch.float32:
+            yield from _other_cases(x, W, b, name, shape, gpu)
 
-            def same(x: Tensor = x, W: Tensor = W, b: Tensor = b, k: int = k) -> None:
-                got = ops.encode_topk(x, W, b, k).values.sort(1).values
-                want = _topk(x, W, b, k)[0].sort(1).values
-                tolerance = 1e-4 if x.dtype == torch.float32 else 3e-2
-                assert_close(got, want, rtol=tolerance, atol=tolerance)
 
-            yield Case(
-                "encode_topk",
-                describe(name),
-                lambda x=x, W=W, b=b, k=k: ops.encode_topk(x, W, b, k),
-                {"linear + topk": lambda x=x, W=W, b=b, k=k: _topk(x, W, b, k)},
-                same,
-                flops=flops,
-                dtype=dtype,
-            )
-        x, W, b = weights(name, torch.float32, device)
-        Wg, bg = W.clone().requires_grad_(), b.clone().requires_grad_()
-        yield Case(
-            "encode_topk + backward",
-            describe(name),
-            lambda x=x, W=Wg, b=bg, k=k: _train(ops.encode_topk, x, W, b, k),
-            {"linear + topk": lambda x=x, W=Wg, b=bg, k=k: _train(_topk, x, W, b, k)},
-            same,
-            flops=flops,
-        )
-        budget = k * n
+def _tolerance(x: Tensor) -> float:
+    return 1e-4 if x.dtype == torch.float32 else 3e-2
 
-        def torch_batch(
-            x: Tensor = x, W: Tensor = W, b: Tensor = b, budget: int = budget
-        ) -> Tensor:
-            return linear(x, W, b).relu().flatten().topk(budget, sorted=False).values
 
-        def same_batch(
-            x: Tensor = x, W: Tensor = W, b: Tensor = b, k: int = k, torch_batch=torch_batch
-        ) -> None:
-            got = ops.encode_batch_topk(x, W, b, k).acts.values.sort().values
-            assert_close(got, torch_batch().sort().values, rtol=1e-4, atol=1e-4)
+def _topk_case(x: Tensor, W: Tensor, b: Tensor, name: str, shape: Shape, gpu: bool) -> Case:
+    k = shape[3]
 
-        yield Case(
-            "encode_batch_topk",
-            describe(name),
-            lambda x=x, W=W, b=b, k=k: ops.encode_batch_topk(x, W, b, k),
-            {"linear + relu + flatten + topk": torch_batch},
-            same_batch,
-            flops=flops,
-        )
-        theta = ops.encode_batch_topk(x, W, b, k).threshold
+    def same() -> None:
+        got = ops.encode_topk(x, W, b, k).values.sort(1).values
+        want = _topk(x, W, b, k)[0].sort(1).values
+        assert_close(got, want, rtol=_tolerance(x), atol=_tolerance(x))
 
-        def torch_threshold(
-            x: Tensor = x, W: Tensor = W, b: Tensor = b, theta: Tensor = theta
-        ) -> Tensor:
-            pre = linear(x, W, b)
-            return torch.where(pre > theta, pre, 0)
+    ways: dict[str, Work] = {"linear + topk": lambda: _topk(x, W, b, k)}
+    fused = peer("sparsify.fused_encoder", "fused_encoder") if gpu else None
+    if fused:
+        ways["eai-sparsify"] = lambda: fused(x, W, b, k, "topk")
+    if gpu and name == "A":
+        compiled = torch.compile(_topk)
+        ways["torch.compile"] = lambda: compiled(x, W, b, k)
+    return Case(
+        "encode_topk",
+        describe(name, shape),
+        lambda: ops.encode_topk(x, W, b, k),
+        ways,
+        same,
+        **_product(x, W, shape, gpu),
+    )
 
-        def same_threshold(
-            x: Tensor = x,
-            W: Tensor = W,
-            b: Tensor = b,
-            theta: Tensor = theta,
-            budget: int = budget,
-            torch_threshold=torch_threshold,
-        ) -> None:
-            got = ops.encode_threshold(x, W, b, theta, 2 * budget).values.sum()
-            assert_close(got, torch_threshold().sum(), rtol=1e-3, atol=1e-3)
 
-        yield Case(
-            "encode_threshold",
-            describe(name),
-            lambda x=x, W=W, b=b, t=theta, c=2 * budget: ops.encode_threshold(x, W, b, t, c),
-            {"linear + where": torch_threshold},
-            same_threshold,
-            flops=flops,
-        )
+def _product(x: Tensor, W: Tensor, shape: Shape, gpu: bool) -> dict[str, Any]:
+    """Return what all these cases have in common: the matrix product inside."""
+    n, d, m, _ = shape
+    return {
+        "flops": 2.0 * n * d * m,
+        "dtype": x.dtype,
+        "parts": {"linear": lambda: linear(x, W)} if gpu else {},
+        "targets": {"linear": 0.93} if gpu else {},
+    }
+
+
+def _other_cases(
+    x: Tensor, W: Tensor, b: Tensor, name: str, shape: Shape, gpu: bool
+) -> Iterator[Case]:
+    n, _, _, k = shape
+    tolerance = _tolerance(x)
+    product = _product(x, W, shape, gpu)
+    leaves = [t.clone().requires_grad_() for t in (W, b)]
+
+    def same_gradients() -> None:
+        got, want = (_train(encode, x, *leaves, k) for encode in (ops.encode_topk, _topk))
+        for p, q in zip(got, want, strict=True):
+            # An entry that one of them selects and the other does not is a whole row.
+            assert (p - q).abs().gt(50 * tolerance).float().mean() < 1e-2
+
+    yield Case(
+        "encode_topk + backward",
+        describe(name, shape),
+        lambda: _train(ops.encode_topk, x, *leaves, k),
+        {"linear + topk": lambda: _train(_topk, x, *leaves, k)},
+        same_gradients,
+        **(product | {"targets": {}}),
+    )
+    budget = k * n
+
+    def torch_batch() -> Tensor:
+        return linear(x, W, b).relu().flatten().topk(budget, sorted=False).values
+
+    def same_batch() -> None:
+        got = ops.encode_batch_topk(x, W, b, k).acts.values.sort().values
+        assert_close(got, torch_batch().sort().values, rtol=tolerance, atol=tolerance)
+
+    yield Case(
+        "encode_batch_topk",
+        describe(name, shape),
+        lambda: ops.encode_batch_topk(x, W, b, k),
+        {"linear + relu + flatten + topk": torch_batch},
+        same_batch,
+        **product,
+    )
+    theta = ops.encode_batch_topk(x, W, b, k).threshold
+
+    def torch_threshold() -> Tensor:
+        pre = linear(x, W, b)
+        return torch.where(pre > theta, pre, 0)
+
+    def same_threshold() -> None:
+        got = ops.encode_threshold(x, W, b, theta, 2 * budget).values.sum(dtype=torch.float32)
+        want = torch_threshold().sum(dtype=torch.float32)
+        assert_close(got, want, rtol=10 * tolerance, atol=10 * tolerance)
+
+    yield Case(
+        "encode_threshold",
+        describe(name, shape),
+        lambda: ops.encode_threshold(x, W, b, theta, 2 * budget),
+        {"linear + where": torch_threshold},
+        same_threshold,
+        **product,
+    )

@@ -7,100 +7,115 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bench.ops.inputs import SHAPES, describe
-from bench.timing import Case
+from bench.ops.inputs import Shape, describe, peer
+from bench.timing import Case, Work
 from fastsae import ops
 
 
-def _compiled_batch_topk(x: Tensor, budget: int) -> Tensor:
+def _flat_topk(x: Tensor, budget: int) -> Tensor:
     return x.relu().flatten().topk(budget, sorted=False).values
 
 
-def cases(device: str) -> Iterator[Case]:
+def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[Case]:
     """Yield the cases; every way of torch keeps what ours keeps."""
-    for name in SHAPES:
-        n, _, m, k = SHAPES[name]
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(n, m, device=device).to(dtype)
-
-            def same_values(x: Tensor = x, k: int = k) -> None:
-                got, want = ops.topk(x, k, sorted=True).values, torch.topk(x, k).values
-                assert torch.equal(got, want)
-
-            yield Case(
-                "topk",
-                describe(name),
-                lambda x=x, k=k: ops.topk(x, k),
-                {
-                    "torch.topk": lambda x=x, k=k: torch.topk(x, k),
-                    "torch.topk(sorted=False)": lambda x=x, k=k: torch.topk(x, k, sorted=False),
-                },
-                same_values,
-                bytes=x.element_size() * n * m,
-                dtype=dtype,
-            )
-        x = torch.randn(n, m, device=device)
-        budget = k * n
-
-        def same_batch(x: Tensor = x, k: int = k, budget: int = budget) -> None:
-            got, threshold = ops.batch_topk(x, k)
-            want = x.flatten().topk(budget).values
-            assert torch.equal(got.values.sort(descending=True).values, want)
-            assert threshold == want[-1]
-
-        yield Case(
-            "batch_topk",
-            describe(name),
-            lambda x=x, k=k: ops.batch_topk(x, k),
-            {
-                "relu().flatten().topk": lambda x=x, b=budget: _compiled_batch_topk(x, b),
-                "flatten().topk": lambda x=x, b=budget: x.flatten().topk(b, sorted=False),
-            },
-            same_batch,
-            bytes=4 * n * m,
-        )
-        theta = ops.batch_topk(x, k).threshold
-
-        def same_kept(x: Tensor = x, theta: Tensor = theta, budget: int = budget) -> None:
-            got = ops.threshold_select(x, theta, 2 * budget).to_dense()
-            assert torch.equal(got, torch.where(x > theta, x, 0))
-
-        yield Case(
-            "threshold_select",
-            describe(name),
-            lambda x=x, t=theta, b=budget: ops.threshold_select(x, t, 2 * b),
-            {
-                "nonzero(x > theta)": lambda x=x, t=theta: x[(x > t).nonzero(as_tuple=True)],
-                "where(x > theta, x, 0)": lambda x=x, t=theta: torch.where(x > t, x, 0),
-            },
-            same_kept,
-            bytes=4 * n * m,
-        )
-    yield from _feature_cases(device)
+    n, _, m, _ = shape
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _topk_case(torch.randn(n, m, device=device).to(dtype), name, shape, gpu)
+    for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
+        yield from _matrix_cases(torch.randn(n, m, device=device).to(dtype), name, shape, gpu)
 
 
-def _feature_cases(device: str) -> Iterator[Case]:
-    for name in ("S", "A"):
-        n, _, d_sae, k = SHAPES[name]
-        x = torch.randn(n, d_sae, device=device)
-        m = -(-k * n // d_sae)
+def _topk_case(x: Tensor, name: str, shape: Shape, gpu: bool) -> Case:
+    k = shape[3]
 
-        def same_columns(x: Tensor = x, m: int = m) -> None:
-            acts = ops.feature_topk(x, m)
-            dense = acts.to_dense()
-            assert torch.equal(dense.topk(m, dim=0).values, x.relu().topk(m, dim=0).values)
-            assert torch.equal(dense, torch.where(dense > 0, x, 0))
-            assert (dense > 0).sum() == acts.offsets[-1]
+    def same_values() -> None:
+        assert torch.equal(ops.topk(x, k, sorted=True).values, torch.topk(x, k).values)
 
-        yield Case(
-            "feature_topk",
-            f"{describe(name)}, m {m}",
-            lambda x=x, m=m: ops.feature_topk(x, m),
-            {
-                "relu().topk(dim=0)": lambda x=x, m=m: x.relu().topk(m, dim=0),
-                "topk(dim=0, sorted=False)": lambda x=x, m=m: x.topk(m, dim=0, sorted=False),
-                "t().contiguous().topk": lambda x=x, m=m: x.t().contiguous().topk(m, sorted=False),
-            },
-            same_columns,
-            bytes=4 * n * d_sae,
-        )
+    ways: dict[str, Work] = {
+        "torch.topk": lambda: torch.topk(x, k),
+        "torch.topk(sorted=False)": lambda: torch.topk(x, k, sorted=False),
+    }
+    flashinfer = peer("flashinfer", "top_k") if gpu else None
+    if flashinfer:
+        ways["flashinfer.top_k"] = lambda: flashinfer(x, k)
+    return Case(
+        "topk",
+        describe(name, shape),
+        lambda: ops.topk(x, k),
+        ways,
+        same_values,
+        bytes=x.element_size() * x.numel(),
+        dtype=x.dtype,
+        targets={"copy": 0.8, "torch.topk": 6.0} if gpu else {},
+    )
+
+
+def _matrix_cases(x: Tensor, name: str, shape: Shape, gpu: bool) -> Iterator[Case]:
+    n, _, d_sae, k = shape
+    budget, size = k * n, x.element_size() * x.numel()
+
+    def same_batch() -> None:
+        got, threshold = ops.batch_topk(x, k)
+        want = x.flatten().topk(budget).values
+        assert torch.equal(got.values.sort(descending=True).values, want)
+        assert threshold == want[-1]
+
+    ways: dict[str, Work] = {
+        "flatten().topk": lambda: x.flatten().topk(budget, sorted=False),
+        "relu().flatten().topk": lambda: _flat_topk(x, budget),
+    }
+    if gpu and name == "A":
+        compiled = torch.compile(_flat_topk)
+        ways["torch.compile"] = lambda: compiled(x, budget)
+    yield Case(
+        "batch_topk",
+        describe(name, shape),
+        lambda: ops.batch_topk(x, k),
+        ways,
+        same_batch,
+        bytes=size,
+        dtype=x.dtype,
+        targets={"copy": 0.6, "flatten().topk": 10.0} if gpu else {},
+    )
+    theta = ops.batch_topk(x, k).threshold
+
+    def same_kept() -> None:
+        got = ops.threshold_select(x, theta, 2 * budget).to_dense()
+        assert torch.equal(got, torch.where(x > theta, x, 0))
+
+    yield Case(
+        "threshold_select",
+        describe(name, shape),
+        lambda: ops.threshold_select(x, theta, 2 * budget),
+        {
+            "nonzero(x > theta)": lambda: x[(x > theta).nonzero(as_tuple=True)],
+            "where(x > theta, x, 0)": lambda: torch.where(x > theta, x, 0),
+        },
+        same_kept,
+        bytes=size,
+        dtype=x.dtype,
+    )
+    if name == "W":  # torch needs minutes
+        return
+    m = -(-k * n // d_sae)
+
+    def same_columns() -> None:
+        acts = ops.feature_topk(x, m)
+        dense = acts.to_dense()
+        assert torch.equal(dense.topk(m, dim=0).values, x.relu().topk(m, dim=0).values)
+        assert torch.equal(dense, torch.where(dense > 0, x, 0))
+        assert (dense > 0).sum() == acts.offsets[-1]
+
+    yield Case(
+        "feature_topk",
+        f"{describe(name, shape)}, m {m}",
+        lambda: ops.feature_topk(x, m),
+        {
+            "relu().topk(dim=0)": lambda: x.relu().topk(m, dim=0),
+            "topk(dim=0, sorted=False)": lambda: x.topk(m, dim=0, sorted=False),
+            "t().contiguous().topk": lambda: x.t().contiguous().topk(m, sorted=False),
+        },
+        same_columns,
+        bytes=size,
+        dtype=x.dtype,
+    )

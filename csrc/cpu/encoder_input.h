@@ -1,17 +1,14 @@
-// What the encode ops read, checked once, and its pre-activations by the library's GEMM, a bounded
+// What the encode ops read, and its pre-activations by the library's GEMM, a bounded
 // chunk of rows at a time: the way for few rows, and at the scalar level. The other way is in
 // encode_block.h.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
-#include <optional>
 #include <vector>
 
-#include "check.h"
 #include "cpu/huge_pages.h"
-#include "dispatch.h"
-#include "torch.h"
+#include "encoder_arguments.h"
 
 namespace fastsae::cpu {
 
@@ -22,15 +19,9 @@ constexpr int64_t kChunkBytes = int64_t{64} << 20;
 // Below this many rows that packing costs the GEMM half its rate (measured on 2 cores of Zen 5).
 constexpr int64_t kMinChunkRows = 256;
 
-struct EncoderInput {
-  Tensor x;                      // [n, d], contiguous like all of them
-  Tensor W_enc;                  // [F, d]
-  std::optional<Tensor> b_enc;   // [F] in the accumulator dtype
-  std::optional<Tensor> b_dec;   // [d]
+struct EncoderInput : EncoderArguments {
   std::vector<int32_t> latents;  // with a mask: the latents that take part, ascending
   bool masked = false;
-  bool bf16_product = false;  // W_enc and x - b_dec are rounded to bfloat16 where that is faster
-  int64_t d_sae = 0;
 
   int64_t latent_count() const { return masked ? static_cast<int64_t>(latents.size()) : d_sae; }
 };
@@ -55,31 +46,9 @@ inline EncoderInput encoder_input(const char* op, const Tensor& x, const Tensor&
                                   const std::optional<Tensor>& b_enc,
                                   const std::optional<Tensor>& b_dec,
                                   const std::optional<Tensor>& mask, bool bf16_product) {
-  check_matrix(op, "x", x);
-  check_matrix(op, "W_enc", W_enc);
-  FASTSAE_CHECK(x.size(1) == W_enc.size(1), op,
-                ": expected x to be [n, d_in] with d_in = ", W_enc.size(1), ", got ", shape_of(x));
-  check_same_type(op, "W_enc", W_enc, x.scalar_type());
-  EncoderInput in;
-  in.bf16_product = bf16_product;
-  in.d_sae = W_enc.size(0);
-  in.x = as_contiguous(x);
-  in.W_enc = as_contiguous(W_enc);
-  if (b_dec) {
-    check_vector(op, "b_dec", *b_dec, x.size(1));
-    check_same_type(op, "b_dec", *b_dec, x.scalar_type());
-    in.b_dec = as_contiguous(*b_dec);
-  }
-  if (b_enc) {
-    check_vector(op, "b_enc", *b_enc, in.d_sae);
-    check_same_type(op, "b_enc", *b_enc, x.scalar_type());
-    in.b_enc = as_contiguous(torch::stable::to(*b_enc, accumulator_type(x)));
-  }
-  if (mask) {
-    check_vector(op, "mask", *mask, in.d_sae);
-    FASTSAE_CHECK(mask->scalar_type() == ScalarType::Bool, op, ": expected mask to be bool");
-    const Tensor flags = as_contiguous(*mask);
-    const bool* flag = data_of<bool>(flags);
+  EncoderInput in{encoder_arguments(op, x, W_enc, b_enc, b_dec, mask, bf16_product), {}};
+  if (in.mask) {
+    const bool* flag = data_of<bool>(*in.mask);
     for (int64_t f = 0; f < in.d_sae; ++f) {
       if (flag[f]) in.latents.push_back(static_cast<int32_t>(f));
     }

@@ -7,13 +7,12 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastsae import _library, reference
 from tests.conftest import EMULATED
 from tests.ops.calls import NAMES, calls, check, has_kernel
 from tests.ops.inputs import DTYPES, KINDS, matrix, same
+from tests.properties import given, settings, st
 
 needs_emulation = pytest.mark.skipif(
     EMULATED is None, reason="built without FASTSAE_EMULATION=ON (make test turns it on)"

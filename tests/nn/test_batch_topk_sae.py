@@ -5,10 +5,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastsae.nn import BatchTopKSAE
+from tests.properties import given, settings, st
 
 
 def identity(k, d=4, **arguments):

@@ -62,10 +62,11 @@ def test_selection_is_exact_for_its_pre_activations(isa) -> None:
     assert torch.equal(kept.offsets, ref_kept.offsets)
 
 
-def integers(n, d_in, d_sae):
+def integers(n, d_in, d_sae, device="cpu"):
     """Return inputs whose products are exact in every order, with many ties."""
-    x = torch.randint(-3, 4, (n, d_in)).float()
-    W, b = torch.randint(-3, 4, (d_sae, d_in)).float(), torch.randint(-3, 4, (d_sae,)).float()
+    x = torch.randint(-3, 4, (n, d_in)).float().to(device)
+    W = torch.randint(-3, 4, (d_sae, d_in)).float().to(device)
+    b = torch.randint(-3, 4, (d_sae,)).float().to(device)
     return x, W, b, x @ W.t() + b
 
 
@@ -87,7 +88,20 @@ def integers(n, d_in, d_sae):
     ],
 )
 def test_blocks_of_tokens_select_exactly(isa, n, d_in, d_sae, k) -> None:
-    x, W, b, pre = integers(n, d_in, d_sae)
+    check_selects_exactly(*integers(n, d_in, d_sae), k)
+
+
+# The same for the chunks that other devices take: one row, one chunk, and many.
+@pytest.mark.parametrize(
+    ("n", "d_in", "d_sae", "k"),
+    [(1, 2, 9, 4), (5, 8, 500, 4), (131, 7, 2501, 3), (23, 4, 5001, 600), (66, 1, 13, 13)],
+)
+def test_chunks_select_exactly(device, n, d_in, d_sae, k) -> None:
+    check_selects_exactly(*integers(n, d_in, d_sae, device), k)
+
+
+def check_selects_exactly(x, W, b, pre, k) -> None:
+    n, d_sae = pre.shape
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         got = ops.encode_topk(x.to(dtype), W.to(dtype), b.to(dtype), k, relu=False)
         want = reference.topk(pre, k)
@@ -96,13 +110,13 @@ def test_blocks_of_tokens_select_exactly(isa, n, d_in, d_sae, k) -> None:
     got = ops.encode_topk(x, W, b, k, relu=False, compute_dtype=torch.bfloat16)
     assert torch.equal(got.indices, want.indices)
     ref = reference.batch_topk(pre, k)
-    for hint in (None, ref.threshold, ref.threshold * 100, torch.tensor(float("nan"))):
+    for hint in (None, ref.threshold, ref.threshold * 100, pre.new_tensor(float("nan"))):
         acts, threshold = ops.encode_batch_topk(x, W, b, k, hint=hint)
         assert torch.equal(threshold, ref.threshold)
         assert torch.equal(acts.offsets, ref.acts.offsets)
         assert torch.equal(acts.indices, ref.acts.indices)
         assert torch.equal(acts.values, ref.acts.values)
-    for theta in (ref.threshold, torch.randint(0, 9, (d_sae,)).float()):
+    for theta in (ref.threshold, pre.new_tensor(-2.0), torch.randint(0, 9, (d_sae,)).to(pre)):
         kept = ops.encode_threshold(x, W, b, theta, 2 * n * k)
         ref_kept = reference.threshold_select(pre, theta, 2 * n * k)
         assert torch.equal(kept.offsets, ref_kept.offsets)
@@ -110,10 +124,10 @@ def test_blocks_of_tokens_select_exactly(isa, n, d_in, d_sae, k) -> None:
         assert torch.equal(kept.values, ref_kept.values)
 
 
-def test_blocks_of_tokens_and_masks() -> None:
-    x, W, b, pre = integers(200, 6, 4000)
+def test_blocks_of_tokens_and_masks(device) -> None:
+    x, W, b, pre = integers(200, 6, 4000, device)
     for allowed in (30, 31, 300, 3999):
-        mask = torch.zeros(4000, dtype=torch.bool)
+        mask = torch.zeros(4000, dtype=torch.bool, device=device)
         mask[torch.randperm(4000)[:allowed]] = True
         got = ops.encode_topk(x, W, b, 31, mask=mask, relu=False)
         want = reference.encode_topk(x, W, b, 31, mask=mask, relu=False)
@@ -125,9 +139,9 @@ def test_blocks_of_tokens_and_masks() -> None:
         assert torch.equal(threshold, ref.threshold)
 
 
-def test_blocks_of_tokens_and_b_dec() -> None:
-    x, W, b, _ = integers(150, 9, 3000)
-    c = torch.randint(-2, 3, (9,)).float()
+def test_blocks_of_tokens_and_b_dec(device) -> None:
+    x, W, b, _ = integers(150, 9, 3000, device)
+    c = torch.randint(-2, 3, (9,)).to(x)
     want = reference.encode_topk(x, W, b, 10, b_dec=c)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         arguments = (t.to(dtype) for t in (x, W, b))
@@ -136,8 +150,8 @@ def test_blocks_of_tokens_and_b_dec() -> None:
         assert torch.equal(got.values, want.values.to(dtype))
 
 
-def test_bad_rows_in_a_block_stay_alone(isa) -> None:
-    x, W, b, _ = integers(100, 8, 5000)
+def test_bad_rows_in_a_block_stay_alone(device, isa) -> None:
+    x, W, b, _ = integers(100, 8, 5000, device)
     clean = ops.encode_topk(x, W, b, 40)
     x[3], x[50, 2], x[99, 0] = float("nan"), float("inf"), float("-inf")
     got = ops.encode_topk(x, W, b, 40)
@@ -146,7 +160,7 @@ def test_bad_rows_in_a_block_stay_alone(isa) -> None:
     assert torch.equal(got.values[good], clean.values[good])
     assert torch.equal(got.indices[good], clean.indices[good])
     assert got.values[3].isnan().all()
-    assert torch.equal(got.indices[3], torch.arange(40, dtype=torch.int32))
+    assert torch.equal(got.indices[3], torch.arange(40, dtype=torch.int32, device=device))
 
 
 def test_a_row_has_the_same_bits_in_every_batch_and_thread_count() -> None:

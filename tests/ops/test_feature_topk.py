@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from fastsae import ops, reference
 from tests.ops.inputs import DTYPES, KINDS, SHAPES, matrix
 from tests.ops.test_batch_topk import assert_same_acts
+from tests.properties import given, settings, st
 
 # n, m: beside the wide ones, around a block of 64 columns, 8 rows filtered at once, the first 16
 # groups of rows, and a piece of 2048 rows; the last one is tightened twice.

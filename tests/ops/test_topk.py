@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from fastsae import ops, reference
 from tests.ops.inputs import DTYPES, KINDS, SHAPES, matrix, same
+from tests.properties import given, settings, st
 
 
 @pytest.mark.parametrize("sorted", [False, True])

@@ -1,0 +1,295 @@
+"""All that a GPU can tell, within minutes: `make gpu`, which builds first.
+
+Tests, then every op against what else there is, then compute-sanitizer. Each step runs in a process
+of its own: one that fails, hangs or poisons the GPU is reported, and the rest still runs. What does
+not fit into the time is dropped and named. Writes bench/results/<gpu>-<date>.json and prints a
+table; ends with 1 if a step failed or a target was missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import report, timing
+from bench.ops import MODULES
+from bench.ops.inputs import CUDA_SHAPES, Shape
+from bench.run import machine
+from bench.timing import Case, Result
+from fastsae import _host, _library
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGET = 480.0
+# Seconds after the start at which tests and benches end; the sanitizers get the rest.
+TESTS_END, BENCHES_END = 200.0, 400.0
+SILENCE = 120.0  # a bench that reports nothing for so long hangs
+POISONED = 3  # exit code: no kernel of this process will run any more
+
+Line = dict[str, Any]
+
+
+def has_cuda_kernel(case_op: str) -> bool:
+    """Return whether the op of a case ("encode_topk + backward") has a CUDA kernel."""
+    return _library.has_kernel(case_op.split()[0], "cuda")
+
+
+def groups(shapes: dict[str, Shape]) -> list[tuple[str, Any]]:
+    """Return (shape, module) in the order they run: all ops at the small shape first."""
+    return [(name, module) for name in shapes for module in MODULES]
+
+
+def measure(
+    shapes: dict[str, Shape], device: str, ceilings: dict[str, float], until: float, start: int = 0
+) -> Iterator[Line]:
+    """Yield a line before and after every case, and for every case that cannot run."""
+    seconds = 0.5
+    for i, (name, module) in enumerate(groups(shapes)[start:], start):
+        label = f"{module.__name__.rpartition('.')[2]} at {name}"
+        yield {"group": i, "begun": label}
+        if time.time() > until:
+            yield {"dropped": label}
+            continue
+        try:
+            for case in module.cases(name, shapes[name], device, True):
+                what = f"{case.op}, {case.shape}, {str(case.dtype).removeprefix('torch.')}"
+                if device == "cuda" and not has_cuda_kernel(case.op):
+                    yield {"skipped": what}
+                    continue
+                if time.time() > until:
+                    yield {"dropped": what}
+                    continue
+                yield {"group": i, "begun": what}
+                try:
+                    yield from drop_broken_ways(case, what, i)
+                    result = timing.run(case, ceilings, device, seconds)
+                    yield {"result": dataclasses.asdict(result)}
+                except Exception as e:
+                    yield {"failed": what, "why": _short(e)}
+                    _stop_if_poisoned(device)
+        except Exception as e:
+            yield {"failed": label, "why": _short(e)}
+            _stop_if_poisoned(device)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def drop_broken_ways(case: Case, what: str, group: int) -> Iterator[Line]:
+    """Try what ours is compared with, and leave out what fails: it may not fit into memory."""
+    for works in (case.torch, case.parts):
+        for name in list(works):
+            yield {"group": group, "begun": f"{what}: {name}"}
+            try:
+                works[name]()
+            except RuntimeError as e:
+                del works[name]
+                yield {"left_out": f"{what}: {name}", "why": _short(e)}
+
+
+def _short(e: Exception) -> str:
+    return f"{type(e).__name__}: {str(e).strip()}"[:500]
+
+
+def _stop_if_poisoned(device: str) -> None:
+    if device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        sys.exit(POISONED)
+
+
+def measure_into(file: Path, start: int, until: float) -> None:
+    """Append the lines of `measure` to a file: what the process of the benches does."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    with file.open("a", buffering=1) as out:
+        ceilings = next((line["ceilings"] for line in lines if "ceilings" in line), None)
+        if ceilings is None:
+            ceilings = timing.ceilings("cuda")
+            out.write(json.dumps({"ceilings": ceilings}) + "\n")
+        for line in measure(CUDA_SHAPES, "cuda", ceilings, until, start):
+            out.write(json.dumps(line) + "\n")
+
+
+def run_benches(file: Path, until: float) -> list[Line]:
+    """Run the process of the benches, and again behind the group that it died in."""
+    start, lines = 0, []
+    while start < len(groups(CUDA_SHAPES)):
+        command = [sys.executable, "-m", "bench.gpu", "--measure", str(file)]
+        command += ["--start", str(start), "--until", str(until)]
+        log = file.with_suffix(".log")
+        with log.open("w") as output:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+            code = _wait(process, file, until + 20)
+        lines = (
+            [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        )
+        if code == 0:
+            break
+        last = next((line for line in reversed(lines) if "begun" in line), None)
+        why = "hung" if code is None else f"ended with {code}"
+        at = last["begun"] if last else "the ceilings"
+        tail = " ".join(log.read_text()[-300:].split())
+        with file.open("a") as out:
+            lines.append({"failed": at, "why": f"process {why}: {tail}"})
+            out.write(json.dumps(lines[-1]) + "\n")
+        if last is None:
+            break
+        start = last["group"] + 1
+    return lines
+
+
+def _wait(process: subprocess.Popen[bytes], file: Path, end: float) -> int | None:
+    """Return the exit code, or None after killing a process that hangs or takes too long."""
+    heard, size = time.time(), -1
+    while True:
+        try:
+            return process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            now = file.stat().st_size if file.exists() else 0
+            if now != size:
+                heard, size = time.time(), now
+            if time.time() > min(end, heard + SILENCE):
+                process.kill()
+                process.wait()
+                return None
+
+
+def run_step(name: str, command: list[str], seconds: float, env: dict[str, str]) -> Line:
+    """Run a command; return how it went."""
+    began = time.time()
+    if seconds < 5:
+        return {"step": name, "ok": False, "why": "dropped: no time left"}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+        said, ok = done.stdout + done.stderr, done.returncode == 0
+    except subprocess.TimeoutExpired as e:
+        raw = e.stdout or b""
+        said = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
+        said, ok = f"{said}\nstopped after {seconds:.0f} s", False
+    lines = [line for line in said.splitlines() if line.strip()]
+    failed = [line for line in lines if re.match(r"FAILED|ERROR|wrong:|========= .*rror", line)]
+    return {
+        "step": name,
+        "ok": ok,
+        "seconds": round(time.time() - began, 1),
+        "why": lines[-1].strip() if lines else "",
+        "failures": failed[:50],
+    }
+
+
+def sanitize(tool: str, seconds: float) -> Line:
+    """Run the table of calls under a tool of compute-sanitizer."""
+    program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    if program is None:
+        return {"step": tool, "ok": None, "why": "compute-sanitizer is not installed"}
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=fastsae"]
+    command += [sys.executable, "-m", "tests.cuda_emulation.run_calls", "--device", "cuda"]
+    # Without torch's cache every tensor is an allocation that ends where it ends.
+    return run_step(tool, command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def _said(*command: str) -> str:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "unknown"
+
+
+def head() -> Line:
+    """Return what the numbers depend on."""
+    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        **machine("cuda"),
+        "driver": _said(*driver),
+        "nvcc": _host.build_info()["cuda"],
+        "commit": _said("git", "rev-parse", "HEAD"),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write(record: Line, folder: Path) -> Path:
+    """Write the record under the GPU's name and the date, all or nothing."""
+    gpu = re.sub(r"[^a-z0-9]+", "-", str(record["machine"]["gpu"]).lower()).strip("-")
+    file = folder / f"{gpu}-{record['machine']['date']}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(file)
+    return file
+
+
+def collect(lines: list[Line], steps: list[Line], machine: Line) -> Line:
+    """Return the record of a run."""
+    ceilings = next((line["ceilings"] for line in lines if "ceilings" in line), {})
+    return {
+        "machine": {**machine, **ceilings},
+        "steps": steps,
+        "results": [line["result"] for line in lines if "result" in line],
+        "failed": [line for line in lines if "failed" in line],
+        "left_out": [line for line in lines if "left_out" in line],
+        "skipped": [line["skipped"] for line in lines if "skipped" in line],
+        "dropped": [line["dropped"] for line in lines if "dropped" in line],
+    }
+
+
+def is_good(record: Line) -> bool:
+    """Return whether every step went well and every target was reached."""
+    missed = [Result(**row).missed() for row in record["results"]]
+    steps = all(step["ok"] is not False for step in record["steps"])
+    return steps and not any(missed) and not record["failed"] and bool(record["results"])
+
+
+def main() -> int:
+    """Parse arguments; measure, or run everything."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--started", type=float, default=time.time(), help="when the build began")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.measure:
+        measure_into(a.measure, a.start, a.until)
+        return 0
+    if not torch.cuda.is_available():
+        sys.exit("make gpu: expected a GPU that torch can use, got none")
+    about, scale, lines = head(), a.budget / BUDGET, ROOT / "build/gpu_lines.jsonl"
+    lines.unlink(missing_ok=True)
+    lines.parent.mkdir(exist_ok=True)
+    tests = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-k", "cuda", "tests/ops"]
+    until = a.started + TESTS_END * scale
+    steps = [run_step("tests", tests, until - time.time(), {"FASTSAE_TEST_DEVICES": "cuda"})]
+    found = run_benches(lines, a.started + BENCHES_END * scale)
+    write(collect(found, steps, about), ROOT / "bench/results")
+    for tool in ("memcheck", "racecheck"):
+        steps.append(sanitize(tool, a.started + a.budget - time.time()))
+    record = collect(found, steps, about)
+    file = write(record, ROOT / "bench/results")
+    print(report.gpu(record))
+    print(f"\nwritten to {file}, {time.time() - a.started:.0f} s in all")
+    return 0 if is_good(record) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+// What the operator feature_topk and the launcher of its first half agree on. No torch, no CUDA.
+#pragma once
+
+#include "cuda/format.h"
+
+namespace fastsae::cuda {
+
+struct ColumnBoundParams {
+  const void* x;  // [n, columns]
+  int64_t n;      // rows, < 2^31
+  int32_t columns;
+  const int32_t* m;  // [columns] entries to keep; negative counts as 0
+  void* theta;       // [columns] in the accumulator's format: larger entries are kept
+  int32_t* tie_row;  // [columns]: so are equal ones in rows up to this
+};
+
+// Launches on `stream` (a cudaStream_t); null when all is well, else the CUDA error's text.
+const char* launch_column_bound(const ColumnBoundParams& params, Format format, void* stream);
+
+}  // namespace fastsae::cuda

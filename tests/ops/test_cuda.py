@@ -1,0 +1,102 @@
+"""What only a GPU can show: graphs, streams, devices, no host in between, the same bits again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.calls import Call, calls, check, has_kernel
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CALLS = calls()
+
+
+@pytest.fixture(params=CALLS, ids=str)
+def call(request: pytest.FixtureRequest) -> Call:
+    """Every call of every operator that has a CUDA kernel, on the GPU."""
+    if not has_kernel(request.param.op, device="cuda"):
+        pytest.skip(f"{request.param.op} has no CUDA kernel yet")
+    return request.param.to("cuda")
+
+
+def same_bits(call: Call, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
+    """Raise where two results differ in a bit that the operator promises."""
+    check(Call(call.op, call.case, call.arguments), got, want)
+
+
+def test_equals_the_cpu_and_repeats(call) -> None:
+    first = call()
+    check(call, first, call.to("cpu")())
+    for _ in range(3):
+        same_bits(call, call(), first)
+
+
+def test_captured_in_a_graph(call) -> None:
+    want = call()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()  # what is set up once is set up before
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for _ in range(2):
+        for t in out:
+            t.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        same_bits(call, out, want)
+
+
+def test_runs_on_the_current_stream(call) -> None:
+    want = call()
+    late = Call(
+        call.op,
+        call.case,
+        tuple(a.clone() if isinstance(a, Tensor) else a for a in call.arguments),
+        call.tolerance,
+    )
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        # The arguments arrive late, on that stream only: another stream would read zeros.
+        for a in late.arguments:
+            if isinstance(a, Tensor):
+                a.zero_()
+        torch.cuda._sleep(20_000_000)
+        for to, source in zip(late.arguments, call.arguments, strict=True):
+            if isinstance(to, Tensor):
+                to.copy_(source)
+        out = late()
+    side.synchronize()
+    same_bits(call, out, want)
+
+
+def test_does_not_wait_for_the_gpu(call) -> None:
+    call()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    # That sees torch's own waits only. Behind other work the call still comes back.
+    start, returned = torch.cuda.Event(), torch.cuda.Event()
+    torch.cuda._sleep(100_000_000)
+    start.record()
+    call()
+    waited = start.query()
+    returned.record()
+    returned.synchronize()
+    assert not waited, f"{call}: expected to return before the GPU is done, got a wait"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_the_device_of_its_arguments(call) -> None:
+    want = call()
+    with torch.cuda.device(0):
+        out = call.to("cuda:1")()
+        assert torch.cuda.current_device() == 0
+    assert all(t.device.index == 1 for t in out)
+    same_bits(call, tuple(t.to("cuda:0") for t in out), want)
