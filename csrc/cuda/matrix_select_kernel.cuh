@@ -559,7 +559,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) count_kernel(SelectArgs<F> 
 
 // With the grid of count_kernel.
 template <class F, bool kColumns>
-__global__ void __launch_bounds__(kSelectThreads, 4) write_kernel(SelectArgs<F> a) {
+__global__ void __launch_bounds__(kSelectThreads, 3) write_kernel(SelectArgs<F> a) {
   using AccFormat = typename SelectArgs<F>::AccFormat;
   using Key = typename SelectArgs<F>::Key;
   constexpr int kTile = SelectArgs<F>::kTile;

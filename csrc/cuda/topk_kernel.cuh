@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kRadixThreads) radix_topk_kernel(TopkArgs<F> a
 // Reorders each row's k entries, which are in ascending index, by descending value, lowest index
 // first among equals: a bitonic sort of keys and places in global scratch, one block per row.
 template <class F>
-__global__ void __launch_bounds__(kRadixThreads, 4)
+__global__ void __launch_bounds__(kRadixThreads, 2)
     sort_kernel(int64_t n, int k, int size, uint64_t* __restrict__ space,
                 typename F::Bits* __restrict__ values, int32_t* __restrict__ indices) {
   using Bits = typename F::Bits;
