@@ -6,18 +6,16 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from fastsae import _library
+from tests.conftest import EMULATED
 from tests.cuda_emulation.test_gather import LAYOUTS, off_by_one, skewed
 from tests.ops.inputs import acts
+from tests.properties import given, settings, st
 
-emulated = _library.find("libfastsae_emulated.so")
 pytestmark = pytest.mark.skipif(
-    emulated is None, reason="built without FASTSAE_EMULATION=ON (make test turns it on)"
+    EMULATED is None, reason="built without FASTSAE_EMULATION=ON (make test turns it on)"
 )
 cpu, cuda = torch.ops.fastsae, torch.ops.fastsae_emulated
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from fastsae import SparseActs, _library
+from fastsae import SparseActs
+from tests.conftest import EMULATED
 from tests.ops.inputs import DTYPES, acts
+from tests.properties import given, settings, st
 
-emulated = _library.find("libfastsae_emulated.so")
-if emulated is not None:
-    torch.ops.load_library(str(emulated))
 pytestmark = pytest.mark.skipif(
-    emulated is None, reason="built without FASTSAE_EMULATION=ON (make test turns it on)"
+    EMULATED is None, reason="built without FASTSAE_EMULATION=ON (make test turns it on)"
 )
 cpu, cuda = torch.ops.fastsae, torch.ops.fastsae_emulated
 
