@@ -31,6 +31,8 @@ class Bug:
     old: str
     new: str
     noticed_by: str
+    launcher: str = ""
+    """The .cu that is compiled again, where it is not named like the operator."""
 
     @property
     def kind(self) -> str:
@@ -47,14 +49,25 @@ def plant(bug: Bug, csrc: Path) -> None:
     file.write_text(text.replace(bug.old, bug.new))
 
 
-def _barrier(name: str, op: str, file: str, comment: str, before: str = "", after: str = "") -> Bug:
+def _barrier(
+    name: str,
+    op: str,
+    file: str,
+    comment: str,
+    before: str = "",
+    after: str = "",
+    launcher: str = "",
+    kind: str = "threads",
+) -> Bug:
     """Return the bug of a barrier left out; context where a comment is not unique."""
-    line = f"__syncthreads();  // {comment}"
-    return Bug(name, op, file, before + line + after, before + after, "tsan")
+    line = f"__sync{kind}();  // {comment}"
+    return Bug(name, op, file, before + line + after, before + after, "tsan", launcher)
 
 
 _SELECT, _BLOCK = "cuda/row_select.cuh", "cuda/block.cuh"
 _TOPK, _LAUNCH = "cuda/topk_kernel.cuh", "cuda/topk.cu"
+_MATRIX, _FEATURE = "cuda/matrix_select_kernel.cuh", "cuda/feature_topk_kernel.cuh"
+_TRANSPOSE = "cuda/transpose_kernel.cuh"
 
 BUGS = (
     _barrier("candidates are counted too early", "topk", _TOPK, "all candidates are there"),
@@ -149,5 +162,70 @@ BUGS = (
         "if (magnitude == 0) return kSign;",
         "",
         "result",
+    ),
+    Bug(
+        "mask is forgotten",
+        "encode_topk",
+        _SELECT,
+        "if (mask) v = {hide(v.x, j), hide(v.y, j + 1), hide(v.z, j + 2), hide(v.w, j + 3)};",
+        "",
+        "result",
+        "topk",
+    ),
+    _barrier(
+        "hits before the zeros",
+        "batch_topk",
+        _MATRIX,
+        "zeroed before the first hit",
+        launcher="matrix_select",
+    ),
+    _barrier(
+        "tiles do not know what is before",
+        "batch_topk",
+        _MATRIX,
+        "every tile knows what comes before it",
+        launcher="matrix_select",
+    ),
+    _barrier(
+        "column digit is read early", "feature_topk", _FEATURE, "found before everyone reads it"
+    ),
+    Bug(
+        "last tie is one row late",
+        "feature_topk",
+        _FEATURE,
+        "tie_row = static_cast<int32_t>(r - 1);",
+        "tie_row = static_cast<int32_t>(r);",
+        "result",
+    ),
+    _barrier(
+        "peers read what one has written",
+        "transpose",
+        _TRANSPOSE,
+        "read by all peers before one of them writes",
+        kind="warp",
+    ),
+    _barrier("places are used early", "transpose", _TRANSPOSE, "all places are known"),
+    Bug(
+        "one entry past the row",
+        "sparse_decode",
+        "cuda/gather.cuh",
+        "return lane < end - base ? get",
+        "return lane <= end - base ? get",
+        "asan",
+    ),
+    Bug(
+        "segments have no room",
+        "sparse_weight_grad",
+        "cuda/sparse_weight_grad.cu",
+        "const int64_t count = params.lists.later_segments();",
+        "const int64_t count = 1;",
+        "asan",
+    ),
+    _barrier(
+        "gradients are used early",
+        "sparse_adam_step_",
+        "cuda/sparse_adam_step_kernel.cuh",
+        "the gradients are there",
+        launcher="sparse_adam_step",
     ),
 )
