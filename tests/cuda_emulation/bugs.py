@@ -17,8 +17,6 @@ SIGNS = {
     "emulator": r"emulator: ",
     "result": r"wrong: ",
 }
-# Where an operator's launches are, if not in the file of its name.
-LAUNCHERS = {"batch_topk": "matrix_select", "sparse_adam_step_": "sparse_adam_step"}
 # Built and run with; the emulator and a wrong result need no sanitizer.
 KINDS = {"tsan": "tsan", "asan": "asan", "ubsan": "asan"}
 
@@ -33,11 +31,8 @@ class Bug:
     old: str
     new: str
     noticed_by: str
-
-    @property
-    def launcher(self) -> str:
-        """The file below csrc/cuda that is compiled again, without its ending."""
-        return LAUNCHERS.get(self.op, self.op)
+    launcher: str = ""
+    """The .cu that is compiled again, where it is not named like the operator."""
 
     @property
     def kind(self) -> str:
@@ -54,15 +49,25 @@ def plant(bug: Bug, csrc: Path) -> None:
     file.write_text(text.replace(bug.old, bug.new))
 
 
-def _barrier(name: str, op: str, file: str, comment: str, before: str = "", after: str = "") -> Bug:
+def _barrier(
+    name: str,
+    op: str,
+    file: str,
+    comment: str,
+    before: str = "",
+    after: str = "",
+    launcher: str = "",
+    kind: str = "threads",
+) -> Bug:
     """Return the bug of a barrier left out; context where a comment is not unique."""
-    line = f"__syncthreads();  // {comment}"
-    return Bug(name, op, file, before + line + after, before + after, "tsan")
+    line = f"__sync{kind}();  // {comment}"
+    return Bug(name, op, file, before + line + after, before + after, "tsan", launcher)
 
 
 _SELECT, _BLOCK = "cuda/row_select.cuh", "cuda/block.cuh"
 _TOPK, _LAUNCH = "cuda/topk_kernel.cuh", "cuda/topk.cu"
-_MATRIX, _COLUMNS = "cuda/matrix_select_kernel.cuh", "cuda/feature_topk_kernel.cuh"
+_MATRIX, _FEATURE = "cuda/matrix_select_kernel.cuh", "cuda/feature_topk_kernel.cuh"
+_TRANSPOSE = "cuda/transpose_kernel.cuh"
 
 BUGS = (
     _barrier("candidates are counted too early", "topk", _TOPK, "all candidates are there"),
@@ -158,15 +163,28 @@ BUGS = (
         "",
         "result",
     ),
-    _barrier("hits are read too early", "batch_topk", _MATRIX, "all hits are there"),
-    _barrier(
-        "a tile is written nowhere",
-        "batch_topk",
-        _MATRIX,
-        "the place of the tile's candidates is known",
+    Bug(
+        "mask is forgotten",
+        "encode_topk",
+        _SELECT,
+        "if (mask) v = {hide(v.x, j), hide(v.y, j + 1), hide(v.z, j + 2), hide(v.w, j + 3)};",
+        "",
+        "result",
+        "topk",
     ),
     _barrier(
-        "a place is read too early", "batch_topk", _MATRIX, "every tile knows what comes before it"
+        "hits before the zeros",
+        "batch_topk",
+        _MATRIX,
+        "zeroed before the first hit",
+        launcher="matrix_select",
+    ),
+    _barrier(
+        "tiles do not know what is before",
+        "batch_topk",
+        _MATRIX,
+        "every tile knows what comes before it",
+        launcher="matrix_select",
     ),
     Bug(
         "tiles take the same place",
@@ -175,6 +193,7 @@ BUGS = (
         "base = atomicAdd(&a.header->candidates, static_cast<Count>(count));",
         "base = a.header->candidates, a.header->candidates = base + count;",
         "tsan",
+        "matrix_select",
     ),
     Bug(
         "one more tie is kept",
@@ -183,6 +202,7 @@ BUGS = (
         "if (is_above || (is_equal && rank < known.need)) {",
         "if (is_above || (is_equal && rank <= known.need)) {",
         "asan",
+        "matrix_select",
     ),
     Bug(
         "a guess is believed",
@@ -191,27 +211,48 @@ BUGS = (
         "return found > capacity || (header->guessed && found < cap);",
         "return found > capacity;",
         "result",
+        "matrix_select",
+    ),
+    _barrier(
+        "column digit is read early", "feature_topk", _FEATURE, "found before everyone reads it"
     ),
     Bug(
-        "the tile past the end",
-        "batch_topk",
-        _MATRIX,
-        "parts[e] = i + e < total ? x[i + e] : kNaN;",
-        "parts[e] = i + e <= total ? x[i + e] : kNaN;",
+        "last tie is one row late",
+        "feature_topk",
+        _FEATURE,
+        "tie_row = static_cast<int32_t>(r - 1);",
+        "tie_row = static_cast<int32_t>(r);",
+        "result",
+    ),
+    _barrier(
+        "peers read what one has written",
+        "transpose",
+        _TRANSPOSE,
+        "read by all peers before one of them writes",
+        kind="warp",
+    ),
+    _barrier("places are used early", "transpose", _TRANSPOSE, "all places are known"),
+    Bug(
+        "one entry past the row",
+        "sparse_decode",
+        "cuda/gather.cuh",
+        "return lane < end - base ? get",
+        "return lane <= end - base ? get",
+        "asan",
+    ),
+    Bug(
+        "segments have no room",
+        "sparse_weight_grad",
+        "cuda/sparse_weight_grad.cu",
+        "const int64_t count = params.lists.later_segments();",
+        "const int64_t count = 1;",
         "asan",
     ),
     _barrier(
-        "a column's digit is read too early",
-        "feature_topk",
-        _COLUMNS,
-        "found before everyone reads it",
-    ),
-    Bug(
-        "the last tie of a column is lost",
-        "feature_topk",
-        _COLUMNS,
-        "tie_row = static_cast<int32_t>(r - 1);",
-        "tie_row = static_cast<int32_t>(r - 2);",
-        "result",
+        "gradients are used early",
+        "sparse_adam_step_",
+        "cuda/sparse_adam_step_kernel.cuh",
+        "the gradients are there",
+        launcher="sparse_adam_step",
     ),
 )

@@ -42,7 +42,8 @@ def _output_with(bug: Bug, build: sanitizers.Build, emulators: dict[str, Future[
     name = bug.name.replace(" ", "_")
     csrc = sanitizers.narrowed_copy(build.folder / name)
     plant(bug, csrc)
-    changed = {bug.launcher: build.launcher(bug.launcher, csrc, bug.kind)}
+    launcher = bug.launcher or bug.op
+    changed = {launcher: build.launcher(launcher, csrc, bug.kind)}
     library = build.library(name, changed, bug.kind, emulators[bug.kind].result())
     done = sanitizers.run_calls(library, bug.kind, "--only", bug.op, "--dtype", "float32")
     return done.stdout + done.stderr

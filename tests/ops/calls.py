@@ -108,6 +108,7 @@ def _select() -> list[Call]:
     for n, m, dtype, kind in (
         (7, 301, f32, "normal"),
         (9, 1030, bf16, "ties"),
+        (40, 130, f32, "ties"),
         (3, 40, f32, "negative"),
         (6, 5003, f32, "ties"),  # several tiles
         (40, 7001, f32, "normal"),  # enough for a sample
