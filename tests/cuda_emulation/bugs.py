@@ -55,6 +55,8 @@ def _barrier(name: str, op: str, file: str, comment: str, before: str = "", afte
 
 _SELECT, _BLOCK = "cuda/row_select.cuh", "cuda/block.cuh"
 _TOPK, _LAUNCH = "cuda/topk_kernel.cuh", "cuda/topk.cu"
+_SORT, _ADAM = "cuda/transpose_kernel.cuh", "cuda/sparse_adam_step_kernel.cuh"
+_GATHER, _LISTS = "cuda/gather.cuh", "cuda/lists.cuh"
 
 BUGS = (
     _barrier("candidates are counted too early", "topk", _TOPK, "all candidates are there"),
@@ -148,6 +150,84 @@ BUGS = (
         "cuda/number.cuh",
         "if (magnitude == 0) return kSign;",
         "",
+        "result",
+    ),
+    Bug(
+        "a row past the last one is added",
+        "sparse_decode",
+        _GATHER,
+        "if (r >= count) continue;",
+        "if (r > count) continue;",
+        "result",
+    ),
+    Bug(
+        "all vectors are there",
+        "sparse_decode",
+        _GATHER,
+        "return first + 32 * i < packs;",
+        "return first + 32 * i <= packs;",
+        "asan",
+    ),
+    _barrier("warps rank too early", "transpose", _SORT, "all places are known"),
+    _barrier(
+        "counts of warps are summed too early",
+        "transpose",
+        _SORT,
+        "all warps have counted, and `place` is complete",
+    ),
+    Bug(
+        "lanes write before all have read",
+        "transpose",
+        _SORT,
+        "__syncwarp();  // read by all peers before one of them writes",
+        "",
+        "tsan",
+    ),
+    Bug(
+        "order among equals is reversed",
+        "transpose",
+        _SORT,
+        "__popc(peers & lower));\n      __syncwarp();",
+        "__popc(peers & ~lower) - 1);\n      __syncwarp();",
+        "result",
+    ),
+    Bug(
+        "a buffer of the sort is missing",
+        "transpose",
+        "cuda/transpose.cu",
+        "return 4 * buffer",
+        "return 3 * buffer",
+        "asan",
+    ),
+    Bug(
+        "the last segment is left out",
+        "sparse_weight_grad",
+        _LISTS,
+        "i < (end - begin + kSegment - 1) / kSegment",
+        "i < (end - begin) / kSegment",
+        "result",
+    ),
+    Bug(
+        "lists share a place",
+        "sparse_weight_grad",
+        _LISTS,
+        "const int segment = place + 1 - begin / kSegment;",
+        "const int segment = place + 1 - (begin + kSegment - 1) / kSegment;",
+        "result",
+    ),
+    _barrier("gradients are read too early", "sparse_adam_step_", _ADAM, "the gradients are there"),
+    _barrier(
+        "the next latent starts too early",
+        "sparse_adam_step_",
+        _ADAM,
+        "the gradients are read before those of the next latent overwrite them",
+    ),
+    Bug(
+        "the share of the encoder has the wrong sign",
+        "sparse_adam_step_",
+        _ADAM,
+        "at(old, e) - g_b * at(w_enc, e)",
+        "at(old, e) + g_b * at(w_enc, e)",
         "result",
     ),
 )
