@@ -82,6 +82,10 @@ __device__ __forceinline__ void prefetch(const void* p) {
 // null when the launches since the last call went well, else the CUDA error's text.
 inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();
+  if (error == cudaErrorNoKernelImageForDevice) {
+    return "expected a GPU that the kernels were built for (compute capability 8.x, 9.0, 10.x and "
+           "from 12.0 on, unless FASTSAE_CUDA_ARCHS said otherwise), got another";
+  }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

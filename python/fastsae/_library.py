@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -15,6 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _INSTALL = "pip install --no-build-isolation ."
 
+_warned: set[str] = set()
 # Implementations that live as long as the process.
 _fallbacks = torch.library.Library("fastsae", "FRAGMENT")
 
@@ -85,10 +87,27 @@ def fallback(op: str) -> Callable[[F], F]:
     """Register plain torch as `op` on every device that has no native kernel for it."""
 
     def register(f: F) -> F:
-        _fallbacks.impl(op, f, "CompositeExplicitAutograd")
+        def plain(*arguments: Any) -> Any:
+            warn_if_slow(op, arguments)
+            return f(*arguments)
+
+        _fallbacks.impl(op, plain, "CompositeExplicitAutograd")
         return f
 
     return register
+
+
+def warn_if_slow(op: str, arguments: tuple[Any, ...]) -> None:
+    """Warn, once for each op, that it runs as plain torch on a GPU for want of the CUDA library."""
+    if op in _warned or not any(getattr(a, "is_cuda", False) for a in arguments):
+        return
+    _warned.add(op)
+    warnings.warn(
+        f"fastsae: {op} runs on cuda as plain torch, right but slow: expected the compiled library "
+        f"libfastsae_cuda.so in the package, found none. With nvcc on the path: {_INSTALL}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 cpu_library = load_cpu()

@@ -31,6 +31,8 @@ class Bug:
     old: str
     new: str
     noticed_by: str
+    launcher: str = ""
+    """The .cu that is compiled again, where it is not named like the operator."""
 
     @property
     def kind(self) -> str:
@@ -47,16 +49,26 @@ def plant(bug: Bug, csrc: Path) -> None:
     file.write_text(text.replace(bug.old, bug.new))
 
 
-def _barrier(name: str, op: str, file: str, comment: str, before: str = "", after: str = "") -> Bug:
+def _barrier(
+    name: str,
+    op: str,
+    file: str,
+    comment: str,
+    before: str = "",
+    after: str = "",
+    launcher: str = "",
+    kind: str = "threads",
+) -> Bug:
     """Return the bug of a barrier left out; context where a comment is not unique."""
-    line = f"__syncthreads();  // {comment}"
-    return Bug(name, op, file, before + line + after, before + after, "tsan")
+    line = f"__sync{kind}();  // {comment}"
+    return Bug(name, op, file, before + line + after, before + after, "tsan", launcher)
 
 
 _SELECT, _BLOCK = "cuda/row_select.cuh", "cuda/block.cuh"
 _TOPK, _LAUNCH = "cuda/topk_kernel.cuh", "cuda/topk.cu"
-_SORT, _ADAM = "cuda/transpose_kernel.cuh", "cuda/sparse_adam_step_kernel.cuh"
-_GATHER, _LISTS = "cuda/gather.cuh", "cuda/lists.cuh"
+_MATRIX, _FEATURE = "cuda/matrix_select_kernel.cuh", "cuda/feature_topk_kernel.cuh"
+_TRANSPOSE, _LISTS = "cuda/transpose_kernel.cuh", "cuda/lists.cuh"
+_ADAM = "cuda/sparse_adam_step_kernel.cuh"
 
 BUGS = (
     _barrier("candidates are counted too early", "topk", _TOPK, "all candidates are there"),
@@ -153,51 +165,112 @@ BUGS = (
         "result",
     ),
     Bug(
+        "mask is forgotten",
+        "encode_topk",
+        _SELECT,
+        "if (mask) v = {hide(v.x, j), hide(v.y, j + 1), hide(v.z, j + 2), hide(v.w, j + 3)};",
+        "",
+        "result",
+        "topk",
+    ),
+    _barrier(
+        "hits before the zeros",
+        "batch_topk",
+        _MATRIX,
+        "zeroed before the first hit",
+        launcher="matrix_select",
+    ),
+    _barrier(
+        "tiles do not know what is before",
+        "batch_topk",
+        _MATRIX,
+        "every tile knows what comes before it",
+        launcher="matrix_select",
+    ),
+    Bug(
+        "tiles take the same place",
+        "batch_topk",
+        _MATRIX,
+        "base = atomicAdd(&a.header->candidates, static_cast<Count>(count));",
+        "base = a.header->candidates, a.header->candidates = base + count;",
+        "tsan",
+        "matrix_select",
+    ),
+    Bug(
+        "one more tie is kept",
+        "batch_topk",
+        _MATRIX,
+        "if (is_above || (is_equal && rank < known.need)) {",
+        "if (is_above || (is_equal && rank <= known.need)) {",
+        "asan",
+        "matrix_select",
+    ),
+    Bug(
+        "a guess is believed",
+        "batch_topk",
+        _MATRIX,
+        "return found > capacity || (header->guessed && found < cap);",
+        "return found > capacity;",
+        "result",
+        "matrix_select",
+    ),
+    _barrier(
+        "column digit is read early", "feature_topk", _FEATURE, "found before everyone reads it"
+    ),
+    Bug(
+        "last tie is one row late",
+        "feature_topk",
+        _FEATURE,
+        "tie_row = static_cast<int32_t>(r - 1);",
+        "tie_row = static_cast<int32_t>(r);",
+        "result",
+    ),
+    _barrier(
+        "peers read what one has written",
+        "transpose",
+        _TRANSPOSE,
+        "read by all peers before one of them writes",
+        kind="warp",
+    ),
+    _barrier("places are used early", "transpose", _TRANSPOSE, "all places are known"),
+    Bug(
+        "one entry past the row",
+        "sparse_decode",
+        "cuda/gather.cuh",
+        "return lane < end - base ? get",
+        "return lane <= end - base ? get",
+        "asan",
+    ),
+    Bug(
+        "segments have no room",
+        "sparse_weight_grad",
+        "cuda/sparse_weight_grad.cu",
+        "const int64_t count = params.lists.later_segments();",
+        "const int64_t count = 1;",
+        "asan",
+    ),
+    _barrier(
+        "gradients are used early",
+        "sparse_adam_step_",
+        _ADAM,
+        "the gradients are there",
+        launcher="sparse_adam_step",
+    ),
+    Bug(
         "a row past the last one is added",
         "sparse_decode",
-        _GATHER,
+        "cuda/gather.cuh",
         "if (r >= count) continue;",
         "if (r > count) continue;",
         "result",
     ),
     Bug(
-        "all vectors are there",
-        "sparse_decode",
-        _GATHER,
-        "return first + 32 * i < packs;",
-        "return first + 32 * i <= packs;",
-        "asan",
-    ),
-    _barrier("warps rank too early", "transpose", _SORT, "all places are known"),
-    _barrier(
-        "counts of warps are summed too early",
-        "transpose",
-        _SORT,
-        "all warps have counted, and `place` is complete",
-    ),
-    Bug(
-        "lanes write before all have read",
-        "transpose",
-        _SORT,
-        "__syncwarp();  // read by all peers before one of them writes",
-        "",
-        "tsan",
-    ),
-    Bug(
         "order among equals is reversed",
         "transpose",
-        _SORT,
+        _TRANSPOSE,
         "__popc(peers & lower));\n      __syncwarp();",
         "__popc(peers & ~lower) - 1);\n      __syncwarp();",
         "result",
-    ),
-    Bug(
-        "a buffer of the sort is missing",
-        "transpose",
-        "cuda/transpose.cu",
-        "return 4 * buffer",
-        "return 3 * buffer",
-        "asan",
     ),
     Bug(
         "the last segment is left out",
@@ -215,12 +288,12 @@ BUGS = (
         "const int segment = place + 1 - (begin + kSegment - 1) / kSegment;",
         "result",
     ),
-    _barrier("gradients are read too early", "sparse_adam_step_", _ADAM, "the gradients are there"),
     _barrier(
         "the next latent starts too early",
         "sparse_adam_step_",
         _ADAM,
         "the gradients are read before those of the next latent overwrite them",
+        launcher="sparse_adam_step",
     ),
     Bug(
         "the share of the encoder has the wrong sign",
@@ -229,5 +302,6 @@ BUGS = (
         "at(old, e) - g_b * at(w_enc, e)",
         "at(old, e) + g_b * at(w_enc, e)",
         "result",
+        launcher="sparse_adam_step",
     ),
 )

@@ -90,16 +90,16 @@ class Build:
         flags = ("-DEMU_TSAN=1",) if kind == "tsan" else FLAGS[kind]
         return self._compile(HERE / "emulator.cpp", ROOT / "csrc", f"emulator_{kind}.o", flags)
 
-    def launcher(self, op: str, csrc: Path, kind: str) -> Path:
-        """Return the object of `cuda/<op>.cu` of a copy of csrc, for float32 only."""
-        name = f"{csrc.name}_{op}_{kind}.o"
-        return self._compile(csrc / f"cuda/{op}.cu", csrc, name, FLAGS[kind])
+    def launcher(self, file: str, csrc: Path, kind: str) -> Path:
+        """Return the object of `cuda/<file>.cu` of a copy of csrc, for float32 only."""
+        name = f"{csrc.name}_{file}_{kind}.o"
+        return self._compile(csrc / f"cuda/{file}.cu", csrc, name, FLAGS[kind])
 
     def library(self, name: str, launchers: dict[str, Path], kind: str, emulator: Path) -> Path:
-        """Link operators, the given launchers, and the built ones of all other operators."""
+        """Link operators, the given launchers, and the built ones of all other files."""
         built = {Path(o).name.removesuffix(".cu.o"): o for o in self.recipe["launchers"]}
         # The changed ones first: of two copies of an inline function the linker takes the first.
-        objects = [*launchers.values(), *(o for op, o in built.items() if op not in launchers)]
+        objects = [*launchers.values(), *(o for file, o in built.items() if file not in launchers)]
         out = self.folder / f"{name}.so"
         self._run(
             *("-shared", *FLAGS[kind], "-pthread", "-o", str(out), *map(str, (*objects, emulator))),

@@ -42,9 +42,9 @@ def _output_with(bug: Bug, build: sanitizers.Build, emulators: dict[str, Future[
     name = bug.name.replace(" ", "_")
     csrc = sanitizers.narrowed_copy(build.folder / name)
     plant(bug, csrc)
-    stem = bug.op.rstrip("_")
-    launcher = build.launcher(stem, csrc, bug.kind)
-    library = build.library(name, {stem: launcher}, bug.kind, emulators[bug.kind].result())
+    launcher = bug.launcher or bug.op
+    changed = {launcher: build.launcher(launcher, csrc, bug.kind)}
+    library = build.library(name, changed, bug.kind, emulators[bug.kind].result())
     done = sanitizers.run_calls(library, bug.kind, "--only", bug.op, "--dtype", "float32")
     return done.stdout + done.stderr
 

@@ -108,7 +108,10 @@ def _select() -> list[Call]:
     for n, m, dtype, kind in (
         (7, 301, f32, "normal"),
         (9, 1030, bf16, "ties"),
+        (40, 130, f32, "ties"),
         (3, 40, f32, "negative"),
+        (6, 5003, f32, "ties"),  # several tiles
+        (40, 7001, f32, "normal"),  # enough for a sample
         (40, 129, f16, "equal"),
         (5, 77, f64, "normal"),
     ):
@@ -123,6 +126,7 @@ def _select() -> list[Call]:
             Call("batch_topk", case, (x, budget, None)),
             Call("batch_topk", f"{case}-hint", (x, budget, guess)),
             Call("batch_topk", f"{case}-high-hint", (x, budget, 100 * guess)),
+            Call("batch_topk", f"{case}-low-hint", (x, budget, guess / 100)),
             Call("feature_topk", case, (x, lengths, int(lengths.clamp(max=n).sum()) + 2)),
             Call("threshold_select", case, (x, guess, n * m)),
             Call("threshold_select", f"{case}-few", (x, theta, 2 * n + 1)),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 
 import pytest
 
@@ -72,3 +74,15 @@ def test_ops_without_a_native_kernel_run_in_plain_torch() -> None:
             f"fastsae::{op}", "CompositeExplicitAutograd"
         )
         assert _library.has_kernel(op, "cpu")
+
+
+def test_an_op_without_its_cuda_kernel_says_so_once() -> None:
+    on_a_gpu = (SimpleNamespace(is_cuda=True), 3)
+    with pytest.warns(
+        RuntimeWarning, match=r"no_such_op runs on cuda as plain torch.*libfastsae_cuda"
+    ):
+        _library.warn_if_slow("no_such_op", on_a_gpu)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _library.warn_if_slow("no_such_op", on_a_gpu)
+        _library.warn_if_slow("another", (SimpleNamespace(is_cuda=False),))
