@@ -67,7 +67,8 @@ def _barrier(
 _SELECT, _BLOCK = "cuda/row_select.cuh", "cuda/block.cuh"
 _TOPK, _LAUNCH = "cuda/topk_kernel.cuh", "cuda/topk.cu"
 _MATRIX, _FEATURE = "cuda/matrix_select_kernel.cuh", "cuda/feature_topk_kernel.cuh"
-_TRANSPOSE = "cuda/transpose_kernel.cuh"
+_TRANSPOSE, _LISTS = "cuda/transpose_kernel.cuh", "cuda/lists.cuh"
+_ADAM = "cuda/sparse_adam_step_kernel.cuh"
 
 BUGS = (
     _barrier("candidates are counted too early", "topk", _TOPK, "all candidates are there"),
@@ -251,8 +252,56 @@ BUGS = (
     _barrier(
         "gradients are used early",
         "sparse_adam_step_",
-        "cuda/sparse_adam_step_kernel.cuh",
+        _ADAM,
         "the gradients are there",
+        launcher="sparse_adam_step",
+    ),
+    Bug(
+        "a row past the last one is added",
+        "sparse_decode",
+        "cuda/gather.cuh",
+        "if (r >= count) continue;",
+        "if (r > count) continue;",
+        "result",
+    ),
+    Bug(
+        "order among equals is reversed",
+        "transpose",
+        _TRANSPOSE,
+        "__popc(peers & lower));\n      __syncwarp();",
+        "__popc(peers & ~lower) - 1);\n      __syncwarp();",
+        "result",
+    ),
+    Bug(
+        "the last segment is left out",
+        "sparse_weight_grad",
+        _LISTS,
+        "i < (end - begin + kSegment - 1) / kSegment",
+        "i < (end - begin) / kSegment",
+        "result",
+    ),
+    Bug(
+        "lists share a place",
+        "sparse_weight_grad",
+        _LISTS,
+        "const int segment = place + 1 - begin / kSegment;",
+        "const int segment = place + 1 - (begin + kSegment - 1) / kSegment;",
+        "result",
+    ),
+    _barrier(
+        "the next latent starts too early",
+        "sparse_adam_step_",
+        _ADAM,
+        "the gradients are read before those of the next latent overwrite them",
+        launcher="sparse_adam_step",
+    ),
+    Bug(
+        "the share of the encoder has the wrong sign",
+        "sparse_adam_step_",
+        _ADAM,
+        "at(old, e) - g_b * at(w_enc, e)",
+        "at(old, e) + g_b * at(w_enc, e)",
+        "result",
         launcher="sparse_adam_step",
     ),
 )

@@ -64,7 +64,8 @@ def sparse_adam_step_(
     Raises:
         TypeError: a dtype is not as stated.
         ValueError: a shape or `step` is not as stated.
-        RuntimeError: an index is out of range, or a tensor is not contiguous (CPU).
+        RuntimeError: a tensor is not contiguous; an index is out of range or a latent of `added`
+            comes twice (CPU; on CUDA such an entry takes no part, and the last such row counts).
 
     Numerics:
         Equal to `loss.backward(); remove parallel; clip_grad_norm_; torch.optim.Adam.step();

@@ -28,7 +28,7 @@ def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) 
     Raises:
         TypeError: an argument is not of the stated type or dtype.
         ValueError: shapes or devices do not fit.
-        RuntimeError: an index is not in [0, d_sae) (CPU).
+        RuntimeError: an index is not in [0, d_sae) (CPU; on CUDA such an entry takes no part).
 
     Gradients:
         In `acts.values`, `W_dec` and `b_dec`; needs neither [n, d_sae] nor [n, k, d_out]. An entry

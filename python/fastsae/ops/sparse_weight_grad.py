@@ -30,7 +30,7 @@ def sparse_weight_grad(values: Tensor, lists: FeatureLists, x: Tensor) -> tuple[
     Raises:
         TypeError: an argument is not of the stated type or dtype.
         ValueError: `x` is not a matrix, or devices differ.
-        RuntimeError: a row or slot is out of range (CPU).
+        RuntimeError: a row or slot is out of range (CPU; on CUDA such an entry takes no part).
 
     Numerics:
         Accumulates in float32 (float64 for float64), tokens ascending; bitwise repeatable whatever

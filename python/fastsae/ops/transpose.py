@@ -22,7 +22,7 @@ def transpose(acts: SparseActs) -> FeatureLists:
 
     Raises:
         TypeError: `acts` is not a `SparseActs`.
-        RuntimeError: an index is not in [0, d_sae) (CPU).
+        RuntimeError: an index is not in [0, d_sae) (CPU; on CUDA such an entry takes no part).
 
     Gradients:
         None: the lists are integers. They index into the same `values`.

@@ -21,13 +21,13 @@ from fastsae.train.config import TrainConfig
 def is_fused(sae: SAE, optimizer: torch.optim.Optimizer, config: TrainConfig) -> bool:
     """Return whether this run takes the fused update.
 
-    It needs a module that supports it, in float32 or float64 on the CPU, feature-major and with
-    nothing frozen, and plain Adam.
+    It needs a module that supports it, in float32 or float64 on a device that has the kernel,
+    feature-major and with nothing frozen, and plain Adam.
     """
     return (
         config.update == "fused"
         and sae.feature_major_update
-        and sae.W_enc.device.type == "cpu"
+        and _library.has_kernel("sparse_adam_step_", sae.W_enc.device.type)
         and sae.W_enc.dtype in (torch.float32, torch.float64)
         and type(optimizer) is torch.optim.Adam
         and all(p.requires_grad for p in sae.parameters())
