@@ -202,7 +202,7 @@ BUGS = (
         _MATRIX,
         "if (is_above || (is_equal && rank < known.need)) {",
         "if (is_above || (is_equal && rank <= known.need)) {",
-        "asan",
+        "result",
         "matrix_select",
     ),
     Bug(
