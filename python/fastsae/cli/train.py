@@ -13,6 +13,12 @@ fastsae train acts --site mlp_out.3 --arch batchtopk --k 64 --expansion 16 --epo
 fastsae train acts --out sae --resume
 """
 
+ARCHITECTURES = {
+    "topk": "TopKSAE",
+    "batchtopk": "BatchTopKSAE",
+}
+"""Names on the command line, and their classes in `fastsae.nn`."""
+
 
 def add_to(subparsers: Any) -> None:
     """Add the subcommand."""
@@ -20,7 +26,7 @@ def add_to(subparsers: Any) -> None:
     parser.add_argument("store", help="folder written by `fastsae harvest`")
     parser.add_argument("--out", required=True, help="folder for the SAE, metrics and checkpoints")
     parser.add_argument("--site", help="which site, if the store has several")
-    parser.add_argument("--arch", default="topk", choices=("topk", "batchtopk"))
+    parser.add_argument("--arch", default="topk", choices=tuple(ARCHITECTURES))
     parser.add_argument("--k", type=positive, default=32, help="active latents per token")
     parser.add_argument("--expansion", type=positive, default=8, help="d_sae / d_in (default 8)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: from d_sae)")
@@ -45,14 +51,14 @@ def run(args: argparse.Namespace) -> None:
     """Train and print the last metrics."""
     import torch
 
+    from fastsae import nn
     from fastsae.data import ActivationStore
-    from fastsae.nn import BatchTopKSAE, TopKSAE
     from fastsae.train import TrainConfig, Trainer
 
     data = ActivationStore(args.store, args.site)
     val = ActivationStore(args.store, args.site, split="val")
     torch.manual_seed(args.seed)
-    cls = {"topk": TopKSAE, "batchtopk": BatchTopKSAE}[args.arch]
+    cls = getattr(nn, ARCHITECTURES[args.arch])
     sae = cls(data.d_in, args.expansion * data.d_in, args.k, device=args.device)
     sae.metadata = {"model_name": data.manifest.model, "hook_name": data.site}
     config = TrainConfig(

@@ -17,7 +17,7 @@ class SAEOutput:
     """What `SAE.loss` returns; every scalar is a tensor `[]` in float32 (float64 for float64)."""
 
     loss: Tensor
-    """`fvu + aux_alpha * aux_loss`: the number to call backward on."""
+    """`fvu + aux_alpha * aux_loss + sparsity_loss`: the number to call backward on."""
     reconstruction: Tensor
     """x_hat, with the shape of the target."""
     acts: SparseActs
@@ -28,6 +28,8 @@ class SAEOutput:
     """Squared error summed over d_in, mean over tokens; in squared units of x. Detached."""
     aux_loss: Tensor
     """Share of the residual's variance that dead latents leave; 0 where there are none."""
+    sparsity_loss: Tensor
+    """What the code's size costs, weighted; 0 for classes whose selection bounds it."""
 
 
 def accumulate(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     z     = (x - b_dec) W_enc + b_enc          pre-activations, never held as [n, d_sae]
     f     = select(relu(z))                    what a subclass chooses
     x_hat = f W_dec + b_dec
-    loss  = fvu(x_hat, x) + aux_alpha * aux_loss(dead latents)
+    loss  = fvu(x_hat, x) + aux_alpha * aux_loss(dead latents) + sparsity_loss(f)
 
 Source: Gao et al. 2024 (arXiv 2406.04093), section 2 and appendix A.2.
 """
@@ -73,6 +73,8 @@ class SAE(Parameters, ABC):
         self.compute_dtype: torch.dtype | None = None
         """What the encoder's product may round its factors to in training mode; see
         `ops.encode_topk`. Not saved: inference is exact."""
+        self.sparsity_scale = 1.0
+        """What `sparsity_loss` is multiplied by; the trainer raises it from 0 to 1 at the start."""
         self.metadata: dict[str, Any] = {}
         """Free-form facts saved along (model_name, hook_name, ...); JSON types only."""
 
@@ -182,14 +184,20 @@ class SAE(Parameters, ABC):
         if dead is not None:
             k = min(self.aux_k, dead.latents.shape[0])
             aux = auxk_loss(x, self.b_dec, error.detach(), dead, k)
+        sparsity = self.sparsity_scale * self.sparsity_loss(acts)
         return SAEOutput(
-            loss=fvu + self.aux_alpha * aux,
+            loss=fvu + self.aux_alpha * aux + sparsity,
             reconstruction=reconstruction,
             acts=acts,
             fvu=fvu,
             mse=squared.detach() / max(x.shape[0], 1),
             aux_loss=aux,
+            sparsity_loss=sparsity,
         )
+
+    def sparsity_loss(self, acts: SparseActs) -> Tensor:
+        """Return what the code `acts` costs in the loss: nothing, where selection bounds it."""
+        return accumulate(acts.values).new_zeros(())
 
     @torch.no_grad()
     def init_b_dec(self, x: Tensor, method: str = "geometric_median") -> None:

@@ -34,6 +34,9 @@ class TrainConfig:
     """Updates of linear warm-up; None takes a twentieth of the run, at most 1000."""
     decay_fraction: float = 0.2
     """Share of the run, at its end, over which the learning rate falls linearly to 0."""
+    sparsity_warmup_steps: int | None = None
+    """Updates over which the sparsity loss rises to its weight, for SAEs that have one; None takes
+    a twentieth of the run."""
     clip_grad_norm: float | None = None
     """Largest norm of the whole gradient; None does not clip."""
     update: str = "fused"
@@ -84,11 +87,9 @@ class TrainConfig:
             self._expect(value is None or 0 < value < math.inf, f"{name} > 0 or None", name)
         self._expect(all(0 <= b < 1 for b in self.betas), "two betas in [0, 1)", "betas")
         self._expect(self.eps > 0, "eps > 0", "eps")
-        self._expect(
-            self.warmup_steps is None or self.warmup_steps >= 0,
-            "warmup_steps >= 0 or None",
-            "warmup_steps",
-        )
+        for name in ("warmup_steps", "sparsity_warmup_steps"):
+            value = getattr(self, name)
+            self._expect(value is None or value >= 0, f"{name} >= 0 or None", name)
         self._expect(0 <= self.decay_fraction <= 1, "0 <= decay_fraction <= 1", "decay_fraction")
         self._expect(self.outlier_norm > 1, "outlier_norm > 1", "outlier_norm")
         self._expect(0 <= self.seed < 2**32, "0 <= seed < 2^32", "seed")

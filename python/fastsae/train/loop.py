@@ -115,6 +115,7 @@ class Trainer:
         finally:
             self.sae.fold_input_scale_(state.scale)
             self.sae.compute_dtype = None
+            self.sae.sparsity_scale = 1.0
             self.sae.eval()
         if self.out is not None:
             self.sae.save(self.out)
@@ -223,6 +224,7 @@ class Trainer:
         sae, adam, dead = state.sae, state.optimizer, state.dead
         for group in adam.param_groups:
             group["lr"] = self.plan.lr_at(state.step)
+        sae.sparsity_scale = self.plan.sparsity_at(state.step)
         # No latent can be dead before that many tokens, so the first part of a run never asks.
         some_may_be = state.step * x.shape[0] >= dead.after_tokens
         update = fused_update if is_fused(sae, adam, self.config) else autograd_update
@@ -238,6 +240,7 @@ class Trainer:
             "fvu": out.fvu,
             "mse": out.mse / state.scale**2,
             "aux_loss": out.aux_loss,
+            "sparsity_loss": out.sparsity_loss,
             "l0": out.acts.l0(),
             "dead": state.dead.mask().sum(),
             "fvu_no_outliers": fvu_no_outliers(x, out.reconstruction, self.config.outlier_norm),

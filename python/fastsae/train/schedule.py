@@ -24,6 +24,12 @@ class Plan:
     """Share of the run over which the rate falls to 0."""
     dead_after_tokens: int
     """Tokens without firing that make a latent dead."""
+    sparsity_warmup_steps: int
+    """Updates over which the sparsity loss rises to its weight."""
+
+    def sparsity_at(self, step: int) -> float:
+        """Return the share of the sparsity loss in update `step`, counted from 0."""
+        return min(1.0, (step + 1) / max(1, self.sparsity_warmup_steps))
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of update `step`, counted from 0."""
@@ -61,6 +67,7 @@ def make_plan(config: TrainConfig, rows: int, d_sae: int) -> Plan:
     dead_after = config.dead_after_tokens
     if dead_after is None:
         dead_after = min(10_000_000, max(1, steps * config.batch_size // 10))
+    sparsity_warmup = config.sparsity_warmup_steps
     return Plan(
         steps=steps,
         batches_per_epoch=per_epoch,
@@ -68,6 +75,7 @@ def make_plan(config: TrainConfig, rows: int, d_sae: int) -> Plan:
         warmup_steps=warmup,
         decay_fraction=config.decay_fraction,
         dead_after_tokens=dead_after,
+        sparsity_warmup_steps=steps // 20 if sparsity_warmup is None else sparsity_warmup,
     )
 
 
