@@ -4,6 +4,7 @@ from fastsae import data, eval, nn, ops, reference, train
 from fastsae.nn import (
     SAE,
     BatchTopKSAE,
+    FeatureChoiceSAE,
     MutualChoiceSAE,
     SAEOutput,
     TopKSAE,
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SAE",
     "BatchTopKSAE",
+    "FeatureChoiceSAE",
     "MutualChoiceSAE",
     "SAEOutput",
     "SparseActs",

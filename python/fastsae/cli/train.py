@@ -16,6 +16,7 @@ fastsae train acts --out sae --resume
 ARCHITECTURES = {
     "topk": "TopKSAE",
     "batchtopk": "BatchTopKSAE",
+    "featurechoice": "FeatureChoiceSAE",
 }
 """Names on the command line, and their classes in `fastsae.nn`."""
 

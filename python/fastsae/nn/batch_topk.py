@@ -18,6 +18,15 @@ from fastsae.nn.sae import SAE
 from fastsae.ops import SparseActs
 
 
+def threshold_room(n: int, d_sae: int, k: float) -> int:
+    """Return the places that the code of n tokens gets before its size is known.
+
+    Small inputs get room for every latent; large ones for 8 times the expected count, beyond which
+    the largest values are kept.
+    """
+    return min(n * d_sae, max(n * max(8 * math.ceil(k), 256), 1 << 22))
+
+
 class BatchTopKSAE(SAE):
     """Sparse autoencoder with k latents per token on average.
 
@@ -92,11 +101,7 @@ class BatchTopKSAE(SAE):
         if self.training:
             return self._encode_batch(x).acts
         self._check_calibrated()
-        # The output is sized before the values are known. Small inputs get room for every latent;
-        # large ones for 8 times the expected count, beyond which the largest values are kept.
-        n = x.shape[0]
-        room = max(8 * math.ceil(self.k), 256)
-        cap = min(n * self.d_sae, max(n * room, 1 << 22))
+        cap = threshold_room(x.shape[0], self.d_sae, self.k)
         return ops.encode_threshold(
             x, self._rows_enc(), self.b_enc, self.threshold, cap, b_dec=self.b_dec
         )

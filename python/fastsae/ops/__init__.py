@@ -5,6 +5,7 @@ Both weight matrices are feature-major here: `W_enc [d_sae, d_in]`, `W_dec [d_sa
 
 from fastsae.ops.batch_topk import batch_topk
 from fastsae.ops.encode_batch_topk import encode_batch_topk
+from fastsae.ops.encode_feature_topk import encode_feature_topk
 from fastsae.ops.encode_threshold import encode_threshold
 from fastsae.ops.encode_topk import encode_topk
 from fastsae.ops.feature_topk import feature_topk
@@ -32,6 +33,7 @@ __all__ = [
     "TopK",
     "batch_topk",
     "encode_batch_topk",
+    "encode_feature_topk",
     "encode_threshold",
     "encode_topk",
     "feature_topk",

@@ -57,9 +57,8 @@ def feature_topk(x: Tensor, m: int | Tensor, *, cap: int | None = None) -> Spars
     n, d_sae = x.shape
     needed: int | None
     if isinstance(m, Tensor):
-        _check_lengths(m, x)
-        # Seen by the kernel as they are, but for what int32 cannot hold.
-        lengths = m if m.dtype == torch.int32 else m.long().clamp(-1, n).int()
+        check_lengths("feature_topk", m, d_sae, x.device)
+        lengths = lengths_as_int32(m, n)
         needed = None
         if m.device.type == "cpu" and not torch.compiler.is_compiling():
             if d_sae and m.min() < 0:
@@ -85,13 +84,18 @@ def feature_topk(x: Tensor, m: int | Tensor, *, cap: int | None = None) -> Spars
     return SparseActs(values, indices, offsets, d_sae)
 
 
-def _check_lengths(m: Tensor, x: Tensor) -> None:
-    """Raise unless `m` is an integer tensor [d_sae] on the device of `x`."""
+def check_lengths(op: str, m: Tensor, d_sae: int, device: torch.device) -> None:
+    """Raise unless `m` is an integer tensor [d_sae] on `device`, that of x."""
     if m.dtype not in INTEGERS:
-        raise TypeError(f"feature_topk: expected m to be an integer Tensor, got {m.dtype}")
-    _check.shape("feature_topk", "m", m, (x.shape[1],), "[d_sae]")
-    if m.device != x.device:
-        raise ValueError(f"feature_topk: expected m on the device of x, {x.device}, got {m.device}")
+        raise TypeError(f"{op}: expected m to be an integer Tensor, got {m.dtype}")
+    _check.shape(op, "m", m, (d_sae,), "[d_sae]")
+    if m.device != device:
+        raise ValueError(f"{op}: expected m on the device of x, {device}, got {m.device}")
+
+
+def lengths_as_int32(m: Tensor, n: int) -> Tensor:
+    """Return `m` as the kernels take it: as it is, but for what int32 cannot hold."""
+    return m if m.dtype == torch.int32 else m.long().clamp(-1, n).int()
 
 
 @fake("feature_topk")
