@@ -38,13 +38,15 @@ class SAE(Parameters, ABC):
         aux_k: dead latents that reconstruct the residual of each token; None takes the power of
             two closest to d_in / 2 (Gao et al. 2024, appendix B.1).
         aux_alpha: weight of that auxiliary loss; 0 turns it off.
+        aux: whom it revives in training: `auxk`, the dead latents, or `zipf`, also those that fire
+            far less than Zipf's law expects of their rank (`train.UnderusedLatents`).
 
     Raises:
-        ValueError: a size below 1, aux_k above d_sae, or a negative aux_alpha.
+        ValueError: a size below 1, aux_k above d_sae, a negative aux_alpha, or another aux.
     """
 
     registry: ClassVar[dict[str, type[SAE]]] = {}
-    feature_major_update: ClassVar[bool] = False
+    feature_major_update: bool = False
     """Whether the gradients of all parameters follow from those of the code, of the reconstruction
     and of the dead rows, as `loss_of` has them: what `sparse_adam_step_` needs."""
 
@@ -61,6 +63,7 @@ class SAE(Parameters, ABC):
         device: torch.device | str | None = None,
         aux_k: int | None = None,
         aux_alpha: float = 1 / 32,
+        aux: str = "auxk",
     ) -> None:
         super().__init__(d_in, d_sae, dtype, device)
         if aux_k is None:
@@ -69,7 +72,9 @@ class SAE(Parameters, ABC):
             self._fail(f"1 <= aux_k <= d_sae = {d_sae}, got aux_k = {aux_k}")
         if not aux_alpha >= 0:
             self._fail(f"aux_alpha >= 0, got {aux_alpha}")
-        self.aux_k, self.aux_alpha = aux_k, aux_alpha
+        if aux not in ("auxk", "zipf"):
+            self._fail(f"aux to be auxk or zipf, got {aux!r}")
+        self.aux_k, self.aux_alpha, self.aux = aux_k, aux_alpha, aux
         self.compute_dtype: torch.dtype | None = None
         """What the encoder's product may round its factors to in training mode; see
         `ops.encode_topk`. Not saved: inference is exact."""
@@ -235,7 +240,7 @@ class SAE(Parameters, ABC):
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
-        keys = ("d_in", "d_sae", "aux_k", "aux_alpha")
+        keys = ("d_in", "d_sae", "aux_k", "aux_alpha", "aux")
         return {key: getattr(self, key) for key in keys}
 
     @abstractmethod

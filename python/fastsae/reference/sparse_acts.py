@@ -69,10 +69,13 @@ class SparseActs:
 
     def fired(self) -> Tensor:
         """Return which latents are active for at least one token: bool `[d_sae]`."""
+        return self.counts() > 0
+
+    def counts(self) -> Tensor:
+        """Return for how many tokens each latent is active: int32 `[d_sae]`."""
         counts = torch.zeros(self.d_sae, dtype=torch.int32, device=self.values.device)
         active = self.values.detach().flatten() != 0
-        counts.index_add_(0, self.indices.flatten().long(), active.int())
-        return counts > 0
+        return counts.index_add_(0, self.indices.flatten().long(), active.int())
 
     def to_dense(self) -> Tensor:
         """Return the dense `[n, d_sae]` matrix; differentiable in `values`."""

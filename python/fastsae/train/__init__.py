@@ -3,7 +3,7 @@
 from fastsae.train.batches import Batches, TensorData
 from fastsae.train.checkpoint import latest
 from fastsae.train.config import TrainConfig
-from fastsae.train.dead import DeadLatents
+from fastsae.train.dead import DeadLatents, UnderusedLatents
 from fastsae.train.loop import Trainer, TrainResult
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "Trainer",
+    "UnderusedLatents",
     "latest",
 ]

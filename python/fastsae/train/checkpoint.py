@@ -126,7 +126,7 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     for name, p in state.sae.named_parameters():
         for key, t in state.optimizer.state[p].items():
             tensors[f"adam.{name}.{key}"] = t
-    tensors["dead.tokens_since_fired"] = state.dead.tokens_since_fired
+    tensors |= {f"dead.{name}": t for name, t in state.dead.tensors().items()}
     tensors["rng.cpu"] = torch.get_rng_state()
     device = state.sae.W_enc.device
     if device.type == "cuda":

@@ -34,7 +34,7 @@ from fastsae.train.checkpoint import (
     save_checkpoint,
 )
 from fastsae.train.config import TrainConfig
-from fastsae.train.dead import DeadLatents
+from fastsae.train.dead import DeadLatents, UnderusedLatents
 from fastsae.train.interrupt import StopSignals
 from fastsae.train.metrics import MetricsLog, Row, fvu_no_outliers, usual_rows, validate
 from fastsae.train.schedule import make_plan
@@ -133,7 +133,8 @@ class Trainer:
             fused=device.type in ("cpu", "cuda"),
         )
         prepare_adam(adam)
-        dead = DeadLatents(self.sae.d_sae, self.plan.dead_after_tokens, device)
+        counter = UnderusedLatents if self.sae.aux == "zipf" else DeadLatents
+        dead = counter(self.sae.d_sae, self.plan.dead_after_tokens, device)
         state = TrainState(self.sae, adam, dead)
         found = None if self.out is None else latest(self.out / "checkpoints")
         if found is None:
@@ -228,8 +229,8 @@ class Trainer:
         # No latent can be dead before that many tokens, so the first part of a run never asks.
         some_may_be = state.step * x.shape[0] >= dead.after_tokens
         update = fused_update if is_fused(sae, adam, self.config) else autograd_update
-        out = update(sae, adam, x, dead.mask() if some_may_be else None, self.config)
-        dead.update(out.acts.fired(), x.shape[0])
+        out = update(sae, adam, x, dead.to_revive() if some_may_be else None, self.config)
+        dead.count(out.acts.counts(), x.shape[0])
         state.step += 1
         return out
 
