@@ -118,6 +118,9 @@ def test_training_reaches_k_and_no_latent_dies(tmp_path):
     assert history[-1]["fvu"] < 0.4 < history[0]["fvu"]
     assert history[-1]["dead"] == 0
     assert abs(result.final["val_l0"] - 3) < 0.45
+    sae.calibrate_(val[:1000])
+    assert (sae.encode(val[:1000]) != 0).sum() / 1000 == pytest.approx(3, abs=0.01)
+    sae.save(tmp_path)
     loaded = fastsae.load(tmp_path)
     assert isinstance(loaded, FeatureChoiceSAE)
     assert torch.equal(loaded.encode(x), sae.encode(x))

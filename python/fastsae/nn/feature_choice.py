@@ -114,15 +114,18 @@ class FeatureChoiceSAE(SAE):
     def _encode(self, x: Tensor) -> SparseActs:
         if self.training:
             return self._encode_batch(x)
-        if not bool(self.threshold.isfinite().any()) and x.shape[0]:
-            raise RuntimeError(
-                f"{type(self).__name__}: expected thresholds in eval mode, got none yet; call "
-                "loss() on a batch in training mode, or select batch-wise with sae.train()"
-            )
+        self._check_thresholds()
         cap = threshold_room(x.shape[0], self.d_sae, self.k)
         return ops.encode_threshold(
             x, self._rows_enc(), self.b_enc, self.threshold, cap, b_dec=self.b_dec
         )
+
+    def _check_thresholds(self) -> None:
+        if not bool(self.threshold.isfinite().any()):
+            raise RuntimeError(
+                f"{type(self).__name__}: expected thresholds in eval mode, got none yet; call "
+                "loss() on a batch in training mode, or select batch-wise with sae.train()"
+            )
 
     def _encode_batch(self, x: Tensor) -> SparseActs:
         if int(self.batches_seen) < self.mutual_choice_batches:
@@ -196,6 +199,30 @@ class FeatureChoiceSAE(SAE):
             total += torch.where(found, smallest, 0.0)
             seen += found
         self.threshold.copy_(torch.where(seen > 0, total / seen.clamp_min(1), self.threshold))
+
+    @torch.no_grad()
+    def calibrate_(self, x: Tensor) -> None:
+        """Scale all thresholds by one factor such that `x: [..., d_in]` keeps k latents per token.
+
+        See `BatchTopKSAE.calibrate_`: measure on tokens that are neither trained nor calibrated on.
+
+        Raises:
+            RuntimeError: there are no thresholds yet.
+            ValueError: nothing in x is positive.
+        """
+        self._check_thresholds()
+        theta = self.threshold.clamp_min(torch.finfo(self.threshold.dtype).tiny ** 0.5)
+        theta = theta.to(self.b_enc.dtype)
+        factor = ops.encode_batch_topk(
+            self._rows(x, "x"),
+            self._rows_enc() / theta.unsqueeze(1),
+            self.b_enc / theta,
+            self.k,
+            b_dec=self.b_dec,
+        ).threshold
+        if not bool(factor.isfinite()):
+            self._fail("x to have positive pre-activations, got none")
+        self.threshold.mul_(factor)
 
     @torch.no_grad()
     def fold_input_scale_(self, scale: float) -> None:
