@@ -17,7 +17,7 @@ def state(seed=0, cls=BatchTopKSAE, scale=0.5):
     adam.step()
     dead = DeadLatents(20, 100)
     dead.update(torch.rand(20) < 0.5, 10)
-    return TrainState(sae, adam, dead, scale=scale, step=seed + 1)
+    return TrainState(sae, adam, dead, scales=[scale], step=seed + 1)
 
 
 @pytest.mark.parametrize("cls", [TopKSAE, BatchTopKSAE])
@@ -27,7 +27,7 @@ def test_everything_comes_back(cls, tmp_path):
     numbers = torch.rand(3)
     b = state(5, cls, scale=9.0)
     load_checkpoint(path, b)
-    assert (b.step, b.scale) == (1, 0.5)
+    assert (b.step, b.scales) == (1, [0.5])
     assert torch.equal(torch.rand(3), numbers)
     assert torch.equal(b.dead.tokens_since_fired, a.dead.tokens_since_fired)
     for name, tensor in a.sae.state_dict().items():
@@ -56,8 +56,8 @@ def test_the_exported_module_takes_raw_activations(tmp_path):
     a = state()
     exported = load(save_checkpoint(tmp_path, a, {}, keep=1))
     x = torch.randn(7, 6)
-    torch.testing.assert_close(exported(x), a.sae.eval()(a.scale * x) / a.scale)
-    assert a.sae.threshold == exported.threshold * a.scale
+    torch.testing.assert_close(exported(x), a.sae.eval()(a.scales[0] * x) / a.scales[0])
+    assert a.sae.threshold == exported.threshold * a.scales[0]
 
 
 def test_only_the_newest_stay(tmp_path):

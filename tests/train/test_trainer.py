@@ -119,7 +119,7 @@ def test_the_scale_makes_the_spread_d_in_and_ignores_outliers():
     scales = []
     for data in (x, wild):
         trainer = Trainer(make(), data, settings())
-        scales.append(trainer._start(resume=False).scale)
+        scales.append(trainer._start(resume=False).scales[0])
     spread = (scales[0] * (x - x.mean(0))).square().sum(1).mean()
     assert spread == pytest.approx(D_IN, rel=1e-4)
     assert scales[1] == pytest.approx(scales[0], rel=1e-6)
@@ -132,7 +132,7 @@ def test_b_dec_starts_where_it_is_told(start):
     sae.b_dec = torch.full((D_IN,), 7.0)
     expected = {"mean": x.mean(0), "zeros": torch.zeros(D_IN), "keep": sae.b_dec.detach().clone()}
     state = Trainer(sae, x, settings(b_dec_init=start))._start(resume=False)
-    sae.fold_input_scale_(state.scale)
+    sae.fold_input_scale_(state.scales[0])
     if start == "geometric_median":
         away = torch.nn.functional.normalize(sae.b_dec - x, dim=1)
         assert away.sum(0).norm() < 0.05

@@ -33,12 +33,14 @@ class LatentRows(NamedTuple):
     """[e]"""
 
 
-def auxk_loss(x: Tensor, b_dec: Tensor, residual: Tensor, rows: LatentRows, k: int) -> Tensor:
+def auxk_loss(
+    x: Tensor, b_dec: Tensor | None, residual: Tensor, rows: LatentRows, k: int
+) -> Tensor:
     """Return how badly the k largest of `rows` reconstruct `residual: [n, d_in]`, without a bias.
 
     Args:
         x: [n, d_in], what was encoded.
-        b_dec: [d_in].
+        b_dec: [d_in] or None, subtracted from x first.
         residual: [n, d_in], without a graph.
         rows: the dead latents.
         k: latents per token, at most as many as there are rows.
@@ -51,7 +53,7 @@ def auxk_loss(x: Tensor, b_dec: Tensor, residual: Tensor, rows: LatentRows, k: i
         top = ops.encode_topk(x, rows.W_enc, rows.b_enc, k, b_dec=b_dec)
         guess = ops.sparse_decode(SparseActs(*top, None, count), rows.W_dec)
     else:
-        pre = torch.addmm(rows.b_enc, x - b_dec, rows.W_enc.t())
+        pre = torch.addmm(rows.b_enc, x if b_dec is None else x - b_dec, rows.W_enc.t())
         if k < count:
             kept = torch.zeros_like(pre, dtype=torch.bool)
             kept.scatter_(1, ops.topk(pre.detach(), k).indices.long(), True)

@@ -103,7 +103,7 @@ class BatchTopKSAE(SAE):
         self._check_calibrated()
         cap = threshold_room(x.shape[0], self.d_sae, self.k)
         return ops.encode_threshold(
-            x, self._rows_enc(), self.b_enc, self.threshold, cap, b_dec=self.b_dec
+            x, self._rows_enc(), self.b_enc, self.threshold, cap, b_dec=self._input_bias()
         )
 
     def encode_for_loss(self, x: Tensor) -> SparseActs:
@@ -119,7 +119,7 @@ class BatchTopKSAE(SAE):
             self._rows_enc(),
             self.b_enc,
             self.k,
-            b_dec=self.b_dec,
+            b_dec=self._input_bias(),
             compute_dtype=self._product(),
             hint=self.threshold,
         )

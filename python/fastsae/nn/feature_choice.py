@@ -117,7 +117,7 @@ class FeatureChoiceSAE(SAE):
         self._check_thresholds()
         cap = threshold_room(x.shape[0], self.d_sae, self.k)
         return ops.encode_threshold(
-            x, self._rows_enc(), self.b_enc, self.threshold, cap, b_dec=self.b_dec
+            x, self._rows_enc(), self.b_enc, self.threshold, cap, b_dec=self._input_bias()
         )
 
     def _check_thresholds(self) -> None:
@@ -134,7 +134,7 @@ class FeatureChoiceSAE(SAE):
                 self._rows_enc(),
                 self.b_enc,
                 self.k,
-                b_dec=self.b_dec,
+                b_dec=self._input_bias(),
                 compute_dtype=self._product(),
             ).acts
         return ops.encode_feature_topk(
@@ -143,7 +143,7 @@ class FeatureChoiceSAE(SAE):
             self.b_enc,
             self._current_budget(x.shape[0]),
             int(self.k * x.shape[0]),
-            b_dec=self.b_dec,
+            b_dec=self._input_bias(),
         )
 
     def _current_budget(self, n: int) -> Tensor:
@@ -218,7 +218,7 @@ class FeatureChoiceSAE(SAE):
             self._rows_enc() / theta.unsqueeze(1),
             self.b_enc / theta,
             self.k,
-            b_dec=self.b_dec,
+            b_dec=self._input_bias(),
         ).threshold
         if not bool(factor.isfinite()):
             self._fail("x to have positive pre-activations, got none")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -50,9 +50,10 @@ class SAE(Parameters, ABC):
     """Whether the gradients of all parameters follow from those of the code, of the reconstruction
     and of the dead rows, as `loss_of` has them: what `sparse_adam_step_` needs."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, register: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        SAE.registry[cls.__name__] = cls
+        if register:
+            SAE.registry[cls.__name__] = cls
 
     def __init__(
         self,
@@ -95,7 +96,20 @@ class SAE(Parameters, ABC):
         return self.compute_dtype if self.training else None
 
     def settle_(self, batches: Iterable[Tensor]) -> None:
-        """Fix, from training batches `[n, d_in]`, what inference needs beside the parameters."""
+        """Fix, from training batches, what inference needs beside the parameters."""
+
+    @property
+    def data_widths(self) -> tuple[int, ...]:
+        """The column blocks of a training batch: here the activations alone, `(d_in,)`."""
+        return (self.d_in,)
+
+    def split(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is encoded and what is reconstructed of a training batch `[n, columns]`."""
+        return batch, batch
+
+    def batch_loss(self, batch: Tensor, dead: Tensor | None) -> SAEOutput:
+        """Return the loss of a training batch; see `loss`."""
+        return self.loss(batch, dead=dead)
 
     def encode_sparse(self, x: Tensor) -> SparseActs:
         """Return the sparse code of `x: [..., d_in]`, leading dimensions flattened to rows."""
@@ -146,7 +160,7 @@ class SAE(Parameters, ABC):
         Source: Gao et al. 2024, section 2.1 and appendix A.2; OpenAI's train.py.
         """
         rows = self._rows(x, "x")
-        goal = rows if target is None else self._rows(target, "target")
+        goal = rows if target is None else self._goal(target)
         if goal.shape != rows.shape:
             self._fail(f"target to have {rows.shape[0]} rows like x, got {goal.shape[0]}")
         out = self.loss_of(rows, goal, self.encode_for_loss(rows), self.dead_rows(dead))
@@ -181,15 +195,26 @@ class SAE(Parameters, ABC):
         `loss` is this after encoding; an update that forms no gradients of the parameters takes
         those of `acts.values`, of `dead` and of the reconstruction from here.
         """
-        reconstruction = self.decode(acts)
+        sparsity = self.sparsity_scale * self.sparsity_loss(acts)
+        return self._assemble(x, target, acts, self.decode(acts), sparsity, dead)
+
+    def _assemble(
+        self,
+        x: Tensor,
+        target: Tensor,
+        acts: SparseActs,
+        reconstruction: Tensor,
+        sparsity: Tensor,
+        dead: LatentRows | None,
+    ) -> SAEOutput:
+        """Return the loss of a reconstruction that is already there."""
         error = accumulate(target) - accumulate(reconstruction)
         squared = error.square().sum()
         fvu = unexplained(squared, target)
         aux = fvu.new_zeros(())
         if dead is not None:
             k = min(self.aux_k, dead.latents.shape[0])
-            aux = auxk_loss(x, self.b_dec, error.detach(), dead, k)
-        sparsity = self.sparsity_scale * self.sparsity_loss(acts)
+            aux = auxk_loss(x, self._input_bias(), error.detach(), dead, k)
         return SAEOutput(
             loss=fvu + self.aux_alpha * aux + sparsity,
             reconstruction=reconstruction,
@@ -203,6 +228,18 @@ class SAE(Parameters, ABC):
     def sparsity_loss(self, acts: SparseActs) -> Tensor:
         """Return what the code `acts` costs in the loss: nothing, where selection bounds it."""
         return accumulate(acts.values).new_zeros(())
+
+    def _input_bias(self) -> Tensor | None:
+        """Return what is subtracted from x before the encoder."""
+        return self.b_dec
+
+    def _goal(self, target: Tensor) -> Tensor:
+        """Check `target` and flatten its leading dimensions."""
+        return self._rows(target, "target")
+
+    def start_(self, batch: Tensor, method: str) -> None:
+        """Set the biases from training rows, before the first update; see `init_b_dec`."""
+        self.init_b_dec(batch, method)
 
     @torch.no_grad()
     def init_b_dec(self, x: Tensor, method: str = "geometric_median") -> None:
@@ -231,6 +268,34 @@ class SAE(Parameters, ABC):
             self._fail(f"0 < scale < inf, got {scale}")
         self.b_enc.div_(scale)
         self.b_dec.div_(scale)
+
+    @torch.no_grad()
+    def input_scales(self, batch: Tensor) -> list[float]:
+        """Return what training multiplies each block of columns by: its mean squared distance from
+        the mean becomes its width.
+
+        Args:
+            batch: [n, columns], raw rows.
+
+        Raises:
+            ValueError: all rows of a block are equal.
+        """
+        scales = []
+        for block in batch.split(self.data_widths, 1):
+            x = accumulate(block)
+            spread = float((x - x.mean(0)).square().sum(1).mean())
+            if spread == 0:
+                self._fail("activations that vary, got equal rows")
+            scales.append(math.sqrt(x.shape[1] / spread))
+        return scales
+
+    def fold_input_scales_(self, scales: Sequence[float]) -> None:
+        """Undo `input_scales`: see `fold_input_scale_`, with a scale for each block of columns."""
+        self.fold_input_scale_(scales[0])
+
+    def error_scale(self, scales: Sequence[float]) -> float:
+        """Return what the error of a reconstruction was multiplied by, given all scales."""
+        return scales[0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `sae_weights.safetensors` and `cfg.json` into the folder `path`; see `nn.io`."""

@@ -69,7 +69,7 @@ class TopKSAE(SAE):
             self._rows_enc(),
             self.b_enc,
             k,
-            b_dec=self.b_dec,
+            b_dec=self._input_bias(),
             compute_dtype=self._product(),
         )
         return SparseActs(*top, None, self.d_sae)

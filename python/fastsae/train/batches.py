@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Protocol, runtime_checkable
 
@@ -81,6 +81,14 @@ def sample_rows(data: Batches, n: int, batch_size: int, seed: int) -> Tensor:
         return rows
     first = data.batches(batch_size, seed, 0, 0)
     return torch.cat(list(islice(first, -(-n // batch_size))))
+
+
+def scaled(batch: Tensor, widths: tuple[int, ...], scales: Sequence[float]) -> Tensor:
+    """Return `batch: [n, sum(widths)]` with each block of columns times its scale."""
+    if len(widths) == 1:
+        return batch * scales[0]
+    blocks = zip(batch.split(widths, 1), scales, strict=True)
+    return torch.cat([block * scale for block, scale in blocks], 1)
 
 
 def bad_rows(x: Tensor) -> int:

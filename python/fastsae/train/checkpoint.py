@@ -3,7 +3,7 @@
     checkpoints/step_000001000/
         cfg.json, sae_weights.safetensors   the SAE for raw activations; `fastsae.load` reads it
         state.safetensors                   weights as trained, Adam, dead latents, torch's RNG
-        state.json                          step, scale, configuration
+        state.json                          step, scales, configuration
 
 A checkpoint is written under another name, reaches the disk, and is then renamed. Nothing is
 pickled.
@@ -15,7 +15,7 @@ import copy
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,13 @@ class TrainState:
     """The moving parts of a run."""
 
     sae: SAE
-    """Takes `scale * x`."""
+    """Takes the blocks of columns of a batch, each times its scale."""
     optimizer: torch.optim.Adam
     """Holds the averages of every parameter of `sae`."""
     dead: DeadLatents
     """Tokens since each latent fired."""
-    scale: float = 1.0
-    """What raw activations are multiplied by."""
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    """What each block of columns of the raw data is multiplied by; see `SAE.data_widths`."""
     step: int = 0
     """Updates done."""
 
@@ -65,7 +65,7 @@ def save_checkpoint(folder: Path, state: TrainState, about: dict[str, Any], keep
         write_tensors(temporary / WEIGHTS, weights)
         write_json(temporary / CONFIG, cfg)
         write_tensors(temporary / TENSORS, _tensors(state))
-        write_json(temporary / STATE, {"step": state.step, "scale": state.scale, "about": about})
+        write_json(temporary / STATE, {"step": state.step, "scales": state.scales, "about": about})
         sync(temporary)
         shutil.rmtree(final, ignore_errors=True)  # an incomplete one of the same step
         os.replace(temporary, final)
@@ -96,7 +96,8 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     """Copy the checkpoint `path` into `state`, bit for bit, and restore torch's RNG."""
     header = json.loads((path / STATE).read_text())
     tensors = load_file(path / TENSORS)
-    state.step, state.scale = header["step"], header["scale"]
+    state.step = header["step"]
+    state.scales = header["scales"] if "scales" in header else [header["scale"]]
     with torch.no_grad():
         for name, tensor in _tensors(state).items():
             if not name.startswith("rng."):
@@ -138,7 +139,7 @@ def _for_raw_input(state: TrainState) -> SAE:
     """Return a copy of the SAE that takes raw activations; it shares the two big matrices."""
     shared: dict[int, Any] = {id(p): p for p in (state.sae.W_enc, state.sae.W_dec)}
     sae = copy.deepcopy(state.sae, shared)
-    sae.fold_input_scale_(state.scale)
+    sae.fold_input_scales_(state.scales)
     return sae
 
 

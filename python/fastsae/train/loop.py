@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastsae.nn import SAE, SAEOutput
-from fastsae.train.batches import Batches, as_batches, bad_rows, sample_rows
+from fastsae.train.batches import Batches, as_batches, bad_rows, sample_rows, scaled
 from fastsae.train.checkpoint import (
     TrainState,
     latest,
@@ -61,7 +61,8 @@ class Trainer:
 
     Args:
         sae: the module; it takes and returns raw activations before and after `fit`.
-        data: activations `[n, d_in]`, or anything that is a `train.batches.Batches`.
+        data: activations `[n, d_in]`, or anything that is a `train.batches.Batches`; SAEs that
+            read several sites take their columns side by side, as `SAE.data_widths` says.
         config: the settings; None takes the defaults.
         val: held-out data of the same kind, for val_fvu, val_mse and val_l0.
 
@@ -83,10 +84,9 @@ class Trainer:
         self.data = as_batches(data)
         self.val = None if val is None else as_batches(val)
         for name, given in (("data", self.data), ("val", self.val)):
-            if given is not None and given.d_in != sae.d_in:
-                raise ValueError(
-                    f"Trainer: expected {name} with d_in = {sae.d_in}, got {given.d_in}"
-                )
+            if given is not None and given.d_in != sum(sae.data_widths):
+                blocks = " + ".join(map(str, sae.data_widths))
+                raise ValueError(f"Trainer: expected {name} with d_in = {blocks}, got {given.d_in}")
         self.plan = make_plan(self.config, len(self.data), sae.d_sae)
         self.out = None if self.config.out is None else Path(self.config.out)
 
@@ -113,7 +113,7 @@ class Trainer:
             with log, StopSignals() as stop:
                 self._run(state, log, stop)
         finally:
-            self.sae.fold_input_scale_(state.scale)
+            self.sae.fold_input_scales_(state.scales)
             self.sae.compute_dtype = None
             self.sae.sparsity_scale = 1.0
             self.sae.eval()
@@ -150,21 +150,19 @@ class Trainer:
         return state
 
     def _measure(self, state: TrainState) -> None:
-        """Set the scale and b_dec from a sample, and move the SAE to scaled activations."""
+        """Set the scales and the biases from a sample, and move the SAE to scaled activations."""
         cfg, sae = self.config, self.sae
         x = sample_rows(self.data, cfg.sample_rows, cfg.batch_size, cfg.seed)
+        state.scales = [1.0] * len(sae.data_widths)
         x = self._input(x, state)
-        x = x[usual_rows(x, cfg.outlier_norm)]
+        x = x[usual_rows(sae.split(x)[0], cfg.outlier_norm)]
         if cfg.normalize:
-            spread = float((x.float() - x.float().mean(0)).square().sum(1).mean())
-            if spread == 0:
-                raise ValueError("Trainer: expected activations that vary, got equal rows")
-            state.scale = math.sqrt(sae.d_in / spread)
-            sae.fold_input_scale_(1 / state.scale)
+            state.scales = sae.input_scales(x)
+            sae.fold_input_scales_([1 / scale for scale in state.scales])
         if cfg.b_dec_init == "zeros":
             sae.b_dec = torch.zeros_like(sae.b_dec)
         elif cfg.b_dec_init != "keep":
-            sae.init_b_dec(x * state.scale, cfg.b_dec_init)
+            sae.start_(scaled(x, sae.data_widths, state.scales), cfg.b_dec_init)
 
     def _run(self, state: TrainState, log: MetricsLog, stop: StopSignals) -> None:
         cfg, steps = self.config, self.plan.steps
@@ -185,7 +183,7 @@ class Trainer:
                     tokens = (state.step - since_step) * cfg.batch_size
                     row["tokens_per_second"] = tokens / seconds
                     if self.val is not None and (last or _due(state.step, cfg.eval_every)):
-                        row |= validate(self.sae, self.val, cfg.batch_size, state.scale)
+                        row |= validate(self.sae, self.val, cfg.batch_size, state.scales)
                     log.add(row)
                     bar.set_postfix(fvu=f"{row['fvu']:.4f}", dead=int(row["dead"]))
                     since, since_step = time.perf_counter(), state.step
@@ -218,10 +216,11 @@ class Trainer:
                 f"Trainer: expected finite activations at step {state.step}, got {bad} of "
                 f"{batch.shape[0]} rows with NaN or Inf; nothing was updated with them"
             )
-        return batch.to(self.sae.W_enc.device, self.sae.W_enc.dtype) * state.scale
+        x = batch.to(self.sae.W_enc.device, self.sae.W_enc.dtype)
+        return scaled(x, self.sae.data_widths, state.scales)
 
     def _step(self, x: Tensor, state: TrainState) -> SAEOutput:
-        """Do one update with `x: [batch_size, d_in]`."""
+        """Do one update with the batch `x: [batch_size, columns]`."""
         sae, adam, dead = state.sae, state.optimizer, state.dead
         for group in adam.param_groups:
             group["lr"] = self.plan.lr_at(state.step)
@@ -239,12 +238,14 @@ class Trainer:
         values = {
             "loss": out.loss,
             "fvu": out.fvu,
-            "mse": out.mse / state.scale**2,
+            "mse": out.mse / self.sae.error_scale(state.scales) ** 2,
             "aux_loss": out.aux_loss,
             "sparsity_loss": out.sparsity_loss,
             "l0": out.acts.l0(),
             "dead": state.dead.mask().sum(),
-            "fvu_no_outliers": fvu_no_outliers(x, out.reconstruction, self.config.outlier_norm),
+            "fvu_no_outliers": fvu_no_outliers(
+                self.sae.split(x)[1], out.reconstruction, self.config.outlier_norm
+            ),
         }
         numbers = torch.stack([value.detach().double() for value in values.values()]).tolist()
         row: Row = {"step": state.step, "tokens": state.step * self.config.batch_size}

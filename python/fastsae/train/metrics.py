@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsae.nn import SAE
-from fastsae.train.batches import Batches
+from fastsae.train.batches import Batches, scaled
 
 Row = dict[str, float]
 
@@ -34,8 +35,10 @@ def fvu_no_outliers(x: Tensor, reconstruction: Tensor, outlier_norm: float) -> T
 
 
 @torch.no_grad()
-def validate(sae: SAE, data: Batches, batch_size: int, scale: float = 1.0) -> Row:
-    """Return pooled metrics of `sae`, which takes `scale * x`, over all of `data`, in eval mode.
+def validate(
+    sae: SAE, data: Batches, batch_size: int, scales: Sequence[float] | None = None
+) -> Row:
+    """Return pooled metrics of `sae`, which takes scaled data, over all of `data`, in eval mode.
 
     val_fvu = sum |x - x_hat|^2 / sum |x - mean x|^2 over all rows, val_mse in squared units of x,
     val_l0 the mean number of active latents. Sums are in float64. Batches are made a little smaller
@@ -45,25 +48,26 @@ def validate(sae: SAE, data: Batches, batch_size: int, scale: float = 1.0) -> Ro
     sae.eval()
     device, dtype = sae.W_enc.device, sae.W_enc.dtype
     shift: Tensor | None = None
-    linear = torch.zeros(sae.d_in, dtype=torch.float64, device=device)
+    linear: Tensor | float = 0.0
+    scales = scales or [1.0] * len(sae.data_widths)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # squared error, x^2, active
     rows = 0
     size = len(data) // -(-len(data) // batch_size)
     for batch in data.batches(size, 0, 0, 0):
-        x = batch.to(device, dtype) * scale
+        x, goal = sae.split(scaled(batch.to(device, dtype), sae.data_widths, scales))
         acts = sae.encode_sparse(x)
-        shift = x.mean(0) if shift is None else shift  # keeps sum x^2 - (sum x)^2 / n exact
-        centred = (x - shift).double()
-        linear += centred.sum(0)
-        error = (x - sae.decode(acts)).double().square().sum()
+        shift = goal.mean(0) if shift is None else shift  # keeps sum x^2 - (sum x)^2 / n exact
+        centred = (goal - shift).double()
+        linear = linear + centred.sum(0)
+        error = (goal - sae.decode(acts)).double().square().sum()
         sums += torch.stack([error, centred.square().sum(), acts.row_counts().sum().double()])
         rows += x.shape[0]
     sae.train(training)
     error_sum, square_sum, active = sums.tolist()
-    total = square_sum - float(linear.square().sum()) / max(rows, 1)
+    total = square_sum - float(torch.as_tensor(linear).square().sum()) / max(rows, 1)
     return {
         "val_fvu": error_sum / max(total, 1e-300),
-        "val_mse": error_sum / scale**2 / max(rows, 1),
+        "val_mse": error_sum / sae.error_scale(scales) ** 2 / max(rows, 1),
         "val_l0": active / max(rows, 1),
     }
 

@@ -51,8 +51,8 @@ def autograd_update(
     dead: Tensor | None,
     config: TrainConfig,
 ) -> SAEOutput:
-    """Do one update with `x: [n, d_in]`; the learning rate is the optimizer's."""
-    out = sae.loss(x, dead=dead)
+    """Do one update with the batch `x: [n, columns]`; the learning rate is the optimizer's."""
+    out = sae.batch_loss(x, dead)
     out.loss.backward()
     sae.remove_parallel_grad_()
     if config.clip_grad_norm is not None:
