@@ -30,12 +30,17 @@ from fastsae.eval import metrics
 
 STEPS, BATCH = 512, 512
 
-CALIBRATED = (fastsae.BatchTopKSAE, fastsae.FeatureChoiceSAE)
+CALIBRATED = (fastsae.BatchTopKSAE, fastsae.FeatureChoiceSAE, fastsae.JumpReLUSAE)
 Make = Callable[[int, int, float], SAE]
 
 
-def _make(cls: str, **options: Any) -> Make:
-    return lambda d_in, d_sae, k: getattr(fastsae, cls)(d_in, d_sae, k, **options)
+def _make(cls: str, ask: float = 1.0, **options: Any) -> Make:
+    return lambda d_in, d_sae, k: getattr(fastsae, cls)(d_in, d_sae, ask * k, **options)
+
+
+HELD_OUT = 0.85
+"""Share of the wanted L0 to train for where inference has no threshold: on new tokens, which these
+few were not fitted to, more latents fire."""
 
 
 ARCHITECTURES: dict[str, Make] = {
@@ -46,6 +51,11 @@ ARCHITECTURES: dict[str, Make] = {
     "BatchTopK": _make("BatchTopKSAE"),
     "FeatureChoice, uniform": _make("FeatureChoiceSAE", allocation="uniform"),
     "FeatureChoice, zipf": _make("FeatureChoiceSAE", allocation="zipf"),
+    "ReLU, L1": _make("ReLUSAE", HELD_OUT),
+    "ReLU, tanh": _make("ReLUSAE", HELD_OUT, penalty="tanh"),
+    "ReLU, p-anneal": _make("ReLUSAE", HELD_OUT, penalty="p_anneal"),
+    "Gated": _make("GatedSAE", HELD_OUT),
+    "JumpReLU": _make("JumpReLUSAE"),
 }
 """Rows of the table: how each is made from d_in, d_sae and the wanted L0."""
 

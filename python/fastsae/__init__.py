@@ -5,10 +5,15 @@ from fastsae.nn import (
     SAE,
     BatchTopKSAE,
     FeatureChoiceSAE,
+    GatedSAE,
+    JumpReLUSAE,
     MutualChoiceSAE,
+    ReLUSAE,
     SAEOutput,
+    SupervisedHead,
     TopKSAE,
     load,
+    soup,
 )
 from fastsae.ops import SparseActs
 from fastsae.train import TrainConfig, Trainer
@@ -18,9 +23,13 @@ __all__ = [
     "SAE",
     "BatchTopKSAE",
     "FeatureChoiceSAE",
+    "GatedSAE",
+    "JumpReLUSAE",
     "MutualChoiceSAE",
+    "ReLUSAE",
     "SAEOutput",
     "SparseActs",
+    "SupervisedHead",
     "TopKSAE",
     "TrainConfig",
     "Trainer",
@@ -30,5 +39,6 @@ __all__ = [
     "nn",
     "ops",
     "reference",
+    "soup",
     "train",
 ]

@@ -15,16 +15,8 @@ from torch import Tensor
 
 from fastsae import ops
 from fastsae.nn.sae import SAE
+from fastsae.nn.thresholds import threshold_room
 from fastsae.ops import SparseActs
-
-
-def threshold_room(n: int, d_sae: int, k: float) -> int:
-    """Return the places that the code of n tokens gets before its size is known.
-
-    Small inputs get room for every latent; large ones for 8 times the expected count, beyond which
-    the largest values are kept.
-    """
-    return min(n * d_sae, max(n * max(8 * math.ceil(k), 256), 1 << 22))
 
 
 class BatchTopKSAE(SAE):
@@ -162,7 +154,7 @@ class BatchTopKSAE(SAE):
         return {"architecture": "jumprelu"}, {"threshold": self.threshold.repeat(self.d_sae)}
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, tensors: dict[str, Tensor], learned: dict[str, Any]) -> None:
         """Take the threshold from a saved file, where all latents have the same.
 
         Raises:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastsae import ops
-from fastsae.nn.batch_topk import threshold_room
 from fastsae.nn.sae import SAE
+from fastsae.nn.thresholds import factor_for_k, threshold_room
 from fastsae.nn.zipf import budgets, fit_zipf
 from fastsae.ops import SparseActs
 
@@ -211,15 +211,10 @@ class FeatureChoiceSAE(SAE):
             ValueError: nothing in x is positive.
         """
         self._check_thresholds()
-        theta = self.threshold.clamp_min(torch.finfo(self.threshold.dtype).tiny ** 0.5)
-        theta = theta.to(self.b_enc.dtype)
-        factor = ops.encode_batch_topk(
-            self._rows(x, "x"),
-            self._rows_enc() / theta.unsqueeze(1),
-            self.b_enc / theta,
-            self.k,
-            b_dec=self._input_bias(),
-        ).threshold
+        rows = self._rows(x, "x")
+        factor = factor_for_k(
+            rows, self._rows_enc(), self.b_enc, self._input_bias(), self.threshold, self.k
+        )
         if not bool(factor.isfinite()):
             self._fail("x to have positive pre-activations, got none")
         self.threshold.mul_(factor)
@@ -240,7 +235,7 @@ class FeatureChoiceSAE(SAE):
         return {"architecture": "jumprelu"}, {"threshold": self.threshold.clone()}
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, tensors: dict[str, Tensor], learned: dict[str, Any]) -> None:
         """Take the thresholds from a saved file; densities start anew."""
         self.threshold.copy_(tensors["threshold"])
         self.density.zero_()

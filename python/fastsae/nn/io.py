@@ -72,10 +72,14 @@ def contents(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "metadata": {
             **sae.metadata,
             "sae_lens_version": "6.0.0",  # the version of this layout; SAELens migrates older ones
-            "fastsae": {"class": type(sae).__name__, "config": sae.config()},
+            "fastsae": {
+                "class": type(sae).__name__,
+                "config": sae.config(),
+                "learned": sae.learned(),
+            },
         },
     }
-    return {name: getattr(sae, name) for name in PARAMETERS} | extra, cfg
+    return {sae.FILE_NAMES.get(name, name): getattr(sae, name) for name in PARAMETERS} | extra, cfg
 
 
 def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> SAE:
@@ -89,14 +93,15 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"load: expected {folder} to hold {name}, found none")
-    sae = _build(folder / CONFIG)
+    sae, learned = _build(folder / CONFIG)
     try:
         tensors = load_file(folder / WEIGHTS, device=str(device))
     except SafetensorError as error:
         raise ValueError(
             f"load: expected {folder / WEIGHTS} to be a safetensors file ({error})"
         ) from error
-    expected = {name: getattr(sae, name).shape for name in PARAMETERS}
+    names = {name: sae.FILE_NAMES.get(name, name) for name in PARAMETERS}
+    expected = {names[name]: getattr(sae, name).shape for name in PARAMETERS}
     expected |= {name: tensor.shape for name, tensor in sae.export()[1].items()}
     for name, shape in expected.items():
         got = tensors[name].shape if name in tensors else None
@@ -107,13 +112,15 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
             )
     sae.to_empty(device=device)
     for name in PARAMETERS:
-        setattr(sae, name, tensors[name])
-    sae.restore(tensors)
+        setattr(sae, name, tensors[names[name]])
+    sae.restore(tensors, learned)
     return sae.eval()
 
 
-def _build(file: Path) -> SAE:
-    """Return the module that `file` describes, without storage (on the meta device)."""
+def _build(file: Path) -> tuple[SAE, dict[str, Any]]:
+    """Return the module that `file` describes, without storage (on the meta device), and what it
+    had learned beside its tensors.
+    """
     try:
         cfg = json.loads(file.read_text())
     except ValueError as error:
@@ -130,7 +137,7 @@ def _build(file: Path) -> SAE:
         ) from error
     metadata.pop("sae_lens_version", None)
     sae.metadata = metadata
-    return sae
+    return sae, ours.get("learned", {})
 
 
 def _summary(cfg: Any) -> str:

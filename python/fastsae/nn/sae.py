@@ -46,6 +46,8 @@ class SAE(Parameters, ABC):
     """
 
     registry: ClassVar[dict[str, type[SAE]]] = {}
+    FILE_NAMES: ClassVar[dict[str, str]] = {}
+    """Parameters whose name in the weights file is another."""
     feature_major_update: bool = False
     """Whether the gradients of all parameters follow from those of the code, of the reconstruction
     and of the dead rows, as `loss_of` has them: what `sparse_adam_step_` needs."""
@@ -81,6 +83,8 @@ class SAE(Parameters, ABC):
         `ops.encode_topk`. Not saved: inference is exact."""
         self.sparsity_scale = 1.0
         """What `sparsity_loss` is multiplied by; the trainer raises it from 0 to 1 at the start."""
+        self.progress = 0.0
+        """How much of a run is done, 0..1, for losses that change; the trainer sets it."""
         self.metadata: dict[str, Any] = {}
         """Free-form facts saved along (model_name, hook_name, ...); JSON types only."""
 
@@ -312,8 +316,17 @@ class SAE(Parameters, ABC):
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what SAELens needs besides the four parameters: keys of cfg.json, and tensors."""
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take from a saved file what is not one of the four parameters; nothing here."""
+    def learned(self) -> dict[str, Any]:
+        """Return what training learned beside the tensors: JSON values for cfg.json; nothing."""
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor], learned: dict[str, Any]) -> None:
+        """Take from a saved file what is not one of the four parameters; nothing here.
+
+        Args:
+            tensors: of the weights file.
+            learned: what `learned` returned.
+        """
 
     def extra_repr(self) -> str:
         """Show the constructor arguments in `repr`."""

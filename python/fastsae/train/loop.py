@@ -225,6 +225,7 @@ class Trainer:
         for group in adam.param_groups:
             group["lr"] = self.plan.lr_at(state.step)
         sae.sparsity_scale = self.plan.sparsity_at(state.step)
+        sae.progress = state.step / self.plan.steps
         # No latent can be dead before that many tokens, so the first part of a run never asks.
         some_may_be = state.step * x.shape[0] >= dead.after_tokens
         update = fused_update if is_fused(sae, adam, self.config) else autograd_update

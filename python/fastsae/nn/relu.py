@@ -1,0 +1,103 @@
+"""ReLU sparse autoencoder: everything positive is active, and the loss pays for it.
+
+Sources: Bricken et al. 2023, "Towards monosemanticity" (L1); Jermyn et al. 2024, "Tanh penalty in
+dictionary learning", Transformer Circuits, February update; Karvonen et al. 2024, "Measuring
+progress in dictionary learning" (arXiv 2408.00113), section 4 (p-annealing).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import ops
+from fastsae.nn.penalized import PenalizedSAE, mean_over_tokens
+from fastsae.ops import SparseActs
+
+PENALTIES = ("l1", "tanh", "p_anneal")
+
+
+class ReLUSAE(PenalizedSAE):
+    """Sparse autoencoder with a ReLU and a sparsity penalty.
+
+        f    = relu(z),   z = (x - b_dec) W_enc + b_enc
+        loss = fvu + coefficient * sum_j penalty(f_j / unit) / d_in
+
+        l1         f                  shrinks the values: expect ||x_hat|| < ||x||
+        tanh       tanh(f)            stops paying for values well above 1
+        p_anneal   c f^p              p falls linearly from 1 to p_end; c makes the batch pay what
+                                      it would have paid for L1, as the paper's coefficients do
+
+    The trainer says how far a run is (`SAE.progress`), from which p follows. Decoder rows have norm
+    1 while training, so L1 needs no weighting by them. On large inputs, see `room`, the smallest
+    active entries of a code that is hardly sparse yet are left out. See `PenalizedSAE` for k and
+    the other arguments.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of latents.
+        k: wanted mean active latents per token; None keeps the coefficient as it is.
+        penalty: `l1`, `tanh` or `p_anneal`.
+        p_end: where p ends, in (0, 1].
+
+    Raises:
+        ValueError: another penalty, or p_end not in (0, 1].
+    """
+
+    feature_major_update = True
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: float | None = None,
+        *,
+        penalty: str = "l1",
+        p_end: float = 0.2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_in, d_sae, k, **kwargs)
+        if penalty not in PENALTIES:
+            self._fail(f"penalty in {', '.join(PENALTIES)}, got {penalty!r}")
+        if not 0 < p_end <= 1:
+            self._fail(f"0 < p_end <= 1, got {p_end}")
+        self.penalty, self.p_end = penalty, p_end
+
+    def _encode(self, x: Tensor) -> SparseActs:
+        return ops.encode_threshold(
+            x,
+            self._rows_enc(),
+            self.b_enc,
+            self.b_enc.new_zeros(()),
+            self.room(x.shape[0]),
+            b_dec=self._input_bias(),
+            compute_dtype=self._product(),
+        )
+
+    def encode_for_loss(self, x: Tensor) -> SparseActs:
+        self._see(x)
+        acts = self._encode(x)
+        self._follow(acts)
+        return acts
+
+    def sparsity_loss(self, acts: SparseActs) -> Tensor:
+        """Return what the code costs, before the warm-up of the penalty."""
+        values = acts.values / self.unit.to(acts.values.dtype)
+        if self.penalty == "tanh":
+            values = values.tanh()
+        elif self.penalty == "p_anneal":
+            p = 1 + (self.p_end - 1) * self.progress
+            # The derivative of 0^p is infinite; padding has value 0.
+            power = torch.where(values > 0, values, 1.0).pow(p).where(values > 0, 0.0)
+            values = power * (values.detach().sum() / power.detach().sum().clamp_min(1e-20))
+        return self._weigh(mean_over_tokens(values, acts.n))
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
+        return {**super().config(), "penalty": self.penalty, "p_end": self.p_end}
+
+    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return SAELens' `standard`."""
+        return {"architecture": "standard"}, {}
