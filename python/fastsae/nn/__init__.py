@@ -1,28 +1,49 @@
 """Sparse autoencoder modules: one class per file, weights feature-major, losses without units."""
 
 from fastsae.nn.batch_topk import BatchTopKSAE, MutualChoiceSAE
+from fastsae.nn.crosscoder import CrossCoder, ReLUCrossCoder, TopKCrossCoder
 from fastsae.nn.feature_choice import FeatureChoiceSAE
 from fastsae.nn.gated import GatedSAE
+from fastsae.nn.gradient import GradientSAE
+from fastsae.nn.group_max import GroupMaxSAE
 from fastsae.nn.io import load
 from fastsae.nn.jumprelu import JumpReLUSAE
 from fastsae.nn.loss import SAEOutput
+from fastsae.nn.matryoshka import HierarchicalTopKSAE, MatryoshkaSAE
 from fastsae.nn.relu import ReLUSAE
 from fastsae.nn.sae import SAE
 from fastsae.nn.soup import soup
 from fastsae.nn.supervised_head import SupervisedHead
 from fastsae.nn.topk import TopKSAE
+from fastsae.nn.transcoder import (
+    BatchTopKTranscoder,
+    JumpReLUTranscoder,
+    ReLUTranscoder,
+    Transcoder,
+)
 
 __all__ = [
     "SAE",
     "BatchTopKSAE",
+    "BatchTopKTranscoder",
+    "CrossCoder",
     "FeatureChoiceSAE",
     "GatedSAE",
+    "GradientSAE",
+    "GroupMaxSAE",
+    "HierarchicalTopKSAE",
     "JumpReLUSAE",
+    "JumpReLUTranscoder",
+    "MatryoshkaSAE",
     "MutualChoiceSAE",
+    "ReLUCrossCoder",
     "ReLUSAE",
+    "ReLUTranscoder",
     "SAEOutput",
     "SupervisedHead",
+    "TopKCrossCoder",
     "TopKSAE",
+    "Transcoder",
     "load",
     "soup",
 ]

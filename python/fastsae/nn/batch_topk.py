@@ -52,7 +52,7 @@ class BatchTopKSAE(SAE):
         self, d_in: int, d_sae: int, k: float, *, threshold_lr: float = 0.01, **kwargs: Any
     ) -> None:
         super().__init__(d_in, d_sae, **kwargs)
-        if not 0 < k <= d_sae:
+        if k is None or not 0 < k <= d_sae:
             self._fail(f"0 < k <= d_sae = {d_sae}, got k = {k}")
         if not 0 < threshold_lr <= 1:
             self._fail(f"0 < threshold_lr <= 1, got {threshold_lr}")

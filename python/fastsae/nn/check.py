@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 
-def check_rows(owner: str, x: Tensor, name: str, *, like: Tensor) -> Tensor:
+def check_rows(owner: str, x: Tensor, name: str, *, like: Tensor, width: str = "d_in") -> Tensor:
     """Check `x: [..., d_in]` against a parameter `like: [d_in, d_sae]` and return it as [n, d_in].
+
+    Messages call the last dimension `width`.
 
     Raises:
         TypeError: not a tensor, or not the dtype of the parameters.
@@ -18,7 +20,7 @@ def check_rows(owner: str, x: Tensor, name: str, *, like: Tensor) -> Tensor:
     d_in = like.shape[0]
     if x.ndim == 0 or x.shape[-1] != d_in:
         raise ValueError(
-            f"{owner}: expected {name} to be [..., d_in] with d_in = {d_in}, got {[*x.shape]}"
+            f"{owner}: expected {name} to be [..., {width}] with {width} = {d_in}, got {[*x.shape]}"
         )
     if x.dtype != like.dtype:
         raise TypeError(

@@ -48,6 +48,8 @@ class SAE(Parameters, ABC):
     registry: ClassVar[dict[str, type[SAE]]] = {}
     FILE_NAMES: ClassVar[dict[str, str]] = {}
     """Parameters whose name in the weights file is another."""
+    FOLDS_MATRICES: ClassVar[bool] = False
+    """Whether `fold_input_scales_` changes W_enc or W_dec."""
     feature_major_update: bool = False
     """Whether the gradients of all parameters follow from those of the code, of the reconstruction
     and of the dead rows, as `loss_of` has them: what `sparse_adam_step_` needs."""
@@ -100,7 +102,7 @@ class SAE(Parameters, ABC):
         return self.compute_dtype if self.training else None
 
     def settle_(self, batches: Iterable[Tensor]) -> None:
-        """Fix, from training batches, what inference needs beside the parameters."""
+        """Fix, from training inputs `[n, d_in]`, what inference needs beside the parameters."""
 
     @property
     def data_widths(self) -> tuple[int, ...]:
@@ -165,7 +167,7 @@ class SAE(Parameters, ABC):
         """
         rows = self._rows(x, "x")
         goal = rows if target is None else self._goal(target)
-        if goal.shape != rows.shape:
+        if goal.shape[0] != rows.shape[0]:
             self._fail(f"target to have {rows.shape[0]} rows like x, got {goal.shape[0]}")
         out = self.loss_of(rows, goal, self.encode_for_loss(rows), self.dead_rows(dead))
         out.reconstruction = out.reconstruction.reshape((x if target is None else target).shape)

@@ -13,6 +13,7 @@ from fastsae import ops
 from fastsae.nn.auxk import LatentRows
 from fastsae.nn.loss import SAEOutput, accumulate, unexplained
 from fastsae.nn.sae import SAE
+from fastsae.nn.select import encode_selected
 from fastsae.ops import SparseActs
 
 
@@ -32,6 +33,8 @@ class TopKSAE(SAE):
         d_in: width of the activations.
         d_sae: number of latents.
         k: active latents per token.
+        absolute: whether selection looks at |z| and values keep their sign: AbsTopK (Zhu et al.
+            2025, arXiv 2510.00404), whose latents mean one thing and its opposite.
         multi_topk: whether 4 k latents (at most d_sae) have to reconstruct as well (Gao et al.
             2024, section 5.2); costs a second encode and decode, and the fused update.
 
@@ -40,12 +43,19 @@ class TopKSAE(SAE):
     """
 
     def __init__(
-        self, d_in: int, d_sae: int, k: int, *, multi_topk: bool = False, **kwargs: Any
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int,
+        *,
+        absolute: bool = False,
+        multi_topk: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(d_in, d_sae, **kwargs)
-        if int(k) != k or not 1 <= k <= d_sae:
+        if k is None or int(k) != k or not 1 <= k <= d_sae:
             self._fail(f"k to be an integer in 1..d_sae = {d_sae}, got k = {k}")
-        self.k, self.multi_topk = int(k), multi_topk
+        self.k, self.absolute, self.multi_topk = int(k), absolute, multi_topk
         # The gradients of the wider code do not follow from those of the code.
         self.feature_major_update = not multi_topk
 
@@ -64,6 +74,8 @@ class TopKSAE(SAE):
         return out
 
     def _largest(self, x: Tensor, k: int) -> SparseActs:
+        if self.absolute:
+            return self._largest_absolute(x, k)
         top = ops.encode_topk(
             x,
             self._rows_enc(),
@@ -74,14 +86,24 @@ class TopKSAE(SAE):
         )
         return SparseActs(*top, None, self.d_sae)
 
+    def _largest_absolute(self, x: Tensor, k: int) -> SparseActs:
+        def select(z: Tensor, _: slice) -> tuple[Tensor, Tensor]:
+            indices = ops.topk(z.abs(), k).indices
+            return z.gather(1, indices.long()), indices
+
+        return encode_selected(x, self._rows_enc(), self.b_enc, self._input_bias(), select)
+
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
-        return {**super().config(), "k": self.k, "multi_topk": self.multi_topk}
+        own = ("k", "absolute", "multi_topk")
+        return {**super().config(), **{key: getattr(self, key) for key in own}}
 
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return SAELens' `topk`, whose latents are not rescaled by decoder norms."""
+        """Return SAELens' `topk`, whose latents are not rescaled by decoder norms; with `absolute`
+        an architecture that SAELens does not know, rather than a wrong one.
+        """
         return {
-            "architecture": "topk",
+            "architecture": "abstopk" if self.absolute else "topk",
             "k": self.k,
             "rescale_acts_by_decoder_norm": False,
         }, {}

@@ -136,8 +136,9 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def _for_raw_input(state: TrainState) -> SAE:
-    """Return a copy of the SAE that takes raw activations; it shares the two big matrices."""
-    shared: dict[int, Any] = {id(p): p for p in (state.sae.W_enc, state.sae.W_dec)}
+    """Return a copy of the SAE that takes raw activations; it shares what folding leaves alone."""
+    kept = () if state.sae.FOLDS_MATRICES else (state.sae.W_enc, state.sae.W_dec)
+    shared: dict[int, Any] = {id(p): p for p in kept}
     sae = copy.deepcopy(state.sae, shared)
     sae.fold_input_scales_(state.scales)
     return sae

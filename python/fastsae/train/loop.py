@@ -176,7 +176,8 @@ class Trainer:
                 last = state.step == steps
                 if last:
                     recent = islice(self._batches(max(0, steps - SETTLE_BATCHES)), SETTLE_BATCHES)
-                    self.sae.settle_(self._input(batch, state) for batch in recent)
+                    inputs = (self._input(batch, state) for batch in recent)
+                    self.sae.settle_(self.sae.split(x)[0] for x in inputs)
                 if last or _due(state.step, cfg.log_every) or _due(state.step, cfg.eval_every):
                     row = self._row(x, out, state)
                     seconds = time.perf_counter() - since

@@ -1,0 +1,138 @@
+"""Gradient sparse autoencoder: latents are chosen by their value and by their effect on the model.
+
+Source: Olmo et al. 2024, "Features that make a difference: leveraging gradients for improved
+dictionary learning" (arXiv 2411.10397). The paper's code is not public: the formula of the score is
+theirs, its normalisation ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import ops
+from fastsae.nn.loss import SAEOutput
+from fastsae.nn.select import encode_selected
+from fastsae.nn.topk import TopKSAE
+from fastsae.ops import SparseActs
+
+
+class GradientSAE(TopKSAE):
+    """TopK sparse autoencoder (g-SAE) whose selection also looks at the gradient g of the model.
+
+        score = z + beta z a,   a_j = |<g, W_dec_j>|      relu(z) and its effect to first order
+        f     = relu(z) at the k largest scores, else 0;  z = (x - b_dec) W_enc + b_enc
+
+    g = dL/dx is the gradient of the summed next-token loss in the activation x. Values stay raw,
+    and neither g nor W_dec gets a gradient through the score. Training data are x and g side by
+    side, `[n, 2 d_in]`; `data.harvest(..., gradients=True)` stores both.
+
+    At inference on text whose next token is the question, g is not known (and would leak it), so
+    `encode(x)` selects by z alone; `encode_sparse(x, grad=g)` selects by the score. Report which
+    one a number was measured with. See `SAE` for the other arguments.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of latents.
+        k: active latents per token.
+        beta: weight of the gradient's part; 0 is TopK.
+        normalize: `token` divides a by its mean over the latents of the token, so that beta = 1
+            weighs both parts alike whatever the unit of g; `none` is the literal formula.
+
+    Raises:
+        ValueError: beta is negative or not finite, or another normalize.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int,
+        *,
+        beta: float = 1.0,
+        normalize: str = "token",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_in, d_sae, k, **kwargs)
+        if not 0 <= beta < torch.inf:
+            self._fail(f"0 <= beta < inf, got {beta}")
+        if normalize not in ("token", "none"):
+            self._fail(f"normalize to be token or none, got {normalize!r}")
+        self.beta, self.normalize = beta, normalize
+        self.feature_major_update = False  # the fused update encodes without the gradient
+
+    @property
+    def data_widths(self) -> tuple[int, ...]:
+        """The column blocks of a training batch: x and g."""
+        return self.d_in, self.d_in
+
+    def split(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x twice: what is encoded and what is reconstructed."""
+        x = batch[:, : self.d_in].contiguous()
+        return x, x
+
+    def start_(self, batch: Tensor, method: str) -> None:
+        """Set b_dec from x."""
+        self.init_b_dec(self.split(batch)[0], method)
+
+    def input_scales(self, batch: Tensor) -> list[float]:
+        """Return the scale of x, as in `SAE`, and 1 for g."""
+        x = self.split(batch)[0]
+        spread = float((x.float() - x.float().mean(0)).square().sum(1).mean())
+        if spread == 0:
+            self._fail("activations that vary, got equal rows")
+        return [(self.d_in / spread) ** 0.5, 1.0]
+
+    def batch_loss(self, batch: Tensor, dead: Tensor | None) -> SAEOutput:
+        """Return the loss of x and g side by side."""
+        return self.loss(self.split(batch)[0], dead=dead, grad=batch[:, self.d_in :])
+
+    def encode_sparse(self, x: Tensor, *, grad: Tensor | None = None) -> SparseActs:
+        """Return the sparse code of `x: [..., d_in]`, leading dimensions flattened to rows.
+
+        Args:
+            x: activations.
+            grad: dL/dx in the shape and dtype of x, or None for the selection by value alone.
+        """
+        rows = self._rows(x, "x")
+        return self._largest(rows, self.k) if grad is None else self._scored(rows, grad)
+
+    def loss(
+        self,
+        x: Tensor,
+        target: Tensor | None = None,
+        *,
+        dead: Tensor | None = None,
+        grad: Tensor | None = None,
+    ) -> SAEOutput:
+        """Compute the loss of `SAE.loss` with the code that `encode_sparse(x, grad=grad)` gives."""
+        rows = self._rows(x, "x")
+        goal = rows if target is None else self._goal(target)
+        out = self.loss_of(rows, goal, self.encode_sparse(x, grad=grad), self.dead_rows(dead))
+        out.reconstruction = out.reconstruction.reshape((x if target is None else target).shape)
+        return out
+
+    def _scored(self, x: Tensor, grad: Tensor) -> SparseActs:
+        g = self._rows(grad, "grad")
+        if g.shape != x.shape:
+            self._fail(f"grad to have {x.shape[0]} rows like x, got {g.shape[0]}")
+        if self.beta == 0:
+            return self._largest(x, self.k)
+        g, W_dec = g.detach(), self.W_dec.detach()
+
+        def select(z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            values = z.relu()
+            effect = (g[rows] @ W_dec.t()).abs()
+            if self.normalize == "token":
+                effect /= effect.mean(1, keepdim=True).clamp_min(1e-30)
+            score = torch.addcmul(values, values, effect, value=self.beta)
+            indices = ops.topk(score, self.k).indices
+            return values.gather(1, indices.long()), indices
+
+        return encode_selected(x, self._rows_enc(), self.b_enc, self._input_bias(), select)
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
+        return {**super().config(), "beta": self.beta, "normalize": self.normalize}

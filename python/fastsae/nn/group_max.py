@@ -1,0 +1,62 @@
+"""GroupMax sparse autoencoder: one latent out of each of k groups.
+
+Source: the activation `groupmax` of EleutherAI's sparsify; winner-take-all within modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae.nn.sae import SAE
+from fastsae.nn.select import encode_selected
+from fastsae.ops import SparseActs
+
+
+class GroupMaxSAE(SAE):
+    """Sparse autoencoder whose latents are in k groups of equal size, the largest of each active.
+
+        f_j = relu(z_j) where z_j is the largest of its group, else 0
+        z   = (x - b_dec) W_enc + b_enc,   group g holds latents g d_sae / k ... (g + 1) d_sae / k
+
+    The same L0 as TopK for k maxima instead of a selection among d_sae, but a token cannot use two
+    latents of a group. The lowest index wins ties; NaN wins over everything. See `SAE` for the
+    other arguments.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of latents, a multiple of k.
+        k: number of groups.
+
+    Raises:
+        ValueError: k is not an integer that divides d_sae.
+    """
+
+    feature_major_update = True
+
+    def __init__(self, d_in: int, d_sae: int, k: int, **kwargs: Any) -> None:
+        super().__init__(d_in, d_sae, **kwargs)
+        if int(k) != k or not 1 <= k <= d_sae or d_sae % k:
+            self._fail(f"k to be an integer that divides d_sae = {d_sae}, got k = {k}")
+        self.k = int(k)
+
+    def _encode(self, x: Tensor) -> SparseActs:
+        return encode_selected(
+            x, self._rows_enc(), self.b_enc, self._input_bias(), self._largest_of_groups
+        )
+
+    def _largest_of_groups(self, z: Tensor, _: slice) -> tuple[Tensor, Tensor]:
+        size = self.d_sae // self.k
+        values, place = z.unflatten(1, (self.k, size)).max(2)
+        first = torch.arange(0, self.d_sae, size, device=z.device)
+        return values.relu(), (first + place).int()
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
+        return {**super().config(), "k": self.k}
+
+    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return an architecture that SAELens does not know, rather than a wrong one."""
+        return {"architecture": "groupmax", "k": self.k}, {}

@@ -1,0 +1,174 @@
+"""Matryoshka sparse autoencoders: every prefix of the dictionary, or of the code, reconstructs.
+
+Sources: Bussmann et al. 2025, "Learning multi-level features with Matryoshka sparse autoencoders"
+(arXiv 2503.17547); Balagansky et al. 2025, "Train one sparse autoencoder across multiple sparsity
+budgets" (arXiv 2505.24473), HierarchicalTopK.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate as running_sum
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import ops
+from fastsae.nn.auxk import LatentRows
+from fastsae.nn.batch_topk import BatchTopKSAE
+from fastsae.nn.loss import SAEOutput, accumulate, unexplained
+from fastsae.nn.topk import TopKSAE
+from fastsae.ops import SparseActs
+
+ROW_BYTES = 1 << 26
+"""Partial reconstructions that `HierarchicalTopKSAE` holds at a time."""
+
+
+class MatryoshkaSAE(BatchTopKSAE):
+    """BatchTopK sparse autoencoder whose first latents have to reconstruct without the others.
+
+        x_hat_0 = b_dec,   x_hat_j = x_hat_(j-1) + f[:, group j] W_dec[group j]
+        loss    = 1 / (g + 1) sum_(j = 0..g) fvu(x_hat_j) + aux_alpha * aux_loss
+
+    One selection of k n entries over all latents makes f. `fvu` in the result is that of the full
+    reconstruction. Setting `active_groups` to j at inference leaves out the latents of later groups
+    after the selection. See `BatchTopKSAE` for the other arguments.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of latents.
+        k: mean active latents per token; may be fractional.
+        groups: sizes of the groups, summing to d_sae; None takes 1/32, 1/16, 1/8, 1/4 and the rest.
+
+    Raises:
+        ValueError: a group without latents, or another sum.
+    """
+
+    feature_major_update = False
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: float,
+        *,
+        groups: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_in, d_sae, k, **kwargs)
+        if groups is None:
+            first = [size for size in (d_sae // 32, d_sae // 16, d_sae // 8, d_sae // 4) if size]
+            groups = [*first, d_sae - sum(first)]
+        if min(groups, default=0) < 1 or sum(groups) != d_sae:
+            self._fail(f"groups of at least 1 that sum to d_sae = {d_sae}, got {[*groups]}")
+        self.groups = [int(size) for size in groups]
+        self.active_groups = len(self.groups)
+        """How many groups inference uses; not saved."""
+
+    def _encode(self, x: Tensor) -> SparseActs:
+        acts = super()._encode(x)
+        if self.training or self.active_groups == len(self.groups):
+            return acts
+        return self._part(acts, 0, sum(self.groups[: self.active_groups]))
+
+    def _part(self, acts: SparseActs, start: int, end: int) -> SparseActs:
+        """Return the code of latents `start` to `end` alone: the same entries, others 0."""
+        inside = (acts.indices >= start) & (acts.indices < end)
+        values = torch.where(inside, acts.values, 0)
+        return SparseActs(values, acts.indices, acts.offsets, acts.d_sae)
+
+    def loss_of(
+        self, x: Tensor, target: Tensor, acts: SparseActs, dead: LatentRows | None
+    ) -> SAEOutput:
+        """See `SAE.loss_of`."""
+        x_hat = self.b_dec.expand(x.shape[0], -1)
+        ends = [0, *running_sum(self.groups)]
+        total = accumulate(x_hat).new_zeros(())
+        for start, end in pairwise(ends):
+            total = total + self._squared(target, x_hat)
+            x_hat = x_hat + ops.sparse_decode(self._part(acts, start, end), self.W_dec)
+        out = self._assemble(x, target, acts, x_hat, total.new_zeros(()), dead)
+        prefixes = out.fvu + unexplained(total, target)
+        out.loss = out.loss - out.fvu + prefixes / (len(self.groups) + 1)
+        return out
+
+    @staticmethod
+    def _squared(target: Tensor, x_hat: Tensor) -> Tensor:
+        return (accumulate(target) - accumulate(x_hat)).square().sum()
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
+        return {**super().config(), "groups": self.groups}
+
+
+class HierarchicalTopKSAE(TopKSAE):
+    """TopK sparse autoencoder that reconstructs at every number of latents up to k.
+
+        loss = 1 / k sum_(j = 1..k) fvu(x_hat_j) + aux_alpha * aux_loss
+        x_hat_j = b_dec + the j largest latents of the token
+
+    So one SAE serves at every L0 up to k: set `k` to a smaller number at inference. `fvu` in the
+    result is that of all k. See `SAE` for the other arguments.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of latents.
+        k: active latents per token.
+    """
+
+    def __init__(self, d_in: int, d_sae: int, k: int, **kwargs: Any) -> None:
+        super().__init__(d_in, d_sae, k, **kwargs)
+        self.feature_major_update = False
+
+    def loss_of(
+        self, x: Tensor, target: Tensor, acts: SparseActs, dead: LatentRows | None
+    ) -> SAEOutput:
+        """See `SAE.loss_of`."""
+        out = super().loss_of(x, target, acts, dead)
+        order = acts.values.detach().argsort(dim=1, descending=True, stable=True)
+        values, indices = acts.values.gather(1, order), acts.indices.gather(1, order)
+        squared = _PrefixErrors.apply(values, indices, self.W_dec, self.b_dec, target)  # type: ignore[no-untyped-call]
+        out.loss = out.loss - out.fvu + unexplained(squared, target) / acts.values.shape[1]
+        return out
+
+
+class _PrefixErrors(torch.autograd.Function):
+    """sum_n sum_j |x_n - x_hat_nj|^2, without holding [n, k, d] for more than a chunk of tokens.
+
+    With e_j the error of the j largest and s_i = sum_(j >= i) e_j:
+        d/df_i = -2 <s_i, w_i>,   d/dw_i += -2 f_i s_i,   d/db = -2 s_1
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor
+    ) -> Tensor:
+        n, k = values.shape
+        d = W_dec.shape[1]
+        W, f, x = accumulate(W_dec), accumulate(values), accumulate(target)
+        df, dW, db = torch.zeros_like(f), torch.zeros_like(W), W.new_zeros(d)
+        total = W.new_zeros(())
+        rows = max(1, ROW_BYTES // (k * d * W.element_size()))
+        for start in range(0, n, rows):
+            part = slice(start, start + rows)
+            latents = indices[part].long()
+            w = W[latents]
+            steps = f[part].unsqueeze(2) * w
+            e = (x[part] - b_dec).unsqueeze(1) - steps.cumsum(1)
+            total += e.square().sum()
+            s = e.flip(1).cumsum(1).flip(1)
+            df[part] = -2 * torch.einsum("nkd,nkd->nk", s, w)
+            db += -2 * s[:, 0].sum(0)
+            s *= -2 * f[part].unsqueeze(2)
+            dW.index_add_(0, latents.flatten(), s.flatten(0, 1))
+        # An inactive entry gets no gradient, as everywhere.
+        df.masked_fill_(f == 0, 0)
+        ctx.save_for_backward(df.to(values.dtype), dW.to(W_dec.dtype), db.to(b_dec.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        df, dW, db = (t * grads[0].to(t.dtype) for t in ctx.saved_tensors)
+        return df, None, dW, db, None
