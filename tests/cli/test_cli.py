@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from fastsae import TopKSAE, cli
+from fastsae import TopKSAE, cli, load
 from fastsae.cli import models
 from tests.data.tiny import DOCUMENTS, CharTokenizer, D, tiny_model
 
@@ -72,6 +72,53 @@ def test_harvest_train_eval_inspect(tiny, corpus, tmp_path, capsys) -> None:
     assert succeeds(capsys, "inspect", acts)["kind"] == "activations"
     again = fails(capsys, 1, "train", acts, "--out", sae, "--batch-size", 64)
     assert "fit(resume=True)" in again
+
+
+@pytest.fixture
+def several(tiny, corpus, tmp_path, capsys):
+    """A harvest of three sites with gradients."""
+    acts = tmp_path / "acts"
+    sites = ("resid_post.0", "resid_post.1", "mlp_out.1")
+    succeeds(
+        capsys, "harvest", "--model", "tiny", "--text", corpus, "--context", 32, "--out", acts,
+        "--gradients", *(part for site in sites for part in ("--site", site)),
+    )  # fmt: skip
+    return acts
+
+
+def test_every_architecture_trains_and_is_measured(several, tmp_path, capsys) -> None:
+    for arch, cls in cli.train.ARCHITECTURES.items():
+        sites = ["resid_post.0"]
+        if "coder" in arch:
+            sites += ["mlp_out.1" if "trans" in arch else "resid_post.1"]
+        out = tmp_path / arch
+        trained = succeeds(
+            capsys, "train", several, "--out", out, "--arch", arch, "--k", 4,
+            "--batch-size", 64, "--steps", 12, "--expansion", 2, "--lr", 0.003,
+            *(part for site in sites for part in ("--site", site)),
+        )  # fmt: skip
+        assert succeeds(capsys, "inspect", out)["kind"] == cls
+        measured = succeeds(capsys, "eval", out, several)
+        if "crosscoder" not in arch:  # its layers were scaled while training
+            assert measured["fvu"] == pytest.approx(trained["val_fvu"], rel=1e-2), arch
+
+
+def test_options_reach_the_class(several, tmp_path, capsys) -> None:
+    run = ("train", several, "--site", "resid_post.0", "--batch-size", 64, "--steps", 2, "--k", 4)
+    out = tmp_path / "m"
+    options = ("--option", "groups=[100, 28]", "--option", "aux=zipf")
+    succeeds(capsys, *run, "--arch", "matryoshka", "--out", out, *options)
+    assert load(out).groups == [100, 28]
+    assert load(out).aux == "zipf"
+    out = tmp_path / "n"
+    assert "NAME=VALUE, got 'groups'" in fails(capsys, 1, *run, "--out", out, "--option", "groups")
+    assert "'colour'" in fails(capsys, 1, *run, "--out", out, "--option", "colour=3")
+    line = fails(capsys, 1, *run, "--out", out, "--arch", "transcoder")
+    assert "expected --site twice for transcoder, input and output, got 1" in line
+    line = fails(capsys, 1, *run, "--out", out, "--arch", "crosscoder")
+    assert "expected --site once per layer for crosscoder, got 1" in line
+    line = fails(capsys, 1, *run, "--out", out, "--site", "resid_post.1")
+    assert "expected --site once for topk, got 2" in line
 
 
 @pytest.mark.skipif(

@@ -12,6 +12,7 @@ import torch
 from fastsae.data import ActivationStore, harvest
 from fastsae.data.chunks import chunks, held_out, pad
 from fastsae.data.shards import Manifest
+from fastsae.data.sites import read_gradients, resolve
 from tests.data.tiny import DOCUMENTS, CharTokenizer, D, tiny_model
 
 SITE = "resid_post.1"
@@ -66,6 +67,24 @@ def test_several_sites_and_two_splits(model, tmp_path):
         assert set(stores[0].doc_ids().tolist()) == docs
         assert len(stores[0]) == len(stores[1]) == sum(len(DOCUMENTS[doc]) for doc in docs)
     assert manifest.dropped["prefix"] == len(list(chunks(TOKENIZER, DOCUMENTS, 20)))
+
+
+def test_gradients_are_stored_beside_the_activations(model, tmp_path):
+    manifest = harvest(
+        model, TOKENIZER, DOCUMENTS, SITE, tmp_path, context=20, batch_size=3,
+        dtype=torch.float32, gradients=True, val_fraction=0,
+    )  # fmt: skip
+    assert manifest.sites == {SITE: D, f"grad.{SITE}": D}
+    both = ActivationStore(tmp_path, [SITE, f"grad.{SITE}"]).rows()
+    x = torch.stack([row[3] for row in by_hand(model, 20)])
+    torch.testing.assert_close(both[:, :D], x, rtol=1e-5, atol=1e-5)
+    first = next(iter(chunks(TOKENIZER, DOCUMENTS, 20))).ids
+    tokens = torch.tensor([first])
+    site = resolve(model, SITE)
+    g = read_gradients(model, [site], tokens, torch.ones_like(tokens, dtype=torch.bool))[1][SITE]
+    torch.testing.assert_close(both[: len(first) - 1, D:], g[0, 1:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="expected dtype bfloat16 or float32 with gradients"):
+        harvest(model, TOKENIZER, DOCUMENTS, SITE, tmp_path / "b", gradients=True)
 
 
 def test_outliers_are_dropped_and_counted(model, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsae.data.sites import describe, find_blocks, read, resolve
+from fastsae.data.sites import describe, find_blocks, read, read_gradients, resolve
 from tests.data.tiny import FAMILIES, LAYERS, VOCAB, tiny_model
 
 TOKENS = torch.arange(14).view(2, 7) % VOCAB
@@ -141,3 +141,44 @@ def test_sites_in_words():
     assert describe("resid_post.15") == "the residual stream after block 15"
     assert describe("model.norm:in") == "the input of model.norm"
     assert describe("model.norm") == "the output of model.norm"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_the_summed_next_token_loss(family):
+    model = tiny_model(family)
+    found = [resolve(model, name) for name in ("resid_post.0", "mlp_in.1")]
+    real = torch.ones_like(TOKENS, dtype=torch.bool)
+    real[1, 4:] = False
+    acts, grads = read_gradients(model, found, TOKENS, real)
+    plain = read(model, found, TOKENS)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    for site in found:
+        assert torch.equal(acts[site.name], plain[site.name])
+        assert not acts[site.name].requires_grad
+        step = torch.zeros_like(acts[site.name]).double()
+        step[:, 2] = torch.randn(step.shape[-1], generator=torch.Generator().manual_seed(0))
+
+        def loss(scale, site=site, step=step):
+            handle = site.hook(lambda x: x + scale * step.to(x.dtype))
+            with torch.no_grad():
+                logits = model.double()(input_ids=TOKENS).logits.log_softmax(-1)
+            handle.remove()
+            total = 0
+            for row in range(2):
+                for t in range(6):
+                    if real[row, t + 1]:
+                        total -= float(logits[row, t, TOKENS[row, t + 1]])
+            return total
+
+        slope = (loss(1e-4) - loss(-1e-4)) / 2e-4
+        assert float((grads[site.name] * step).sum()) == pytest.approx(slope, rel=1e-2, abs=1e-3)
+        model.float()
+
+
+def test_gradients_need_a_site_that_takes_part():
+    model = tiny_model()
+    model.unused = nn.Linear(2, 2)
+    real = torch.ones_like(TOKENS, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="site unused: its module takes no part"):
+        read_gradients(model, [resolve(model, "unused")], TOKENS, real)
+    assert all(p.requires_grad for p in model.parameters())

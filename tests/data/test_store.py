@@ -157,3 +157,17 @@ def test_damage_is_found_when_the_store_is_opened(tmp_path):
     batches = ActivationStore(tmp_path).batches(0)
     with pytest.raises(ValueError, match="expected batch_size >= 1, got 0"):
         next(batches)
+
+
+def test_several_sites_lie_side_by_side(tmp_path):
+    x = write(tmp_path, sites=("a", "b"))
+    one, two = ActivationStore(tmp_path, "b"), ActivationStore(tmp_path, ["b", "a"])
+    assert (one.d_in, two.d_in) == (D, 2 * D)
+    assert torch.equal(two.rows(slice(5, 31)), x[5:31].repeat(1, 2))
+    assert two.sample(7).shape == (7, 2 * D)
+    for a, b in zip(one.batches(16, seed=1), two.batches(16, seed=1), strict=True):
+        assert torch.equal(a.repeat(1, 2), b)
+    with pytest.raises(ValueError, match=r"expected site to be one of a, b in .*, got c"):
+        ActivationStore(tmp_path, ["a", "c"])
+    with pytest.raises(ValueError, match=r"expected site to be one of a, b in .*, got None"):
+        ActivationStore(tmp_path, [])

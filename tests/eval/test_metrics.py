@@ -28,6 +28,12 @@ class Dense(nn.Module):
     def decode(self, acts):
         return acts.to_dense() @ self.W_dec
 
+    def split(self, batch):
+        return batch, batch
+
+    def reconstruct(self, x, acts):
+        return self.decode(acts)
+
 
 def by_hand(x, x_hat):
     x, x_hat = x.double(), x_hat.double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from fastsae.cli.console import emit, positive, progress, subcommand, table
@@ -20,7 +21,10 @@ def add_to(subparsers: Any) -> None:
     )
     parser.add_argument("sae", help="folder of the SAE")
     parser.add_argument("store", help="folder written by `fastsae harvest`")
-    parser.add_argument("--site", help="which site, if the store has several")
+    parser.add_argument(
+        "--site", action="append",
+        help="which site, if the store has several (default: what the SAE was trained on)",
+    )  # fmt: skip
     parser.add_argument("--split", default="val", choices=("train", "val"))
     parser.add_argument("--model", help="also splice the SAE into this model (with --text)")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="held-out text for --model")
@@ -38,11 +42,15 @@ def run(args: argparse.Namespace) -> None:
 
     texts = read_files(args.text) if args.text else []
     from fastsae.data import ActivationStore
+    from fastsae.data.shards import Manifest
     from fastsae.eval import evaluate
     from fastsae.nn import load
 
     sae = load(args.sae, device=args.device)
-    store = ActivationStore(args.store, args.site, split=args.split)
+    trained_on = str(sae.metadata.get("hook_name", "")).split("+")
+    known = set(trained_on) <= set(Manifest.read(Path(args.store)).sites)
+    sites = args.site or (trained_on if known else None)
+    store = ActivationStore(args.store, sites, split=args.split)
     if not len(store):
         raise ValueError(f"eval: expected rows in split {args.split} of {args.store}, got none")
     with progress("evaluate", len(store), "token") as advance:

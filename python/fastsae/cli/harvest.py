@@ -31,7 +31,9 @@ def add_to(subparsers: Any) -> None:
     parser.add_argument("--tokens", type=positive, help="stop after this many (default: all)")
     parser.add_argument("--context", type=positive, default=256, help="tokens per context")
     parser.add_argument("--batch-size", type=positive, default=8, help="contexts per forward pass")
-    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
+    parser.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), help="default: float16"
+    )
     parser.add_argument(
         "--max-norm-ratio", type=float, default=3.0,
         help="drop tokens above this many times the median norm (default 3; 0 keeps all)",
@@ -39,6 +41,10 @@ def add_to(subparsers: Any) -> None:
     parser.add_argument(
         "--val-fraction", type=float, default=0.1, help="share of documents held out"
     )
+    parser.add_argument(
+        "--gradients", action="store_true",
+        help="also store the loss's gradient at each site, for --arch gradient (dtype bfloat16)",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="where the model runs, e.g. cuda")
     parser.add_argument("--overwrite", action="store_true", help="replace a harvest in --out")
 
@@ -64,7 +70,8 @@ def run(args: argparse.Namespace) -> None:
             context=args.context,
             batch_size=args.batch_size,
             max_tokens=args.tokens,
-            dtype=getattr(torch, args.dtype),
+            dtype=getattr(torch, args.dtype or ("bfloat16" if args.gradients else "float16")),
+            gradients=args.gradients,
             max_norm_ratio=args.max_norm_ratio or None,
             val_fraction=args.val_fraction,
             overwrite=args.overwrite,

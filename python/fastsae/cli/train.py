@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import json
+from typing import TYPE_CHECKING, Any
 
 from fastsae.cli.console import emit, positive, subcommand
+
+if TYPE_CHECKING:
+    from fastsae.nn import SAE
 
 EXAMPLE = """
 fastsae train acts --out sae
 fastsae train acts --site mlp_out.3 --arch batchtopk --k 64 --expansion 16 --epochs 4 --out sae
+fastsae train acts --arch matryoshka --option groups=[512,1024,3072] --out sae
+fastsae train acts --arch transcoder --site mlp_in.3 --site mlp_out.3 --option skip=true --out sae
 fastsae train acts --out sae --resume
 """
 
@@ -17,6 +23,21 @@ ARCHITECTURES = {
     "topk": "TopKSAE",
     "batchtopk": "BatchTopKSAE",
     "featurechoice": "FeatureChoiceSAE",
+    "sampled": "SampledSAE",
+    "matryoshka": "MatryoshkaSAE",
+    "hierarchicaltopk": "HierarchicalTopKSAE",
+    "groupmax": "GroupMaxSAE",
+    "gradient": "GradientSAE",
+    "relu": "ReLUSAE",
+    "gated": "GatedSAE",
+    "jumprelu": "JumpReLUSAE",
+    "transcoder": "Transcoder",
+    "batchtopk-transcoder": "BatchTopKTranscoder",
+    "jumprelu-transcoder": "JumpReLUTranscoder",
+    "relu-transcoder": "ReLUTranscoder",
+    "crosscoder": "CrossCoder",
+    "topk-crosscoder": "TopKCrossCoder",
+    "relu-crosscoder": "ReLUCrossCoder",
 }
 """Names on the command line, and their classes in `fastsae.nn`."""
 
@@ -26,9 +47,21 @@ def add_to(subparsers: Any) -> None:
     parser = subcommand(subparsers, "train", "train an SAE on stored activations", EXAMPLE, run)
     parser.add_argument("store", help="folder written by `fastsae harvest`")
     parser.add_argument("--out", required=True, help="folder for the SAE, metrics and checkpoints")
-    parser.add_argument("--site", help="which site, if the store has several")
+    parser.add_argument(
+        "--site",
+        action="append",
+        help="which site, if the store has several; twice for a transcoder (its input, then its "
+        "output), once per layer for a crosscoder",
+    )
     parser.add_argument("--arch", default="topk", choices=tuple(ARCHITECTURES))
     parser.add_argument("--k", type=positive, default=32, help="active latents per token")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another argument of the class, as JSON or plain text, e.g. aux=zipf; repeatable",
+    )
     parser.add_argument("--expansion", type=positive, default=8, help="d_sae / d_in (default 8)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: from d_sae)")
     parser.add_argument("--batch-size", type=positive, default=4096, help="tokens per update")
@@ -52,15 +85,14 @@ def run(args: argparse.Namespace) -> None:
     """Train and print the last metrics."""
     import torch
 
-    from fastsae import nn
     from fastsae.data import ActivationStore
     from fastsae.train import TrainConfig, Trainer
 
-    data = ActivationStore(args.store, args.site)
-    val = ActivationStore(args.store, args.site, split="val")
+    sites = sites_of(args.arch, args.site)
+    data = ActivationStore(args.store, sites)
+    val = ActivationStore(args.store, sites, split="val")
     torch.manual_seed(args.seed)
-    cls = getattr(nn, ARCHITECTURES[args.arch])
-    sae = cls(data.d_in, args.expansion * data.d_in, args.k, device=args.device)
+    sae = build(args, [data.manifest.sites[site] for site in data.sites])
     sae.metadata = {"model_name": data.manifest.model, "hook_name": data.site}
     config = TrainConfig(
         lr=args.lr,
@@ -78,3 +110,53 @@ def run(args: argparse.Namespace) -> None:
     final = trainer.fit(resume=args.resume).final
     text = ", ".join(f"{name} {value:.6g}" for name, value in final.items())
     emit({"out": args.out, **final}, args.json, f"{args.out}: {text}")
+
+
+def sites_of(arch: str, sites: list[str] | None) -> list[str] | None:
+    """Return the columns that an architecture reads, in its order; None for the only site."""
+    count = len(sites or ())
+    if "transcoder" in arch and count != 2:
+        raise ValueError(f"train: expected --site twice for {arch}, input and output, got {count}")
+    if "crosscoder" in arch and count < 2:
+        raise ValueError(f"train: expected --site once per layer for {arch}, got {count}")
+    if "coder" not in arch and count > 1:
+        raise ValueError(f"train: expected --site once for {arch}, got {count}")
+    if arch == "gradient":
+        if not sites:
+            raise ValueError("train: expected --site for gradient, a site that has gradients")
+        return [*sites, f"grad.{sites[0]}"]
+    return sites
+
+
+def build(args: argparse.Namespace, widths: list[int]) -> SAE:
+    """Return the module that the arguments describe, for columns of these widths."""
+    from fastsae import nn
+
+    cls = getattr(nn, ARCHITECTURES[args.arch])
+    d_sae = args.expansion * widths[0]
+    sizes = [widths[0], d_sae]
+    if "transcoder" in args.arch:
+        sizes = [*widths, d_sae]
+    if "crosscoder" in args.arch:
+        if len(set(widths)) > 1:
+            raise ValueError(f"train: expected layers of one width for {args.arch}, got {widths}")
+        sizes = [widths[0], len(widths), d_sae]
+    try:
+        sae: SAE = cls(*sizes, args.k, device=args.device, **options(args.option))
+    except TypeError as error:
+        raise ValueError(f"train: expected --option of {cls.__name__}, got {error}") from error
+    return sae
+
+
+def options(given: list[str]) -> dict[str, Any]:
+    """Return `NAME=VALUE` pairs as keyword arguments; a value that is no JSON is text."""
+    found: dict[str, Any] = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not (equals and name.isidentifier()):
+            raise ValueError(f"train: expected --option NAME=VALUE, got {pair!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

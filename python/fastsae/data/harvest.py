@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastsae.data.chunks import Chunk, chunks, held_out, pad, prefix_token
 from fastsae.data.shards import COLUMNS, Manifest, ShardWriter
-from fastsae.data.sites import Site, read, resolve
+from fastsae.data.sites import Site, read, read_gradients, resolve
 
 
 def harvest(
@@ -30,6 +30,7 @@ def harvest(
     max_tokens: int | None = None,
     dtype: torch.dtype = torch.float16,
     max_norm_ratio: float | None = None,
+    gradients: bool = False,
     val_fraction: float = 0.1,
     shard_rows: int = 65536,
     overwrite: bool = False,
@@ -58,6 +59,9 @@ def harvest(
         max_norm_ratio: drop a token whose norm at some site is above this many times the median of
             the first batch. Some models grow a second attention sink on an early token: a few rows
             in 100,000 that carry 20 % of the variance. 3 drops those and nothing else.
+        gradients: also store, as site `grad.NAME`, the gradient of the summed next-token loss of a
+            chunk in each activation: what `GradientSAE` trains on. Needs bfloat16 or float32, since
+            float16 flushes small gradients to zero, and a whole forward and backward pass.
         val_fraction: share of the documents kept for validation, in [0, 1).
         shard_rows: rows per file.
         overwrite: replace a complete harvest in `out`; an incomplete one is always replaced.
@@ -75,6 +79,8 @@ def harvest(
     """
     names = [sites] if isinstance(sites, str) else list(sites)
     _check(names, context, drop_prefix, val_fraction, shard_rows, batch_size, max_tokens)
+    if gradients and dtype == torch.float16:
+        raise ValueError("harvest: expected dtype bfloat16 or float32 with gradients, got float16")
     found = [resolve(model, name) for name in names]
     prefix = prefix_token(tokenizer) if prefix_id is None else prefix_id
     folder = _prepare(Path(out), overwrite)
@@ -95,7 +101,7 @@ def harvest(
     model.eval()
     try:
         for batch in _batched(chunks(tokenizer, texts, context, prefix), batch_size):
-            columns = _rows(model, found, batch, manifest, max_norm_ratio, dtype)
+            columns = _rows(model, found, batch, manifest, max_norm_ratio, dtype, gradients)
             columns = {name: column[:left] for name, column in columns.items()}
             rows = len(columns["token_ids"])
             docs = columns["doc_ids"].tolist()
@@ -125,6 +131,7 @@ def _rows(
     manifest: Manifest,
     max_norm_ratio: float | None,
     dtype: torch.dtype,
+    gradients: bool,
 ) -> dict[str, Tensor]:
     """Return the columns of one batch of chunks on the CPU: real, kept tokens, chunk by chunk."""
     tokens, real = pad([chunk.ids for chunk in batch], manifest.prefix_id)
@@ -132,10 +139,13 @@ def _rows(
     keep[:, : manifest.drop_prefix] = False
     manifest.dropped["prefix"] += int((real & ~keep).sum())
     device = next(model.parameters()).device
-    acts = {
-        name: x[keep.to(x.device)].cpu()
-        for name, x in read(model, sites, tokens.to(device)).items()
-    }
+    tokens_there = tokens.to(device)
+    if gradients:
+        read_acts, grads = read_gradients(model, sites, tokens_there, real.to(device))
+        read_acts |= {f"grad.{name}": g for name, g in grads.items()}
+    else:
+        read_acts = read(model, sites, tokens_there)
+    acts = {name: x[keep.to(x.device)].cpu() for name, x in read_acts.items()}
     position = torch.arange(tokens.shape[1]).expand(tokens.shape)
     doc = torch.tensor([chunk.doc for chunk in batch]).unsqueeze(1).expand(tokens.shape)
     columns = dict(zip(COLUMNS, (tokens[keep], doc[keep], position[keep]), strict=True))
@@ -146,7 +156,7 @@ def _rows(
         norm = x.float().norm(dim=1)
         if not norm.isfinite().all():
             raise ValueError(f"harvest: site {name} gave an activation that is not finite")
-        if max_norm_ratio is not None and len(norm):
+        if max_norm_ratio is not None and len(norm) and not name.startswith("grad."):
             limit = manifest.max_norm.setdefault(name, max_norm_ratio * float(norm.median()))
             kept &= norm <= limit
     manifest.dropped["norm"] += int((~kept).sum())

@@ -167,6 +167,64 @@ def _walk(model: nn.Module, path: str, site: str) -> nn.Module:
     return module
 
 
+def read_gradients(
+    model: nn.Module, sites: Sequence[Site], tokens: Tensor, real: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Run the model on `tokens`; return activations at `sites` and the loss's gradients there.
+
+        g_t = d (sum of the next-token cross entropies of the text) / d x_t
+
+    The sum, not the mean, so that g does not shrink with the batch; what x_t does to all later
+    predictions of its text is part of it. Costs a whole forward pass, and a backward pass down to
+    the first site.
+
+    Args:
+        model: a causal language model of `transformers`.
+        sites: from `resolve`; their names differ.
+        tokens: `[n, t]`, int64, on the model's device.
+        real: bool `[n, t]`, False where padding is.
+
+    Returns:
+        Two dicts by `site.name` of `[n, t, d]`, in the model's dtype and on its device.
+
+    Raises:
+        RuntimeError: a site takes no part in the forward pass, or the loss does not depend on it.
+    """
+    got: dict[str, Tensor] = {}
+
+    def reader(name: str) -> Callable[[Tensor], Tensor]:
+        def take(x: Tensor) -> Tensor:
+            got[name] = x if x.requires_grad else x.detach().requires_grad_()
+            return got[name]
+
+        return take
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    handles = [site.hook(reader(site.name)) for site in sites]
+    try:
+        for p in trainable:
+            p.requires_grad_(False)
+        with torch.enable_grad():
+            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+            scored = real[:, 1:]
+            loss = nn.functional.cross_entropy(
+                logits[scored].float(), tokens[:, 1:][scored], reduction="sum"
+            )
+            missing = ", ".join(site.name for site in sites if site.name not in got)
+            if missing:
+                raise RuntimeError(
+                    f"site {missing}: its module takes no part in the model's forward pass"
+                )
+            grads = torch.autograd.grad(loss, [got[site.name] for site in sites])
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p in trainable:
+            p.requires_grad_(True)
+    by_name = dict(zip([site.name for site in sites], grads, strict=True))
+    return {name: x.detach() for name, x in got.items()}, by_name
+
+
 class _Stop(Exception):
     """Leaves a forward pass once every wanted activation is in hand."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from fastsae.data.shards import COLUMNS, Manifest, Shard
 
 
 class ActivationStore:
-    """The rows of one site and one split of a harvest, as float32.
+    """The rows of one split of a harvest, of one site or several side by side, as float32.
 
     An epoch visits every row exactly once, in an order that depends on `(seed, epoch)` only.
     Shards are shuffled and read in groups of at most `buffer_bytes`; the rows of a group are mixed.
@@ -23,7 +23,8 @@ class ActivationStore:
 
     Args:
         path: a folder written by `harvest`.
-        site: which site; may be left out when the harvest has only one.
+        site: which site; may be left out when the harvest has only one. Several sites give rows
+            with their columns side by side, in the order given, for transcoders and crosscoders.
         split: "train" | "val".
         buffer_bytes: most bytes of activations held at once, as stored (one shard at least).
 
@@ -35,7 +36,7 @@ class ActivationStore:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        site: str | None = None,
+        site: str | Sequence[str] | None = None,
         *,
         split: str = "train",
         buffer_bytes: int = 2 << 30,
@@ -45,14 +46,18 @@ class ActivationStore:
         sites = ", ".join(self.manifest.sites) or "none"
         if site is None and len(self.manifest.sites) == 1:
             site = next(iter(self.manifest.sites))
-        if site is None or site not in self.manifest.sites:
-            raise ValueError(
-                f"ActivationStore: expected site to be one of {sites} in {self.path}, got {site}"
-            )
+        names = (site,) if isinstance(site, str) or site is None else tuple(site)
+        for name in names or (None,):
+            if name not in self.manifest.sites:
+                raise ValueError(
+                    f"ActivationStore: expected site to be one of {sites} in {self.path}, "
+                    f"got {name}"
+                )
         if split not in ("train", "val"):
             raise ValueError(f"ActivationStore: expected split 'train' or 'val', got {split!r}")
-        self.site, self.split, self.buffer_bytes = site, split, buffer_bytes
-        self.d_in = self.manifest.sites[site]
+        self.sites = tuple(str(name) for name in names)
+        self.site, self.split, self.buffer_bytes = "+".join(self.sites), split, buffer_bytes
+        self.d_in = sum(self.manifest.sites[name] for name in self.sites)
         self.shards = [shard for shard in self.manifest.shards if shard.split == split]
         self._rows = self.manifest.rows(split)
         self._held: Tensor | None = None
@@ -71,8 +76,8 @@ class ActivationStore:
 
     @property
     def max_norm(self) -> float | None:
-        """Rows of a larger norm were not stored; None when nothing was filtered."""
-        return self.manifest.max_norm.get(self.site)
+        """Rows of a larger norm, at the first site, were not stored; None: nothing was filtered."""
+        return self.manifest.max_norm.get(self.sites[0])
 
     def batches(
         self, batch_size: int, seed: int = 0, epoch: int = 0, start: int = 0
@@ -114,7 +119,7 @@ class ActivationStore:
 
     def rows(self, rows: slice = slice(None)) -> Tensor:
         """Return rows in the order of the text: `[n, d_in]`, float32."""
-        return self._slice(f"acts.{self.site}", rows).float()
+        return self._slice("acts", rows).float()
 
     def token_ids(self, rows: slice = slice(None)) -> Tensor:
         """Return the token of each row: `[n]`, int32."""
@@ -135,7 +140,7 @@ class ActivationStore:
         for shard in self.shards:
             here = chosen[(chosen >= at) & (chosen < at + shard.rows)] - at
             if len(here):
-                parts.append(self._tensor(shard, f"acts.{self.site}")[here].float())
+                parts.append(self._acts(shard)[here].float())
             at += shard.rows
         return torch.cat(parts)
 
@@ -156,7 +161,7 @@ class ActivationStore:
     def _load(self, group: list[Shard]) -> Tensor:
         if self._held is not None:
             return self._held
-        x = torch.cat([self._tensor(shard, f"acts.{self.site}") for shard in group])
+        x = torch.cat([self._acts(shard) for shard in group])
         if len(group) == len(self.shards):
             self._held = x
         return x
@@ -169,12 +174,18 @@ class ActivationStore:
         for shard in self.shards:
             a, b = max(start - at, 0), min(stop - at, shard.rows)
             if a < b:
-                parts.append(self._tensor(shard, name)[a:b])
+                tensor = self._acts(shard) if name == "acts" else self._tensor(shard, name)
+                parts.append(tensor[a:b])
             at += shard.rows
         if parts:
             return torch.cat(parts)
         empty = torch.empty(0, dtype=torch.int32)
         return empty if name in COLUMNS else torch.empty(0, self.d_in)
+
+    def _acts(self, shard: Shard) -> Tensor:
+        """Return the activations of a shard, the sites side by side."""
+        blocks = [self._tensor(shard, f"acts.{name}") for name in self.sites]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
     def _tensor(self, shard: Shard, name: str) -> Tensor:
         """Map one tensor of a shard; pages are read as they are touched."""
@@ -189,16 +200,19 @@ class ActivationStore:
                 f"ActivationStore: {path} is missing; the manifest lists {len(self.shards)} "
                 f"{self.split} shards"
             )
-        want = [shard.rows, self.d_in]
-        try:
-            with safe_open(path, framework="pt") as file:
-                got = list(file.get_slice(f"acts.{self.site}").get_shape())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"ActivationStore: {path} is truncated or damaged ({error})") from None
-        if got != want:
-            raise ValueError(
-                f"ActivationStore: expected {path} to hold acts.{self.site} {want}, got {got}"
-            )
+        for name in self.sites:
+            want = [shard.rows, self.manifest.sites[name]]
+            try:
+                with safe_open(path, framework="pt") as file:
+                    got = list(file.get_slice(f"acts.{name}").get_shape())
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"ActivationStore: {path} is truncated or damaged ({error})"
+                ) from None
+            if got != want:
+                raise ValueError(
+                    f"ActivationStore: expected {path} to hold acts.{name} {want}, got {got}"
+                )
 
 
 def _generator(seed: int, epoch: int, number: int) -> torch.Generator:

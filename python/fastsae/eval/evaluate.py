@@ -67,7 +67,8 @@ def evaluate(
 
     Args:
         sae: any `fastsae` SAE: `encode_sparse`, `decode`, `d_sae`.
-        data: `[n, d_in]`, or an `ActivationStore`; use rows that were not trained on.
+        data: `[n, d_in]`, or an `ActivationStore`; use rows that were not trained on. Columns as in
+            training, see `SAE.data_widths`.
         batch_size: rows at a time.
         max_rows: stop after this many; None takes all.
         outlier_ratio: rows above this many times the median norm (of up to 16,384 sampled rows) are
@@ -80,16 +81,17 @@ def evaluate(
     if not len(data):
         raise ValueError("evaluate: expected at least one row, got none")
     rows = _TensorRows(data) if isinstance(data, Tensor) else data
-    limit = norm_limit(rows.sample(16384), outlier_ratio)
+    limit = norm_limit(sae.split(rows.sample(16384))[1], outlier_ratio)
     every, inliers = FVU(), FVU()
     counts = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
     training = sae.training
     sae.eval()
     try:
         for x in rows.batches(batch_size):
-            x = x[: None if max_rows is None else max_rows - every.rows].to(sae.W_enc)
-            acts = sae.encode_sparse(x)
-            x_hat = sae.decode(acts)
+            batch = x[: None if max_rows is None else max_rows - every.rows].to(sae.W_enc)
+            given, x = sae.split(batch)
+            acts = sae.encode_sparse(given)
+            x_hat = sae.reconstruct(given, acts)
             counts += firing_counts(acts)
             small = x.float().norm(dim=1) <= limit
             every.update(x, x_hat)

@@ -133,6 +133,10 @@ class SAE(Parameters, ABC):
             return ops.sparse_decode(acts, self.W_dec, self.b_dec)
         return acts @ self.W_dec + self.b_dec
 
+    def reconstruct(self, x: Tensor, acts: SparseActs) -> Tensor:
+        """Return the reconstruction `[n, d_in]` from the code `acts` of `x: [n, d_in]`."""
+        return self.decode(acts)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction of `x: [..., d_in]`, in the same shape."""
         return self.decode(self.encode_sparse(x)).reshape(x.shape)

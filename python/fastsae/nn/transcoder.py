@@ -92,13 +92,13 @@ class TranscoderRule(BlockwiseSAE, register=False):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y_hat: `[..., d_out]` for `x: [..., d_in]`."""
-        return self.reconstruct(x).reshape(*x.shape[:-1], self.d_out)
-
-    def reconstruct(self, x: Tensor, acts: SparseActs | None = None) -> Tensor:
-        """Return y_hat `[n, d_out]` of `x: [..., d_in]`, from a code that may be given."""
         rows = self._rows(x, "x")
-        y_hat = self.decode(self._encode(rows) if acts is None else acts)
-        return y_hat + F.linear(rows, self.W_skip) if self.skip else y_hat
+        return self.reconstruct(rows, self._encode(rows)).reshape(*x.shape[:-1], self.d_out)
+
+    def reconstruct(self, x: Tensor, acts: SparseActs) -> Tensor:
+        """Return y_hat `[n, d_out]` from the code `acts` of `x: [n, d_in]`."""
+        y_hat = self.decode(acts)
+        return y_hat + F.linear(x, self.W_skip) if self.skip else y_hat
 
     def loss(
         self, x: Tensor, target: Tensor | None = None, *, dead: Tensor | None = None

@@ -59,7 +59,7 @@ def validate(
         shift = goal.mean(0) if shift is None else shift  # keeps sum x^2 - (sum x)^2 / n exact
         centred = (goal - shift).double()
         linear = linear + centred.sum(0)
-        error = (goal - sae.decode(acts)).double().square().sum()
+        error = (goal - sae.reconstruct(x, acts)).double().square().sum()
         sums += torch.stack([error, centred.square().sum(), acts.row_counts().sum().double()])
         rows += x.shape[0]
     sae.train(training)
