@@ -10,8 +10,10 @@ from fastsae.nn.io import load
 from fastsae.nn.jumprelu import JumpReLUSAE
 from fastsae.nn.loss import SAEOutput
 from fastsae.nn.matryoshka import HierarchicalTopKSAE, MatryoshkaSAE
+from fastsae.nn.pursuit import pursue
 from fastsae.nn.relu import ReLUSAE
 from fastsae.nn.sae import SAE
+from fastsae.nn.sampled import SampledSAE
 from fastsae.nn.soup import soup
 from fastsae.nn.supervised_head import SupervisedHead
 from fastsae.nn.topk import TopKSAE
@@ -40,10 +42,12 @@ __all__ = [
     "ReLUSAE",
     "ReLUTranscoder",
     "SAEOutput",
+    "SampledSAE",
     "SupervisedHead",
     "TopKCrossCoder",
     "TopKSAE",
     "Transcoder",
     "load",
+    "pursue",
     "soup",
 ]

@@ -1,0 +1,138 @@
+"""Sampled SAE: BatchTopK among the latents that matter to the whole batch.
+
+Source: Oozeer et al. 2025, "Distribution-aware feature selection for SAEs" (arXiv 2508.21324). Only
+the abstract was at hand: that scores are of relu(z), the formula of the entropy, that the highest
+win, and everything about inference are our reading.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae import ops
+from fastsae.nn.batch_topk import BatchTopKSAE
+from fastsae.nn.loss import accumulate
+from fastsae.ops import SparseActs
+
+CHUNK_BYTES = 1 << 26
+"""Pre-activations held at once while columns are scored."""
+
+
+class SampledSAE(BatchTopKSAE):
+    """BatchTopK from a pool of latents, chosen anew for every training batch.
+
+        s_j        = score of column j of relu(z): [n, d_sae]
+        pool       = the round(pool * k) latents of the highest score
+        training:   f = the int(k n) largest positive entries of z[:, pool]
+        inference:  f = z where z > threshold, else 0, of all latents
+
+        score = l2:       s_j = sqrt(sum_i relu(z_ij)^2)
+        score = entropy:  s_j = -sum_i p_ij log p_ij,   p_ij = relu(z_ij) / sum_i relu(z_ij)
+
+    In BatchTopK, latents with rare but very large activations crowd out common, smaller ones. With
+    pool = 1 all tokens share k latents; a pool of d_sae is BatchTopK.
+
+    Inference has no batch to choose a pool from, so it takes all latents, and the threshold is the
+    one with which these give k per token: the smallest value that BatchTopK without a pool keeps.
+    That of the pool is lower, and would keep too much. Training averages it from the rows scored
+    first (the whole batch, up to 64 MiB of pre-activations); `settle_` and `calibrate_` do without
+    a pool as well. See `BatchTopKSAE` for the other arguments.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of latents.
+        k: mean active latents per token; may be fractional.
+        pool: latents in the pool per active one, at least 1; the pool is at most the dictionary.
+        score: what makes a latent matter: `l2` or `entropy`.
+
+    Raises:
+        ValueError: pool is below 1 or not finite, or another score.
+
+    Cost: scores take a second product like the encoder's in training, by torch and in the dtype of
+    the parameters; then the pool is encoded.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: float,
+        *,
+        pool: float = 8.0,
+        score: str = "l2",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_in, d_sae, k, **kwargs)
+        if not 1 <= pool < math.inf:
+            self._fail(f"1 <= pool < inf, got {pool}")
+        if score not in ("l2", "entropy"):
+            self._fail(f"score to be l2 or entropy, got {score!r}")
+        self.pool, self.score = pool, score
+
+    @property
+    def pool_size(self) -> int:
+        """Number of latents in the pool."""
+        return round(min(max(1, self.pool * self.k), self.d_sae))
+
+    def _encode(self, x: Tensor) -> SparseActs:
+        return self._encode_pool(x).acts if self.training else super()._encode(x)
+
+    def encode_for_loss(self, x: Tensor) -> SparseActs:
+        """See `SAE.encode_for_loss`: learns the threshold."""
+        if not self.training:
+            return self._encode(x)
+        acts, smallest = self._encode_pool(x)
+        self._update_threshold(smallest.detach().float())
+        return acts
+
+    def _encode_pool(self, x: Tensor) -> ops.BatchTopK:
+        """Return the code of `x: [n, d_in]` from its pool, and the threshold without a pool."""
+        if self.pool_size == self.d_sae:
+            return self._encode_batch(x)
+        scores, threshold = self._survey(x)
+        pool = ops.topk(scores, self.pool_size).indices  # ascending, so those of a token are too
+        acts = ops.encode_batch_topk(
+            x,
+            self._rows_enc().index_select(0, pool),
+            self.b_enc.index_select(0, pool),
+            self.k,
+            b_dec=self._input_bias(),
+            compute_dtype=self._product(),
+        ).acts
+        assert acts.offsets is not None
+        places = torch.arange(acts.indices.shape[0], device=x.device)
+        indices = torch.where(places < acts.offsets[-1], pool.index_select(0, acts.indices), 0)
+        return ops.BatchTopK(SparseActs(acts.values, indices, acts.offsets, self.d_sae), threshold)
+
+    @torch.no_grad()
+    def _survey(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scores [d_sae] of all latents, and the smallest value [] that BatchTopK keeps.
+
+        The latter is that of the first chunk of `x: [n, d_in]`, +inf where it keeps nothing.
+        """
+        bias = self._input_bias()
+        total = accumulate(torch.zeros_like(self.b_enc))
+        other = torch.zeros_like(total)
+        threshold = torch.full_like(total[0], torch.inf)
+        for i, rows in enumerate(x.split(max(1, CHUNK_BYTES // (self.d_sae * total.itemsize)))):
+            centred = rows if bias is None else rows - bias
+            a = accumulate(torch.addmm(self.b_enc, centred, self.W_enc)).relu_()
+            if i == 0:
+                threshold = ops.batch_topk(a, self.k).threshold
+            if self.score == "l2":
+                total += a.square().sum(0)
+            else:
+                total += a.sum(0)
+                other += torch.xlogy(a, a).sum(0)
+        if self.score == "l2":
+            return total.sqrt(), threshold
+        # -sum p log p = log S - (sum a log a) / S, with S the column's sum; -inf where that is 0.
+        return torch.where(total > 0, total.log() - other / total, -torch.inf), threshold
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
+        return {**super().config(), "pool": self.pool, "score": self.score}
