@@ -3,11 +3,17 @@
     python -m bench.architectures FILE --out RESULTS.jsonl      # trains what RESULTS lacks
     python -m bench.architectures --report RESULTS.jsonl        # prints the table
 
-FILE is safetensors with `acts` [n, d] and, in its metadata, `n_train`: the rows before are for
-training, the rest is held out. Rows above 3 times the median norm are left out. Each line of
-RESULTS is one run; metrics are those of the inference rule on every second held-out row, after the
-others have set the thresholds of classes that can be calibrated to L0 = k. An interrupted bench
-goes on where it was.
+FILE is safetensors with `acts` [n, d], the residual stream after block 15 of the demo's model, side
+columns `token_ids` and `chunk_ids` [n] and, in its metadata, `n_train`: the rows before are for
+training, the rest is held out. Rows above 3 times the median norm are left out. What FILE lacks is
+read from the model once and kept beside RESULTS: gradients for the gradient SAE, input and output
+of the MLP for transcoders, two more layers for crosscoders.
+
+Each line of RESULTS is one run. Metrics are those of the inference rule on every second held-out
+row, after the others have set the thresholds of classes that can be calibrated to L0 = k; ce is the
+next-token cross entropy of the held-out texts with the reconstruction in place. Transcoders and
+crosscoders reconstruct other things, so their FVU compares with nothing but its own kind. An
+interrupted bench goes on where it was.
 """
 
 from __future__ import annotations
@@ -17,30 +23,37 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 import fastsae
-from fastsae import SAE, TrainConfig, Trainer
+from fastsae import SAE, SparseActs, TrainConfig, Trainer
+from fastsae.cli.models import SMOLLM2, load_model
+from fastsae.data.sites import read, read_gradients, resolve
 from fastsae.eval import metrics
+from fastsae.eval.splice import ablate, replace
 
 STEPS, BATCH = 512, 512
+SITE, LAYERS = "resid_post.15", ("resid_post.10", "resid_post.15", "resid_post.20")
+PREFIX = 1  # the token in front of every chunk, whose row is in no file
 
-CALIBRATED = (fastsae.BatchTopKSAE, fastsae.FeatureChoiceSAE, fastsae.JumpReLUSAE)
 Make = Callable[[int, int, float], SAE]
-
-
-def _make(cls: str, ask: float = 1.0, **options: Any) -> Make:
-    return lambda d_in, d_sae, k: getattr(fastsae, cls)(d_in, d_sae, ask * k, **options)
-
 
 HELD_OUT = 0.85
 """Share of the wanted L0 to train for where inference has no threshold: on new tokens, which these
 few were not fitted to, more latents fire."""
+
+
+def _make(cls: str, ask: float = 1.0, **options: Any) -> Make:
+    return lambda d_in, d_sae, k: getattr(fastsae, cls)(d_in, d_sae, ask * k, **options)
 
 
 ARCHITECTURES: dict[str, Make] = {
@@ -48,29 +61,136 @@ ARCHITECTURES: dict[str, Make] = {
     "TopK, no aux": _make("TopKSAE", aux_alpha=0.0),
     "TopK, zipf": _make("TopKSAE", aux="zipf"),
     "TopK, multi": _make("TopKSAE", multi_topk=True),
+    "AbsTopK": _make("TopKSAE", absolute=True),
+    "GroupMax": _make("GroupMaxSAE"),
+    "HierarchicalTopK": _make("HierarchicalTopKSAE"),
     "BatchTopK": _make("BatchTopKSAE"),
+    "Sampled": _make("SampledSAE", pool=16.0),
+    "Matryoshka": _make("MatryoshkaSAE"),
     "FeatureChoice, uniform": _make("FeatureChoiceSAE", allocation="uniform"),
     "FeatureChoice, zipf": _make("FeatureChoiceSAE", allocation="zipf"),
-    "ReLU, L1": _make("ReLUSAE", HELD_OUT),
-    "ReLU, tanh": _make("ReLUSAE", HELD_OUT, penalty="tanh"),
-    "ReLU, p-anneal": _make("ReLUSAE", HELD_OUT, penalty="p_anneal"),
-    "Gated": _make("GatedSAE", HELD_OUT),
     "JumpReLU": _make("JumpReLUSAE"),
+    "Gated": _make("GatedSAE", HELD_OUT),
+    "ReLU, p-anneal": _make("ReLUSAE", HELD_OUT, penalty="p_anneal"),
+    "ReLU, tanh": _make("ReLUSAE", HELD_OUT, penalty="tanh"),
+    "ReLU, L1": _make("ReLUSAE", HELD_OUT),
 }
-"""Rows of the table: how each is made from d_in, d_sae and the wanted L0."""
+"""SAEs of one site: how each is made from d_in, d_sae and the wanted L0."""
+
+
+def _transcoder(cls: str, **options: Any) -> Make:
+    return lambda d, d_sae, k: getattr(fastsae, cls)(d, d, d_sae, k, **options)
+
+
+def _crosscoder(cls: str) -> Make:
+    return lambda d, d_sae, k: getattr(fastsae, cls)(d, len(LAYERS), d_sae, k)
+
+
+OTHERS: dict[str, Make] = {
+    "Gradient": _make("GradientSAE"),
+    "Transcoder, TopK": _transcoder("Transcoder"),
+    "Transcoder, TopK, skip": _transcoder("Transcoder", skip=True),
+    "Transcoder, BatchTopK": _transcoder("BatchTopKTranscoder"),
+    "Transcoder, JumpReLU": _transcoder("JumpReLUTranscoder"),
+    "SAE of the MLP's output, TopK": _make("TopKSAE"),
+    "CrossCoder, BatchTopK": _crosscoder("CrossCoder"),
+    "CrossCoder, TopK": _crosscoder("TopKCrossCoder"),
+}
+"""What trains on something else than the activations of the site."""
 
 
 def build(name: str, d_in: int, d_sae: int, k: float) -> SAE:
     """Return a fresh module of the architecture `name`."""
-    return ARCHITECTURES[name](d_in, d_sae, k)
+    return (ARCHITECTURES | OTHERS)[name](d_in, d_sae, k)
 
 
-def measure(
-    name: str, seed: int, train: Tensor, val: Tensor, k: float, steps: int
-) -> dict[str, Any]:
-    """Train one architecture and return its line of results."""
+class Source:
+    """The rows of FILE, what the model adds to them, and the model."""
+
+    def __init__(self, file: Path, cache: Path) -> None:
+        with safe_open(file, "pt") as f:
+            self.acts = f.get_tensor("acts").float()
+            self.n_train = int(f.metadata()["n_train"])
+            ids, chunk = f.get_tensor("token_ids"), f.get_tensor("chunk_ids")
+        self.contexts = torch.stack(
+            [F.pad(ids[chunk == i].long(), (1, 0), value=PREFIX) for i in chunk.unique()]
+        )
+        self.cache = cache
+        norm = self.acts.norm(dim=1)
+        self.usual = norm <= 3 * norm[: self.n_train].median()
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model of the demo."""
+        return load_model(SMOLLM2)[0].eval()
+
+    @cached_property
+    def extra(self) -> dict[str, Tensor]:
+        """Gradients of the loss at SITE, the MLP's input and output, and LAYERS; one row a row."""
+        if not self.cache.exists():
+            names = (*LAYERS, "mlp_in.15", "mlp_out.15")
+            found, site = [resolve(self.model, name) for name in names], resolve(self.model, SITE)
+            parts: dict[str, list[Tensor]] = {name: [] for name in (*names, "grad")}
+            for tokens in self.contexts.split(4):
+                for name, x in read(self.model, found, tokens).items():
+                    parts[name].append(x[:, 1:].flatten(0, 1))
+                everything = torch.ones_like(tokens, dtype=torch.bool)
+                grad = read_gradients(self.model, [site], tokens, everything)[1][SITE]
+                parts["grad"].append(grad[:, 1:].flatten(0, 1))
+            save_file({name: torch.cat(rows) for name, rows in parts.items()}, self.cache)
+        return load_file(self.cache)
+
+    def columns(self, name: str) -> Tensor:
+        """Return what the architecture `name` trains on: `[n, columns]`."""
+        if name == "Gradient":
+            return torch.cat([self.acts, self.extra["grad"]], 1)
+        if name.startswith("Transcoder"):
+            return torch.cat([self.extra["mlp_in.15"], self.extra["mlp_out.15"]], 1)
+        if name.startswith("SAE of the MLP"):
+            return self.extra["mlp_out.15"]
+        if name.startswith("CrossCoder"):
+            return torch.cat([self.extra[layer] for layer in LAYERS], 1)
+        return self.acts
+
+    def split(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return training and held-out rows of `columns`, without outliers."""
+        x, n = self.columns(name), self.n_train
+        return x[:n][self.usual[:n]], x[n:][self.usual[n:]]
+
+    @torch.no_grad()
+    def cross_entropy(self, intervention: AbstractContextManager[None]) -> float:
+        """Return the mean next-token loss of the held-out contexts inside `intervention`."""
+        total, count = 0.0, 0
+        with intervention:
+            for tokens in self.contexts[self.n_train // (self.contexts.shape[1] - 1) :].split(6):
+                logits = self.model(input_ids=tokens, use_cache=False).logits[:, 1:-1]
+                targets = tokens[:, 2:]
+                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+                total, count = total + float(loss), count + targets.numel()
+        return total / count
+
+    @cached_property
+    def limits(self) -> tuple[float, float]:
+        """The cross entropy as it is, and with SITE replaced by its mean."""
+        mean = self.acts[: self.n_train][self.usual[: self.n_train]].mean(0)
+        return (
+            self.cross_entropy(nullcontext()),
+            self.cross_entropy(ablate(self.model, SITE, "mean", mean=mean)),
+        )
+
+    def recovered(self, fn: Callable[[Tensor], Tensor], site: str = SITE) -> float:
+        """Return (CE_mean - CE) / (CE_mean - CE_clean) with rows replaced by `fn`."""
+        clean, by_mean = self.limits
+        return (by_mean - self.cross_entropy(replace(self.model, site, fn))) / (by_mean - clean)
+
+
+def train(name: str, seed: int, data: Tensor, k: float, steps: int) -> tuple[SAE, dict[str, Any]]:
+    """Train one architecture; return it and what is known from training."""
     torch.manual_seed(seed)
-    sae = build(name, train.shape[1], 4 * train.shape[1], k)
+    width = data.shape[1]
+    for kind, blocks in (("Transcoder", 2), ("Gradient", 2), ("CrossCoder", len(LAYERS))):
+        width = width // blocks if name.startswith(kind) else width
+    sae = build(name, width, 4 * width, k)
     config = TrainConfig(
         lr=8e-4,
         batch_size=BATCH,
@@ -82,51 +202,107 @@ def measure(
         progress=False,
     )
     start = time.perf_counter()
-    result = Trainer(sae, train, config).fit()
-    seconds = time.perf_counter() - start
-    if isinstance(sae, CALIBRATED):
-        sae.calibrate_(val[::2])
-    with torch.no_grad():
-        acts = sae.encode_sparse(val[1::2])
-        error = metrics.fvu(val[1::2], sae.decode(acts))
-    return {
+    result = Trainer(sae, data, config).fit()
+    return sae, {
         "architecture": name,
         "seed": seed,
         "steps": steps,
         "k": k,
-        "fvu": error,
-        "l0": float(acts.l0()),
         "fvu_train": result.final["fvu"],
         "dead": result.final["dead"] / sae.d_sae,
-        "silent": float((acts.counts() == 0).float().mean()),
-        "seconds": seconds,
+        "seconds": time.perf_counter() - start,
         "parameters": sum(p.numel() for p in sae.parameters()),
     }
+
+
+@torch.no_grad()
+def scores(sae: SAE, x: Tensor, y: Tensor, acts: SparseActs) -> dict[str, float]:
+    """Return the metrics of a code of held-out inputs x: how well it reconstructs y, and how."""
+    return {
+        "fvu": metrics.fvu(y, sae.reconstruct(x, acts)),
+        "l0": float(acts.l0()),
+        "silent": float((acts.counts() == 0).float().mean()),
+    }
+
+
+def measure(name: str, seed: int, source: Source, k: float, steps: int) -> list[dict[str, Any]]:
+    """Train one architecture and return its lines of results: one for each inference rule."""
+    rows, held_out = source.split(name)
+    sae, known = train(name, seed, rows, k, steps)
+    x, y = sae.split(held_out)
+    if hasattr(sae, "calibrate_"):
+        sae.calibrate_(x[::2])
+    x, y = x[1::2], y[1::2]
+    lines = [known | scores(sae, x, y, sae.encode_sparse(x))]
+    site_only = name in ARCHITECTURES or name == "Gradient"
+    if site_only:
+        lines[0]["recovered"] = source.recovered(lambda rows: sae(rows).detach())
+    if isinstance(sae, fastsae.GradientSAE):
+        grad = held_out[1::2, sae.d_in :]
+        scored = sae.encode_sparse(x, grad=grad)
+        line = known | {"architecture": "Gradient, scored"} | scores(sae, x, y, scored)
+        every = iter(held_out[:, sae.d_in :].split(6 * (source.contexts.shape[1] - 1)))
+        line["recovered"] = source.recovered(
+            lambda rows: sae.decode(sae.encode_sparse(rows, grad=next(every))).detach()
+        )
+        lines.append(line)
+    if isinstance(sae, fastsae.MatryoshkaSAE):
+        for groups in (1, 3):
+            sae.active_groups = groups
+            label = f"Matryoshka, first {sum(sae.groups[:groups])} latents"
+            lines.append(known | {"architecture": label} | scores(sae, x, y, sae.encode_sparse(x)))
+    if name in ("BatchTopK", "TopK"):
+        lines += [known | line for line in reading(name, sae, x, k)]
+    return lines
+
+
+def reading(name: str, sae: SAE, x: Tensor, k: float) -> list[dict[str, Any]]:
+    """Return other ways to read a trained dictionary: pursuit, fewer latents, a prefix."""
+    if name == "TopK":
+        start = time.perf_counter()
+        acts = fastsae.pursue(sae, x[:512], int(k))
+        seconds = time.perf_counter() - start
+        small = scores(sae, x[:512], x[:512], sae.encode_sparse(x[:512]))
+        return [
+            {"architecture": "TopK, pursuit (512 rows)", "seconds": seconds}
+            | scores(sae, x[:512], x[:512], acts),
+            {"architecture": "TopK, encoder (512 rows)"} | small,
+        ]
+    acts = sae.encode_sparse(x)
+    lines = []
+    for latents in (72, 504):
+        values = torch.where(acts.indices < latents, acts.values, 0)
+        part = SparseActs(values, acts.indices, acts.offsets, acts.d_sae)
+        label = f"BatchTopK, first {latents} latents"
+        lines.append({"architecture": label} | scores(sae, x, x, part))
+    return lines
 
 
 def report(rows: list[dict[str, Any]]) -> str:
     """Return the table: means over seeds, and half the range of the FVU."""
     lines = [
-        "| architecture | seeds | FVU | L0 | dead | silent on held-out | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| architecture | seeds | FVU | L0 | dead | silent on held-out | CE recovered | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(row["architecture"] for row in rows):
         own = [row for row in rows if row["architecture"] == name]
 
-        def mean(key: str, own: list[dict[str, Any]] = own) -> float:
-            return statistics.fmean(row[key] for row in own)
+        def mean(key: str, form: str, own: list[dict[str, Any]] = own) -> str:
+            found = [row[key] for row in own if key in row]
+            return format(statistics.fmean(found), form) if found else ""
 
         fvu = [row["fvu"] for row in own]
         half = (max(fvu) - min(fvu)) / 2
         cells = (
-            *(name, len(own), f"{mean('fvu'):.4f} ± {half:.4f}", f"{mean('l0'):.1f}"),
-            *(f"{mean('dead'):.1%}", f"{mean('silent'):.1%}", f"{mean('seconds'):.0f}"),
+            *(name, len(own), f"{mean('fvu', '.4f')} ± {half:.4f}", mean("l0", ".1f")),
+            *(mean("dead", ".1%"), mean("silent", ".1%"), mean("recovered", ".1%")),
+            mean("seconds", ".0f"),
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
-def read(file: Path) -> list[dict[str, Any]]:
+def read_results(file: Path) -> list[dict[str, Any]]:
     """Return the lines of a results file; none if there is none."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
@@ -137,31 +313,30 @@ def main() -> None:
     parser.add_argument("file", type=Path, nargs="?", help="activations")
     parser.add_argument("--out", type=Path, help="results, one line a run")
     parser.add_argument("--report", type=Path, help="print the table of these results")
-    parser.add_argument("--only", nargs="*", default=list(ARCHITECTURES), help="architectures")
+    every = [*ARCHITECTURES, *OTHERS]
+    parser.add_argument("--only", nargs="*", default=every, help="architectures")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--k", type=float, default=32, help="wanted L0")
     arguments = parser.parse_args()
     if arguments.report:
-        print(report(read(arguments.report)))
+        print(report(read_results(arguments.report)))
         return
     if arguments.file is None or arguments.out is None:
         parser.error("expected FILE and --out, or --report")
-    with safe_open(arguments.file, "pt") as f:
-        acts, n_train = f.get_tensor("acts").float(), int(f.metadata()["n_train"])
-    norm = acts.norm(dim=1)
-    usual = norm <= 3 * norm[:n_train].median()
-    train, val = acts[:n_train][usual[:n_train]], acts[n_train:][usual[n_train:]]
-    done = {(row["architecture"], row["seed"], row["steps"]) for row in read(arguments.out)}
+    source = Source(arguments.file, arguments.out.with_suffix(".safetensors"))
+    results = read_results(arguments.out)
+    done = {(row["architecture"], row["seed"], row["steps"]) for row in results}
     for seed in range(arguments.seeds):
         for name in arguments.only:
             if (name, seed, arguments.steps) in done:
                 continue
-            row = measure(name, seed, train, val, arguments.k, arguments.steps)
+            rows = measure(name, seed, source, arguments.k, arguments.steps)
             with arguments.out.open("a") as out:
-                out.write(json.dumps(row) + "\n")
-            print(f"{name}, seed {seed}: FVU {row['fvu']:.4f}, L0 {row['l0']:.1f}", flush=True)
-    print(report(read(arguments.out)))
+                out.writelines(json.dumps(row) + "\n" for row in rows)
+            text = f"FVU {rows[0]['fvu']:.4f}, L0 {rows[0]['l0']:.1f}"
+            print(f"{name}, seed {seed}: {text}, {rows[0]['seconds']:.0f} s", flush=True)
+    print(report(read_results(arguments.out)))
 
 
 if __name__ == "__main__":
