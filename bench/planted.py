@@ -4,7 +4,8 @@
 
 Three kinds: `independent` features fire on their own, `correlated` ones in groups that share a
 switch, `hierarchical` ones only together with their parent. Features lie along random directions;
-a token is the sum of its active ones.
+a token is the sum of its active ones. For transcoders and crosscoders they lie along directions of
+their own in every block of columns; the gradient SAE gets that of |x|^2 / 2, which is x.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.architectures import ARCHITECTURES, build
+from bench.architectures import ARCHITECTURES, LAYERS, OTHERS, build
 from fastsae import SAE, TrainConfig, Trainer
 
 KINDS = ("independent", "correlated", "hierarchical")
@@ -29,7 +30,7 @@ class Planted(NamedTuple):
     code: Tensor
     """[n, features]: how strongly each is in a token"""
     directions: Tensor
-    """[features, d], norm 1"""
+    """[features, d], norm 1; of what is reconstructed"""
 
 
 class Recovery(NamedTuple):
@@ -72,12 +73,29 @@ def planted(kind: str, n: int, features: int, d: int, active: float, seed: int) 
     return Planted(code @ directions, code, directions)
 
 
+def for_architecture(name: str, data: Planted, seed: int) -> Planted:
+    """Return `data` with the columns that the architecture `name` reads."""
+    blocks = len(LAYERS) if name.startswith("CrossCoder") else 2
+    g = torch.Generator().manual_seed(seed + 1)
+    shape = (blocks - 1, *data.directions.shape)
+    others = torch.nn.functional.normalize(torch.randn(shape, generator=g), dim=2)
+    if name.startswith("Gradient"):
+        return data._replace(x=torch.cat([data.x, data.x], 1))
+    if name.startswith("Transcoder"):
+        y = data.code @ others[0]
+        return Planted(torch.cat([data.x, y], 1), data.code, others[0])
+    if name.startswith("CrossCoder"):
+        directions = torch.cat([data.directions, *others], 1)
+        return Planted(data.code @ directions, data.code, directions / blocks**0.5)
+    return data
+
+
 @torch.no_grad()
 def recovery(sae: SAE, data: Planted) -> Recovery:
     """Compare what `sae` learned with what was planted, on the tokens of `data`."""
     rows = torch.nn.functional.normalize(sae.W_dec.float(), dim=1)
     cosine = (data.directions @ rows.t()).amax(1).mean()
-    fired, true = (sae.encode(data.x) != 0).float(), (data.code != 0).float()
+    fired, true = (sae.encode(sae.split(data.x)[0]) != 0).float(), (data.code != 0).float()
     both = true.t() @ fired
     f1 = 2 * both / (true.sum(0)[:, None] + fired.sum(0)[None]).clamp_min(1)
     return Recovery(float(cosine), float(f1.amax(1).mean()))
@@ -86,7 +104,8 @@ def recovery(sae: SAE, data: Planted) -> Recovery:
 def main() -> None:
     """Train every architecture on every kind of data, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=list(ARCHITECTURES), help="architectures")
+    every = [*ARCHITECTURES, *(name for name in OTHERS if not name.startswith("SAE of"))]
+    parser.add_argument("--only", nargs="*", default=every, help="architectures")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=30_000)
     arguments = parser.parse_args()
@@ -99,12 +118,13 @@ def main() -> None:
             found = []
             for seed in range(arguments.seeds):
                 data = planted(kind, arguments.tokens + 5000, features, d, active, seed)
+                data = for_architecture(name, data, seed)
                 train, held_out = (
                     Planted(*(t[part] for t in data[:2]), data.directions)
                     for part in (slice(5000, None), slice(5000))
                 )
                 torch.manual_seed(seed)
-                sae = build(name, d, 2 * features, active)
+                sae = build(name, d, 2 * features, 4 if name == "GroupMax" else active)
                 config = TrainConfig(
                     batch_size=500, epochs=15, lr=3e-3, warmup_steps=20, seed=seed, progress=False
                 )

@@ -3,7 +3,7 @@
 import torch
 
 from bench.architectures import ARCHITECTURES, LAYERS, OTHERS, build, measure, report
-from bench.planted import KINDS, Planted, planted, recovery
+from bench.planted import KINDS, Planted, for_architecture, planted, recovery
 from fastsae.nn import TopKSAE
 
 
@@ -62,3 +62,15 @@ def test_a_perfect_dictionary_is_recognised():
     sae.W_dec = torch.roll(torch.eye(6, 8), 2, dims=1)
     assert recovery(sae, data).cosine < 1
     assert build("TopK", 8, 6, 2).k == 2
+
+
+def test_every_architecture_gets_the_columns_it_reads():
+    data = planted("independent", 100, 16, 8, 2, seed=0)
+    for name in ARCHITECTURES | OTHERS:
+        own, sae = for_architecture(name, data, 0), build(name, 8, 16, 2)
+        assert own.x.shape[1] == sum(sae.data_widths), name
+        goal = sae.split(own.x)[1]
+        scale = len(LAYERS) ** 0.5 if name.startswith("CrossCoder") else 1
+        torch.testing.assert_close(goal, scale * own.code @ own.directions)
+        norms = own.directions.norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones_like(norms))

@@ -1,4 +1,4 @@
-"""The code blocks of the README run as printed."""
+"""The code blocks of the README and of docs/ run as printed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ def test_block_runs_as_printed(number, tmp_path, monkeypatch) -> None:
         result = scope["result"]
         assert result.final["val_fvu"] < 0.5
         assert (tmp_path / "my-sae" / "cfg.json").exists()
+
+
+@pytest.mark.parametrize(
+    "page", sorted((README.parent / "docs").glob("*.md")), ids=lambda p: p.stem
+)
+def test_documented_code_runs(page, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        exec(compile(block, page.name, "exec"), {})
 
 
 def test_first_screen_names_the_two_commands() -> None:
