@@ -1,0 +1,46 @@
+"""Every class continues from a checkpoint to the last bit, whatever it keeps beside parameters."""
+
+import shutil
+
+import pytest
+import torch
+
+import fastsae
+from fastsae import TrainConfig, Trainer
+
+CLASSES = {
+    "AbsTopK": lambda: fastsae.TopKSAE(8, 24, 3, absolute=True),
+    "GroupMax": lambda: fastsae.GroupMaxSAE(8, 24, 3),
+    "Hierarchical": lambda: fastsae.HierarchicalTopKSAE(8, 24, 3),
+    "Matryoshka": lambda: fastsae.MatryoshkaSAE(8, 24, 3, groups=[4, 20]),
+    "Sampled": lambda: fastsae.SampledSAE(8, 24, 2, pool=4),
+    "FeatureChoice": lambda: fastsae.FeatureChoiceSAE(8, 24, 3, mutual_choice_batches=5, refresh=3),
+    "ReLU": lambda: fastsae.ReLUSAE(8, 24, 3, penalty="p_anneal"),
+    "Gated": lambda: fastsae.GatedSAE(8, 24, 3, aux_alpha=0.1),
+    "JumpReLU": lambda: fastsae.JumpReLUSAE(8, 24, 3),
+    "Gradient": lambda: fastsae.GradientSAE(4, 24, 3),
+    "Transcoder": lambda: fastsae.Transcoder(5, 3, 24, 3, skip=True),
+    "JumpReLUTranscoder": lambda: fastsae.JumpReLUTranscoder(5, 3, 24, 3),
+    "CrossCoder": lambda: fastsae.CrossCoder(4, 2, 24, 3),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_resumed_run_is_the_uninterrupted_one(name, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(300, 8) @ torch.randn(8, 8) + 3
+    config = {"batch_size": 50, "steps": 12, "lr": 3e-3, "checkpoint_every": 6, "progress": False}
+
+    def run(folder, resume):
+        torch.manual_seed(1)
+        return Trainer(CLASSES[name](), x, TrainConfig(**config, out=folder)).fit(resume=resume).sae
+
+    whole = run(tmp_path / "a", False)
+    shutil.copytree(tmp_path / "a" / "checkpoints", tmp_path / "b" / "checkpoints")
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step_000000012")
+    resumed = run(tmp_path / "b", True)
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], tensor), key
+    loaded = fastsae.load(tmp_path / "a")
+    part = whole.split(x[:20])[0]
+    torch.testing.assert_close(loaded(part), whole(part))
