@@ -22,9 +22,6 @@ from fastsae.nn.loss import SAEOutput, accumulate, unexplained
 from fastsae.nn.topk import TopKSAE
 from fastsae.ops import SparseActs
 
-ROW_BYTES = 1 << 26
-"""Partial reconstructions that `HierarchicalTopKSAE` holds at a time."""
-
 
 class MatryoshkaSAE(BatchTopKSAE):
     """BatchTopK sparse autoencoder whose first latents have to reconstruct without the others.
@@ -135,36 +132,32 @@ class HierarchicalTopKSAE(TopKSAE):
 
 
 class _PrefixErrors(torch.autograd.Function):
-    """sum_n sum_j |x_n - x_hat_nj|^2, without holding [n, k, d] for more than a chunk of tokens.
+    """sum_n sum_j |x_n - x_hat_nj|^2 in memory for [n, d], not [n, k, d].
 
     With e_j the error of the j largest and s_i = sum_(j >= i) e_j:
         d/df_i = -2 <s_i, w_i>,   d/dw_i += -2 f_i s_i,   d/db = -2 s_1
+    Forwards e_j = e_(j-1) - f_j w_j; backwards the same undone, so nothing is kept.
     """
 
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor
     ) -> Tensor:
-        n, k = values.shape
-        d = W_dec.shape[1]
-        W, f, x = accumulate(W_dec), accumulate(values), accumulate(target)
-        df, dW, db = torch.zeros_like(f), torch.zeros_like(W), W.new_zeros(d)
-        total = W.new_zeros(())
-        rows = max(1, ROW_BYTES // (k * d * W.element_size()))
-        for start in range(0, n, rows):
-            part = slice(start, start + rows)
-            latents = indices[part].long()
-            w = W[latents]
-            steps = f[part].unsqueeze(2) * w
-            e = (x[part] - b_dec).unsqueeze(1) - steps.cumsum(1)
+        W, f, latents = accumulate(W_dec), accumulate(values), indices.long()
+        e = accumulate(target) - b_dec
+        total = e.new_zeros(())
+        for j in range(f.shape[1]):
+            e = torch.addcmul(e, f[:, j, None], W[latents[:, j]], value=-1)
             total += e.square().sum()
-            s = e.flip(1).cumsum(1).flip(1)
-            df[part] = -2 * torch.einsum("nkd,nkd->nk", s, w)
-            db += -2 * s[:, 0].sum(0)
-            s *= -2 * f[part].unsqueeze(2)
-            dW.index_add_(0, latents.flatten(), s.flatten(0, 1))
-        # An inactive entry gets no gradient, as everywhere.
-        df.masked_fill_(f == 0, 0)
+        df, dW, s = torch.zeros_like(f), torch.zeros_like(W), torch.zeros_like(e)
+        for j in reversed(range(f.shape[1])):
+            s += e
+            w = W[latents[:, j]]
+            df[:, j] = -2 * (s * w).sum(1)
+            dW.index_add_(0, latents[:, j], s * f[:, j, None], alpha=-2)
+            e = torch.addcmul(e, f[:, j, None], w)
+        db = -2 * s.sum(0)
+        df.masked_fill_(f == 0, 0)  # an inactive entry gets no gradient, as everywhere
         ctx.save_for_backward(df.to(values.dtype), dW.to(W_dec.dtype), db.to(b_dec.dtype))
         return total
 
