@@ -68,6 +68,7 @@ def add_to(subparsers: Any) -> None:
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the data")
     parser.add_argument("--steps", type=positive, help="updates, instead of --epochs")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--optimizer", default="adam", choices=("adam", "sgd_sai"))
     parser.add_argument("--update", default="fused", choices=("fused", "autograd"))
     parser.add_argument(
         "--compute-dtype",
@@ -100,6 +101,7 @@ def run(args: argparse.Namespace) -> None:
         epochs=args.epochs,
         steps=args.steps,
         seed=args.seed,
+        optimizer=args.optimizer,
         update=args.update,
         compute_dtype=args.compute_dtype,
         checkpoint_every=args.checkpoint_every,

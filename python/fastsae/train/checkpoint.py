@@ -2,7 +2,7 @@
 
     checkpoints/step_000001000/
         cfg.json, sae_weights.safetensors   the SAE for raw activations; `fastsae.load` reads it
-        state.safetensors                   weights as trained, Adam, dead latents, torch's RNG
+        state.safetensors                   weights as trained, optimizer, dead latents, torch's RNG
         state.json                          step, scales, configuration
 
 A checkpoint is written under another name, reaches the disk, and is then renamed. Nothing is
@@ -27,6 +27,7 @@ from torch import Tensor
 from fastsae.nn import SAE
 from fastsae.nn.io import CONFIG, WEIGHTS, contents, reason, sync, write_json, write_tensors
 from fastsae.train.dead import DeadLatents
+from fastsae.train.sgd_sai import SGDSaI
 
 TENSORS, STATE = "state.safetensors", "state.json"
 
@@ -37,7 +38,7 @@ class TrainState:
 
     sae: SAE
     """Takes the blocks of columns of a batch, each times its scale."""
-    optimizer: torch.optim.Adam
+    optimizer: torch.optim.Optimizer
     """Holds the averages of every parameter of `sae`."""
     dead: DeadLatents
     """Tokens since each latent fired."""
@@ -108,6 +109,21 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         torch.cuda.set_rng_state(tensors["rng.cuda"], device)
 
 
+def prepare_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter its state before the first step, so that a checkpoint can be loaded.
+
+    Raises:
+        TypeError: it is neither Adam nor SGDSaI.
+    """
+    if isinstance(optimizer, SGDSaI):
+        optimizer.prepare()
+    elif isinstance(optimizer, torch.optim.Adam):
+        prepare_adam(optimizer)
+    else:
+        got = type(optimizer).__name__
+        raise TypeError(f"checkpoint: expected optimizer to be Adam or SGDSaI, got {got}")
+
+
 def prepare_adam(optimizer: torch.optim.Adam) -> None:
     """Give every parameter the state that Adam makes at its first step, in the same layout."""
     for group in optimizer.param_groups:
@@ -124,9 +140,10 @@ def prepare_adam(optimizer: torch.optim.Adam) -> None:
 def _tensors(state: TrainState) -> dict[str, Tensor]:
     """Return every tensor of a run by name: the live ones, not copies."""
     tensors = {f"sae.{name}": t for name, t in state.sae.state_dict().items()}
+    prefix = type(state.optimizer).__name__.lower()
     for name, p in state.sae.named_parameters():
         for key, t in state.optimizer.state[p].items():
-            tensors[f"adam.{name}.{key}"] = t
+            tensors[f"{prefix}.{name}.{key}"] = t
     tensors |= {f"dead.{name}": t for name, t in state.dead.tensors().items()}
     tensors["rng.cpu"] = torch.get_rng_state()
     device = state.sae.W_enc.device

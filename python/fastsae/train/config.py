@@ -39,6 +39,8 @@ class TrainConfig:
     a twentieth of the run."""
     clip_grad_norm: float | None = None
     """Largest norm of the whole gradient; None does not clip."""
+    optimizer: str = "adam"
+    """adam, or sgd_sai: `train.SGDSaI`."""
     update: str = "fused"
     """How parameters move: fused (latent by latent, no gradient of a matrix exists) or autograd (a
     backward and the optimizer: the same step, slower). SAEs, dtypes and devices that the fused one
@@ -99,6 +101,7 @@ class TrainConfig:
             "steps",
         )
         for name, choices in (
+            ("optimizer", ("adam", "sgd_sai")),
             ("update", ("fused", "autograd")),
             ("compute_dtype", ("auto", "float32", "bfloat16")),
         ):

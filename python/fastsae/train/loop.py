@@ -1,6 +1,6 @@
 """The training loop.
 
-    rate -> loss -> gradients -> remove the parallel decoder gradient -> clip -> Adam
+    rate -> loss -> gradients -> remove the parallel decoder gradient -> clip -> optimizer
     -> unit decoder rows -> dead latents
 
 Decoder rows are normalised after the update, so they have norm 1 in every forward.
@@ -29,7 +29,7 @@ from fastsae.train.checkpoint import (
     TrainState,
     latest,
     load_checkpoint,
-    prepare_adam,
+    prepare_optimizer,
     read_about,
     save_checkpoint,
 )
@@ -38,7 +38,13 @@ from fastsae.train.dead import DeadLatents, UnderusedLatents
 from fastsae.train.interrupt import StopSignals
 from fastsae.train.metrics import MetricsLog, Row, fvu_no_outliers, usual_rows, validate
 from fastsae.train.schedule import make_plan
-from fastsae.train.update import autograd_update, compute_dtype, fused_update, is_fused
+from fastsae.train.update import (
+    autograd_update,
+    compute_dtype,
+    fused_update,
+    is_fused,
+    make_optimizer,
+)
 
 SETTLE_BATCHES = 32
 """Training batches from which thresholds are fixed at the end of a run."""
@@ -124,18 +130,11 @@ class Trainer:
     def _start(self, resume: bool) -> TrainState:
         """Return the state at the first step to do: a checkpoint's, or a fresh one."""
         self.sae.compute_dtype = compute_dtype(self.sae, self.config)
-        device = self.sae.W_enc.device
-        adam = torch.optim.Adam(
-            self.sae.parameters(),
-            lr=self.plan.lr,
-            betas=self.config.betas,
-            eps=self.config.eps,
-            fused=device.type in ("cpu", "cuda"),
-        )
-        prepare_adam(adam)
+        optimizer = make_optimizer(self.sae, self.config, self.plan.lr)
+        prepare_optimizer(optimizer)
         counter = UnderusedLatents if self.sae.aux == "zipf" else DeadLatents
-        dead = counter(self.sae.d_sae, self.plan.dead_after_tokens, device)
-        state = TrainState(self.sae, adam, dead)
+        dead = counter(self.sae.d_sae, self.plan.dead_after_tokens, self.sae.W_enc.device)
+        state = TrainState(self.sae, optimizer, dead)
         found = None if self.out is None else latest(self.out / "checkpoints")
         if found is None:
             self._measure(state)
@@ -222,15 +221,15 @@ class Trainer:
 
     def _step(self, x: Tensor, state: TrainState) -> SAEOutput:
         """Do one update with the batch `x: [batch_size, columns]`."""
-        sae, adam, dead = state.sae, state.optimizer, state.dead
-        for group in adam.param_groups:
+        sae, optimizer, dead = state.sae, state.optimizer, state.dead
+        for group in optimizer.param_groups:
             group["lr"] = self.plan.lr_at(state.step)
         sae.sparsity_scale = self.plan.sparsity_at(state.step)
         sae.progress = state.step / self.plan.steps
         # No latent can be dead before that many tokens, so the first part of a run never asks.
         some_may_be = state.step * x.shape[0] >= dead.after_tokens
-        update = fused_update if is_fused(sae, adam, self.config) else autograd_update
-        out = update(sae, adam, x, dead.to_revive() if some_may_be else None, self.config)
+        update = fused_update if is_fused(sae, optimizer, self.config) else autograd_update
+        out = update(sae, optimizer, x, dead.to_revive() if some_may_be else None, self.config)
         dead.count(out.acts.counts(), x.shape[0])
         state.step += 1
         return out

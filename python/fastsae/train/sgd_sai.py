@@ -20,8 +20,8 @@ from fastsae.nn.loss import accumulate
 class SGDSaI(torch.optim.Optimizer):
     """SGD with momentum, decoupled weight decay and one constant scale per tensor.
 
-        gsnr = |g| / (std(g) + eps)                       once, at the first gradient that is not 0
-        m    = g at the first gradient,  then  m <- momentum m + (1 - momentum) g
+        gsnr = |g| / (std(g) + eps)            once, at the first gradient that is not 0
+        m    = g at that gradient,  then  m <- momentum m + (1 - momentum) g
         p   <- (1 - lr weight_decay) p - lr gsnr m
 
     What it saves is memory: one number per weight, half of Adam's state. What it lacks is Adam's
@@ -36,7 +36,8 @@ class SGDSaI(torch.optim.Optimizer):
     tensor of one number, which has no std.
 
     Each tensor is measured when its own first gradient comes, so parameters may get theirs late,
-    such as those that only an auxiliary loss reaches. `state_dict` holds momentum and scale.
+    such as those that only an auxiliary loss reaches. `state_dict` holds `momentum`, a tensor like
+    the parameter, and `gsnr`, a float64 number on the CPU that is 0 until it is measured.
 
     Args:
         params: tensors, or groups of them with options of their own.
@@ -50,8 +51,8 @@ class SGDSaI(torch.optim.Optimizer):
         ValueError: lr or eps is not positive and finite, momentum not in [0, 1), or weight_decay
             negative or not finite.
 
-    Numerics: gsnr in float32 (float64 for float64), with the unbiased std; a Python float in the
-    state, so that loading does not round it. m has the dtype of its parameter.
+    Numerics: gsnr in float32 (float64 for float64), with the unbiased std; loading does not round
+    it to the dtype of the parameter, which is that of m.
     Cost: 4 bytes of state per float32 weight. The first step waits for the device once per tensor.
     Source: Xu et al. 2024. The exclusion of biases and of gradients of zeros is ours.
     """
@@ -97,17 +98,39 @@ class SGDSaI(torch.optim.Optimizer):
                     self._update(p, p.grad, group)
         return loss
 
+    def prepare(self) -> None:
+        """Give every parameter that has no state the one from before its first gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._state(p)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        # torch casts tensors to the dtype and device of the parameter, and leaves numbers alone.
+        exact = {i: {**s, "gsnr": float(s["gsnr"])} for i, s in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": exact})
+        for state in self.state.values():
+            state["gsnr"] = torch.tensor(state["gsnr"], dtype=torch.float64)
+
+    def _state(self, p: Tensor) -> dict[str, Tensor]:
+        """Return the state of `p`, made here when there is none."""
+        state: dict[str, Tensor] = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+            state["gsnr"] = torch.zeros((), dtype=torch.float64)
+        return state
+
     def _update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[p]
-        if "momentum" in state:
-            state["momentum"].lerp_(g, 1 - group["momentum"])
-        else:
-            state["momentum"] = g.clone()
-        if not state.get("gsnr"):  # a gradient of zeros has measured nothing
+        state = self._state(p)
+        m, scale = state["momentum"], state["gsnr"]
+        if scale == 0:  # a gradient of zeros measures nothing
+            m.copy_(g)
             scaled = p.numel() > 1 and (p.ndim > 1 or group["scale_biases"])
-            state["gsnr"] = gsnr(g, group["eps"]) if scaled else 1.0
+            scale.fill_(gsnr(g, group["eps"]) if scaled else float(g.any()))
+        else:
+            m.lerp_(g, 1 - group["momentum"])
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(state["momentum"], alpha=-group["lr"] * state["gsnr"])
+        p.add_(m, alpha=-group["lr"] * scale.item())
 
 
 def gsnr(g: Tensor, eps: float = 1e-8) -> float:

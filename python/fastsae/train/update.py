@@ -16,6 +16,20 @@ from fastsae.nn import SAE, SAEOutput
 from fastsae.nn.auxk import LatentRows
 from fastsae.ops import LatentGradients, SparseActs, StepTensors
 from fastsae.train.config import TrainConfig
+from fastsae.train.sgd_sai import SGDSaI
+
+
+def make_optimizer(sae: SAE, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    """Return the optimizer that `config` names, over all parameters of `sae`."""
+    if config.optimizer == "sgd_sai":
+        return SGDSaI(sae.parameters(), lr)
+    return torch.optim.Adam(
+        sae.parameters(),
+        lr=lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=sae.W_enc.device.type in ("cpu", "cuda"),
+    )
 
 
 def is_fused(sae: SAE, optimizer: torch.optim.Optimizer, config: TrainConfig) -> bool:
