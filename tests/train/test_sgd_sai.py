@@ -92,6 +92,36 @@ def test_a_first_gradient_that_comes_late_is_measured_then(nothing):
     torch.testing.assert_close(early.detach(), -0.2 * gsnr(g) * g)
 
 
+@pytest.mark.parametrize("shape", [(4, 4), (4,)])
+def test_the_first_gradient_that_is_not_zero_is_the_momentum(shape):
+    p = torch.nn.Parameter(torch.zeros(shape))
+    optimizer = SGDSaI([p], momentum=0.75)
+    optimizer.prepare()
+    assert optimizer.state[p]["gsnr"] == 0
+    first, second = torch.randn(shape), torch.randn(shape)
+    for g, m in (
+        (torch.zeros(shape), torch.zeros(shape)),
+        (first, first),
+        (second, 0.75 * first + 0.25 * second),
+        (torch.zeros(shape), 0.75 * (0.75 * first + 0.25 * second)),
+    ):
+        step(optimizer, g.clone())
+        torch.testing.assert_close(optimizer.state[p]["momentum"], m)
+    assert optimizer.state[p]["gsnr"] == (gsnr(first) if len(shape) > 1 else 1)
+
+
+def test_a_prepared_state_changes_nothing_and_is_not_replaced():
+    p, q = (torch.nn.Parameter(torch.ones(5, 3)) for _ in range(2))
+    plain, prepared = SGDSaI([p]), SGDSaI([q])
+    prepared.prepare()
+    for g in torch.randn(3, 5, 3):
+        step(plain, g)
+        step(prepared, g)
+        prepared.prepare()
+    assert torch.equal(p, q)
+    assert prepared.state[q]["gsnr"] == plain.state[p]["gsnr"] > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_survives_a_file(dtype):
     def make():
@@ -109,6 +139,8 @@ def test_state_survives_a_file(dtype):
     q.data.copy_(p.data)
     resumed = SGDSaI([q], lr=1.0)
     resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.state[q]["gsnr"] == whole.state[p]["gsnr"]
+    assert resumed.state[q]["gsnr"].dtype == torch.float64
     for g in grads[2:]:
         step(whole, g)
         step(resumed, g)
@@ -130,9 +162,9 @@ def test_an_sae_learns_and_holds_one_state_per_weight():
     fvu = [optimizer.step(closure) for _ in range(40)]
     assert fvu[-1] < 0.8 * fvu[0]
     for p, state in optimizer.state.items():
-        tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
-        assert [t.shape for t in tensors] == [p.shape]
-        assert tensors[0].stride() == p.stride()
+        assert state.keys() == {"momentum", "gsnr"}
+        assert (state["momentum"].shape, state["momentum"].stride()) == (p.shape, p.stride())
+        assert state["gsnr"].shape == ()
 
 
 @pytest.mark.parametrize(

@@ -323,3 +323,60 @@ def test_progress_is_quiet_unless_asked_for(capfd):
     assert capfd.readouterr().err == ""
     Trainer(make(), rows(), settings(progress=True)).fit()
     assert "50/50" in capfd.readouterr().err
+
+
+def test_sgd_sai_learns_planted_directions():
+    g = torch.Generator().manual_seed(6)
+    directions = torch.nn.functional.normalize(torch.randn(24, 16, generator=g), dim=1)
+    active = torch.rand(4400, 24, generator=g).topk(2).indices
+    code = torch.zeros(4400, 24).scatter_(1, active, 1 + torch.rand(4400, 2, generator=g))
+    x = 30 * (code @ directions) + 100
+    sae = TopKSAE(16, 48, k=2)
+    config = TrainConfig(batch_size=100, steps=400, optimizer="sgd_sai", progress=False)
+    assert Trainer(sae, x[:4000], config, val=x[4000:]).fit().final["val_fvu"] < 0.5
+
+
+@pytest.mark.parametrize("cls", [TopKSAE, BatchTopKSAE])
+@pytest.mark.parametrize("stop_at", [7, 33])
+def test_a_resumed_run_of_sgd_sai_is_the_same_to_the_last_bit(cls, stop_at, tmp_path):
+    def crash(i):
+        if i == stop_at:
+            raise RuntimeError("crash")
+
+    def config(out):
+        return settings(optimizer="sgd_sai", lr=None, out=out, checkpoint_every=6)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    Trainer(make(cls), rows(), config(whole)).fit()
+    with pytest.raises(RuntimeError, match="crash"):
+        Trainer(make(cls), Watched(rows(), crash), config(cut)).fit()
+    Trainer(make(cls, seed=99), rows(), config(cut)).fit(resume=True)
+    for name in ("checkpoints/step_000000050/state.safetensors", "sae_weights.safetensors"):
+        assert same_tensors(whole / name, cut / name), name
+    state = load_file(whole / "checkpoints/step_000000050/state.safetensors")
+    assert state["sgdsai.W_enc.gsnr"] > 1
+    assert state["sgdsai.W_dec.momentum"].any()
+
+
+def test_the_state_of_sgd_sai_is_half_of_adams():
+    count = {}
+    for name in ("adam", "sgd_sai"):
+        state = Trainer(make(), rows(), settings(optimizer=name))._start(resume=False)
+        tensors = [t for held in state.optimizer.state.values() for t in held.values()]
+        count[name] = sum(t.numel() for t in tensors if t.ndim)  # but one number per parameter
+    assert 2 * count["sgd_sai"] == count["adam"] > 2 * 2 * D_IN * D_SAE
+
+
+def test_another_optimizer_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"^TrainConfig: .* in adam, sgd_sai, got 'lion'$"):
+        TrainConfig(optimizer="lion")
+    Trainer(make(), rows(), settings(out=tmp_path)).fit()
+    about = latest(tmp_path / "checkpoints") / "state.json"
+    header = json.loads(about.read_text())
+    for _ in range(2):
+        other = Trainer(make(), rows(), settings(out=tmp_path, optimizer="sgd_sai"))
+        with pytest.raises(ValueError, match=r"expected optimizer = 'adam' as in .* 'sgd_sai'"):
+            other.fit(resume=True)
+        header["about"].pop("optimizer", None)  # as written before there was a choice
+        about.write_text(json.dumps(header))
+    assert Trainer(make(), rows(), settings(out=tmp_path)).fit(resume=True).final["step"] == 50

@@ -282,7 +282,8 @@ class Trainer:
         }
 
     def _check_same_run(self, checkpoint: Path) -> None:
-        theirs, ours = read_about(checkpoint), self._about()
+        theirs = {"optimizer": "adam"} | read_about(checkpoint)  # older ones have no such setting
+        ours = self._about()
         for name in ours:
             if theirs.get(name) != ours[name]:
                 raise ValueError(

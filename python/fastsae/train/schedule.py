@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from fastsae.train.config import TrainConfig
@@ -71,7 +70,7 @@ def make_plan(config: TrainConfig, rows: int, d_sae: int) -> Plan:
     return Plan(
         steps=steps,
         batches_per_epoch=per_epoch,
-        lr=2e-4 / math.sqrt(d_sae / 2**14) if config.lr is None else config.lr,
+        lr=config.peak_lr(d_sae),
         warmup_steps=warmup,
         decay_fraction=config.decay_fraction,
         dead_after_tokens=dead_after,
