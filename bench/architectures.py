@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="print the table of these results")
     every = [*ARCHITECTURES, *OTHERS]
     parser.add_argument("--only", nargs="*", default=every, help="architectures")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--k", type=float, default=32, help="wanted L0")
     arguments = parser.parse_args()
@@ -327,7 +327,7 @@ def main() -> None:
     source = Source(arguments.file, arguments.out.with_suffix(".safetensors"))
     results = read_results(arguments.out)
     done = {(row["architecture"], row["seed"], row["steps"]) for row in results}
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for name in arguments.only:
             if (name, seed, arguments.steps) in done:
                 continue

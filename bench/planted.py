@@ -123,7 +123,7 @@ def main() -> None:
                     Planted(*(t[part] for t in data[:2]), data.directions)
                     for part in (slice(5000, None), slice(5000))
                 )
-                torch.manual_seed(seed)
+                torch.manual_seed(1000 + seed)  # the same seed would draw the features again
                 sae = build(name, d, 2 * features, 4 if name == "GroupMax" else active)
                 config = TrainConfig(
                     batch_size=500, epochs=15, lr=3e-3, warmup_steps=20, seed=seed, progress=False
