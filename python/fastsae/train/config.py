@@ -17,13 +17,9 @@ class TrainConfig:
     """
 
     lr: float | None = None
-    """Peak learning rate; None takes 2e-4 / sqrt(d_sae / 2^14) for adam and 0.01 for sgd_sai, whose
-    scale knows the size already. 0.01 is the largest of a sweep that diverged nowhere, and low for
-    data without outliers. Planted data (d_in 64, k 8 of 256 features of falling frequency, d_sae
-    256, 1000 updates of 256 tokens) give a val_fvu of 0.464 at 0.01, 0.214 at 0.1, 0.197 at 0.2,
-    0.189 at 0.5, 0.209 at 1; adam's default 0.378, adam at 0.01 0.184. Real activations (SmolLM2
-    layer 15, 2 attention sinks in 12,000 tokens, d_sae 2048, k 32, 150 updates) give 0.621 at 0.01,
-    NaN from 0.03 on, 0.361 at 0.2 with clip_grad_norm 0.01; adam's default 0.448."""
+    """Peak learning rate; None takes 2e-4 / sqrt(d_sae / 2^14) for adam, and 0.01 for sgd_sai:
+    the largest of a sweep that diverged neither on planted features nor on real activations with
+    attention sinks. 0.2 was best without such rows, or with clip_grad_norm 0.01."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's two averages."""
     eps: float = 6.25e-10
