@@ -184,13 +184,15 @@ class Source:
         return (by_mean - self.cross_entropy(replace(self.model, site, fn))) / (by_mean - clean)
 
 
-def train(name: str, seed: int, data: Tensor, k: float, steps: int) -> tuple[SAE, dict[str, Any]]:
+def train(
+    name: str, seed: int, data: Tensor, k: float, steps: int, expansion: int
+) -> tuple[SAE, dict[str, Any]]:
     """Train one architecture; return it and what is known from training."""
     torch.manual_seed(seed)
     width = data.shape[1]
     for kind, blocks in (("Transcoder", 2), ("Gradient", 2), ("CrossCoder", len(LAYERS))):
         width = width // blocks if name.startswith(kind) else width
-    sae = build(name, width, 4 * width, k)
+    sae = build(name, width, expansion * width, k)
     config = TrainConfig(
         lr=8e-4,
         batch_size=BATCH,
@@ -208,6 +210,7 @@ def train(name: str, seed: int, data: Tensor, k: float, steps: int) -> tuple[SAE
         "seed": seed,
         "steps": steps,
         "k": k,
+        "expansion": expansion,
         "fvu_train": result.final["fvu"],
         "dead": result.final["dead"] / sae.d_sae,
         "seconds": time.perf_counter() - start,
@@ -225,10 +228,12 @@ def scores(sae: SAE, x: Tensor, y: Tensor, acts: SparseActs) -> dict[str, float]
     }
 
 
-def measure(name: str, seed: int, source: Source, k: float, steps: int) -> list[dict[str, Any]]:
+def measure(
+    name: str, seed: int, source: Source, k: float, steps: int, expansion: int = 4
+) -> list[dict[str, Any]]:
     """Train one architecture and return its lines of results: one for each inference rule."""
     rows, held_out = source.split(name)
-    sae, known = train(name, seed, rows, k, steps)
+    sae, known = train(name, seed, rows, k, steps, expansion)
     x, y = sae.split(held_out)
     if hasattr(sae, "calibrate_"):
         sae.calibrate_(x[::2])
@@ -317,6 +322,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=every, help="architectures")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--expansion", type=int, default=4, help="d_sae / d_in")
     parser.add_argument("--k", type=float, default=32, help="wanted L0")
     arguments = parser.parse_args()
     if arguments.report:
@@ -326,12 +332,13 @@ def main() -> None:
         parser.error("expected FILE and --out, or --report")
     source = Source(arguments.file, arguments.out.with_suffix(".safetensors"))
     results = read_results(arguments.out)
-    done = {(row["architecture"], row["seed"], row["steps"]) for row in results}
+    keys = ("architecture", "seed", "steps", "expansion")
+    done = {tuple(row[key] for key in keys) for row in results}
     for seed in arguments.seeds:
         for name in arguments.only:
-            if (name, seed, arguments.steps) in done:
+            if (name, seed, arguments.steps, arguments.expansion) in done:
                 continue
-            rows = measure(name, seed, source, arguments.k, arguments.steps)
+            rows = measure(name, seed, source, arguments.k, arguments.steps, arguments.expansion)
             with arguments.out.open("a") as out:
                 out.writelines(json.dumps(row) + "\n" for row in rows)
             text = f"FVU {rows[0]['fvu']:.4f}, L0 {rows[0]['l0']:.1f}"

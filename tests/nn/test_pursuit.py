@@ -92,6 +92,8 @@ def test_a_weight_that_reaches_zero_leaves_the_code(isa):
     for k, code in enumerate(codes):
         want = dense_pursuit(x, D, b_dec, torch.full((500,), k), only_positive=True)
         torch.testing.assert_close(code, want, rtol=0, atol=1e-9)
+    acts = pursue(sae, x, 19)
+    assert not acts.indices[acts.values == 0].any()
     left = [(before > 0) & (after == 0) for before, after in pairwise(codes)]
     assert torch.stack(left).any(2).sum() > 20
     refined = ((x - b_dec - codes[-2] @ D) @ D.t()).amax(1) <= 0

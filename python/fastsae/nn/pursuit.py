@@ -30,9 +30,9 @@ def pursue(sae: SAE, x: Tensor, k: int | Tensor) -> SparseActs:
     A step adds the latent with the largest inner product with the residual, which is not divided by
     the norm of the row, and moves all weights along the gradient as far as is best on that line.
     The latent may be one that the token has already; where no inner product is positive, none is
-    added, and the step goes on with those that are there (the paper lets one with a negative inner
-    product take part in the step). Weights that would become negative are 0 and leave the support,
-    so a code has at most k latents, often fewer.
+    added, and the step goes on with those that are there (in the paper's code the best latent takes
+    part in the step whatever its sign). Weights that would become negative are 0 and leave the
+    support, so a code has at most k latents, often fewer.
 
     Args:
         sae: gives W_dec and b_dec, float32 | float64; rows of W_dec of norm 1, as training leaves
