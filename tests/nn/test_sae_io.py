@@ -153,7 +153,7 @@ def swap(name, tensor):
     ("break_it", "message"),
     [
         (lambda f: (f / "cfg.json").write_text("{"), "to be JSON"),
-        (lambda f: (f / "cfg.json").write_text("[1]"), "BatchTopKSAE, .*TopKSAE .* got list"),
+        (lambda f: (f / "cfg.json").write_text("[1]"), "BatchTopKSAE, .*TopKSAE.* got list"),
         (damage(lambda c: c["metadata"].pop("fastsae")), "architecture = 'topk', fastsae = None"),
         (damage(lambda c: c["metadata"]["fastsae"].update({"class": "os.system"})), "os.system"),
         (damage(lambda c: c["metadata"]["fastsae"]["config"].pop("k")), "missing .* argument: 'k'"),
