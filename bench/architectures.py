@@ -291,8 +291,8 @@ def reading(name: str, sae: SAE, x: Tensor, k: float) -> list[dict[str, Any]]:
 def report(rows: list[dict[str, Any]]) -> str:
     """Return the table: means over seeds, and half the range of the FVU."""
     lines = [
-        "| architecture | seeds | FVU | L0 | dead | silent on held-out | CE recovered | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| architecture | parameters | seeds | FVU | L0 | dead | silent | CE recovered | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     known = [*ARCHITECTURES, *OTHERS]
 
@@ -311,7 +311,13 @@ def report(rows: list[dict[str, Any]]) -> str:
         fvu = [row["fvu"] for row in own]
         half = (max(fvu) - min(fvu)) / 2
         cells = (
-            *(name, len(own), f"{mean('fvu', '.4f')} ± {half:.4f}", mean("l0", ".1f")),
+            *(
+                name,
+                mean("parameters", ",.0f"),
+                len(own),
+                f"{mean('fvu', '.4f')} ± {half:.4f}",
+                mean("l0", ".1f"),
+            ),
             *(mean("dead", ".1%"), mean("silent", ".1%"), mean("recovered", ".1%")),
             mean("seconds", ".0f"),
         )
