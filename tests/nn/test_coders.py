@@ -17,25 +17,10 @@ from fastsae import (
     Transcoder,
 )
 from fastsae.nn.loss import variation
+from tests.nn.randomized import make, rows
 
 TRANSCODERS = (Transcoder, BatchTopKTranscoder, JumpReLUTranscoder, ReLUTranscoder)
 CROSSCODERS = (CrossCoder, TopKCrossCoder, ReLUCrossCoder)
-
-
-def randomized(sae):
-    with torch.no_grad():
-        for p in sae.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return sae
-
-
-def make(cls, *args, **kwargs):
-    torch.manual_seed(0)
-    return randomized(cls(*args, dtype=torch.float64, **kwargs))
-
-
-def rows(n, d):
-    return torch.randn(n, d, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -6,19 +6,7 @@ import torch
 import fastsae
 from fastsae import BatchTopKSAE, HierarchicalTopKSAE, MatryoshkaSAE, TopKSAE, TrainConfig, Trainer
 from fastsae.nn.loss import variation
-
-
-def make(cls, *args, **kwargs):
-    torch.manual_seed(0)
-    sae = cls(*args, dtype=torch.float64, **kwargs)
-    with torch.no_grad():
-        for p in sae.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return sae
-
-
-def rows(n, d):
-    return torch.randn(n, d, dtype=torch.float64)
+from tests.nn.randomized import make, rows
 
 
 def gradients(loss, sae):

@@ -49,15 +49,7 @@ class GatedSAE(PenalizedSAE):
 
     def _gate(self, x: Tensor) -> SparseActs:
         """Return relu(pi)."""
-        return ops.encode_threshold(
-            x,
-            self._rows_enc(),
-            self.b_enc,
-            self.b_enc.new_zeros(()),
-            self.room(x.shape[0]),
-            b_dec=self._input_bias(),
-            compute_dtype=self._product(),
-        )
+        return self._above(x, self.b_enc.new_zeros(()))
 
     def _open(self, gate: SparseActs) -> SparseActs:
         """Return f where the gate is open: the same entries with the other path's values."""

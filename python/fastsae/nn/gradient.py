@@ -79,11 +79,7 @@ class GradientSAE(TopKSAE):
 
     def input_scales(self, batch: Tensor) -> list[float]:
         """Return the scale of x, as in `SAE`, and 1 for g."""
-        x = self.split(batch)[0]
-        spread = float((x.float() - x.float().mean(0)).square().sum(1).mean())
-        if spread == 0:
-            self._fail("activations that vary, got equal rows")
-        return [(self.d_in / spread) ** 0.5, 1.0]
+        return [self._input_scale(self.split(batch)[0]), 1.0]
 
     def batch_loss(self, batch: Tensor, dead: Tensor | None) -> SAEOutput:
         """Return the loss of x and g side by side."""

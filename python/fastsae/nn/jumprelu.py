@@ -131,17 +131,6 @@ class JumpReLUSAE(PenalizedSAE):
         """theta: [d_sae], in the unit of the activations."""
         return self.unit.to(self.log_threshold.dtype) * self.log_threshold.exp()
 
-    def _above(self, x: Tensor, theta: Tensor) -> SparseActs:
-        return ops.encode_threshold(
-            x,
-            self._rows_enc(),
-            self.b_enc,
-            theta.detach(),
-            self.room(x.shape[0]),
-            b_dec=self._input_bias(),
-            compute_dtype=self._product(),
-        )
-
     def _encode(self, x: Tensor) -> SparseActs:
         return self._above(x, self.threshold)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae import ops
 from fastsae.nn.loss import accumulate, variation
 from fastsae.nn.sae import SAE
 from fastsae.ops import SparseActs
@@ -76,6 +77,18 @@ class PenalizedSAE(SAE, register=False):
     def room(self, n: int) -> int:
         """Return the places that the code of n tokens gets: every latent, or 4 million at least."""
         return min(n * self.d_sae, max(n * 1024, 1 << 22))
+
+    def _above(self, x: Tensor, theta: Tensor) -> SparseActs:
+        """Return the pre-activations of `x: [n, d_in]` above `theta`: [] or [d_sae]."""
+        return ops.encode_threshold(
+            x,
+            self._rows_enc(),
+            self.b_enc,
+            theta.detach(),
+            self.room(x.shape[0]),
+            b_dec=self._input_bias(),
+            compute_dtype=self._product(),
+        )
 
     @torch.no_grad()
     def _see(self, x: Tensor) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import ops
 from fastsae.nn.penalized import PenalizedSAE, mean_over_tokens
 from fastsae.ops import SparseActs
 
@@ -66,15 +65,7 @@ class ReLUSAE(PenalizedSAE):
         self.penalty, self.p_end = penalty, p_end
 
     def _encode(self, x: Tensor) -> SparseActs:
-        return ops.encode_threshold(
-            x,
-            self._rows_enc(),
-            self.b_enc,
-            self.b_enc.new_zeros(()),
-            self.room(x.shape[0]),
-            b_dec=self._input_bias(),
-            compute_dtype=self._product(),
-        )
+        return self._above(x, self.b_enc.new_zeros(()))
 
     def encode_for_loss(self, x: Tensor) -> SparseActs:
         self._see(x)

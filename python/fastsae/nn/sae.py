@@ -290,14 +290,14 @@ class SAE(Parameters, ABC):
         Raises:
             ValueError: all rows of a block are equal.
         """
-        scales = []
-        for block in batch.split(self.data_widths, 1):
-            x = accumulate(block)
-            spread = float((x - x.mean(0)).square().sum(1).mean())
-            if spread == 0:
-                self._fail("activations that vary, got equal rows")
-            scales.append(math.sqrt(x.shape[1] / spread))
-        return scales
+        return [self._input_scale(block) for block in batch.split(self.data_widths, 1)]
+
+    def _input_scale(self, block: Tensor) -> float:
+        x = accumulate(block)
+        spread = float((x - x.mean(0)).square().sum(1).mean())
+        if spread == 0:
+            self._fail("activations that vary, got equal rows")
+        return math.sqrt(x.shape[1] / spread)
 
     def fold_input_scales_(self, scales: Sequence[float]) -> None:
         """Undo `input_scales`: see `fold_input_scale_`, with a scale for each block of columns."""

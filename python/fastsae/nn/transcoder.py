@@ -52,8 +52,6 @@ class TranscoderRule(BlockwiseSAE, register=False):
         ValueError: d_out below 1, and as in the selecting class.
     """
 
-    feature_major_update = False
-
     def __init__(
         self,
         d_in: int,
