@@ -12,6 +12,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 # What pip installs torch from. Empty: use the torch of VENV_FLAGS=--system-site-packages.
 TORCH  ?= torch==2.13.0
+# With it, a venv that $(PYTHON) itself belongs to counts as the system.
 VENV_FLAGS ?=
 ARGS   ?=
 # ON: a compiler warning stops the build.
@@ -86,6 +87,8 @@ build: $(VENV)/.base
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(if $(VENV_FLAGS),$(PYTHON) -c "import sys; print(*(p for p in sys.path if p.endswith('-packages')), sep='\n')" \
+	  > $$($(BIN)/python -c "import site; print(site.getsitepackages()[0])")/system.pth)
 	$(if $(TORCH),$(PIP) $(TORCH))
 	$(if $(OFFLINE),,$(PIP) numpy 'safetensors>=0.4' 'tqdm>=4.60' $(foreach p,$(BUILD),'$(p)'))
 	touch $@

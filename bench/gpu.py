@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import importlib.util
 import json
 import os
 import re
@@ -42,8 +43,8 @@ Line = dict[str, Any]
 
 
 def has_cuda_kernel(case_op: str) -> bool:
-    """Return whether the op of a case ("encode_topk + backward") has a CUDA kernel."""
-    return _library.has_kernel(case_op.split()[0], "cuda")
+    """Return whether the op of a case ("encode_topk + backward") has a CUDA kernel, or is none."""
+    return case_op.startswith("training") or _library.has_kernel(case_op.split()[0], "cuda")
 
 
 def groups(shapes: dict[str, Shape]) -> list[tuple[str, Any]]:
@@ -76,6 +77,8 @@ def measure(
                     yield from drop_broken_ways(case, what, i)
                     result = timing.run(case, ceilings, device, seconds)
                     yield {"result": dataclasses.asdict(result)}
+                    if device == "cuda":
+                        yield {"kernels": timing.kernels(case.ours), "of": what}
                 except Exception as e:
                     yield {"failed": what, "why": _short(e)}
                     _stop_if_poisoned(device)
@@ -168,7 +171,7 @@ def _wait(process: subprocess.Popen[bytes], file: Path, end: float) -> int | Non
 
 
 def run_step(name: str, command: list[str], seconds: float, env: dict[str, str]) -> Line:
-    """Run a command; return how it went."""
+    """Run a command; return how it went. All that it said is in build/gpu_<name>.log."""
     began = time.time()
     if seconds < 5:
         return {"step": name, "ok": False, "why": "dropped: no time left"}
@@ -186,6 +189,9 @@ def run_step(name: str, command: list[str], seconds: float, env: dict[str, str])
         raw = e.stdout or b""
         said = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
         said, ok = f"{said}\nstopped after {seconds:.0f} s", False
+    log = ROOT / "build" / f"gpu_{name}.log"
+    log.parent.mkdir(exist_ok=True)
+    log.write_text(said)
     lines = [line for line in said.splitlines() if line.strip()]
     failed = [line for line in lines if re.match(r"FAILED|ERROR|wrong:|========= .*rror", line)]
     return {
@@ -246,6 +252,7 @@ def collect(lines: list[Line], steps: list[Line], machine: Line) -> Line:
         "machine": {**machine, **ceilings},
         "steps": steps,
         "results": [line["result"] for line in lines if "result" in line],
+        "kernels": {line["of"]: line["kernels"] for line in lines if "kernels" in line},
         "failed": [line for line in lines if "failed" in line],
         "left_out": [line for line in lines if "left_out" in line],
         "skipped": [line["skipped"] for line in lines if "skipped" in line],
@@ -278,6 +285,8 @@ def main() -> int:
     lines.unlink(missing_ok=True)
     lines.parent.mkdir(exist_ok=True)
     tests = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-k", "cuda", "tests/ops"]
+    if importlib.util.find_spec("xdist"):
+        tests += ["-n", "4"]
     until = a.started + TESTS_END * scale
     steps = [run_step("tests", tests, until - time.time(), {"FASTSAE_TEST_DEVICES": "cuda"})]
     found = run_benches(lines, a.started + BENCHES_END * scale)

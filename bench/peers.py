@@ -45,23 +45,23 @@ class Way:
     loss: str = "fvu"  # or mse: squared error summed over d, mean over tokens
 
 
-def start(n: int, d: int, d_sae: int, k: int) -> Start:
+def start(n: int, d: int, d_sae: int, k: int, device: str = "cpu") -> Start:
     """Return tokens made of k random latents of very unequal frequency (log-normal), and noise."""
-    generator = torch.Generator().manual_seed(0)
-    W = F.normalize(torch.randn(d_sae, d, generator=generator), dim=1)
-    popularity = (1.5 * torch.randn(d_sae, generator=generator)).exp()
-    latents = torch.multinomial(popularity.expand(n, d_sae), k, generator=generator)
-    values = torch.rand(n, k, generator=generator) + 0.1
+    made = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    W = F.normalize(torch.randn(d_sae, d, **made), dim=1)
+    popularity = (1.5 * torch.randn(d_sae, **made)).exp()
+    latents = torch.multinomial(popularity.expand(n, d_sae), k, generator=made["generator"])
+    values = torch.rand(n, k, **made) + 0.1
     x = F.embedding_bag(latents, W, per_sample_weights=values, mode="sum")
-    x += 0.1 * torch.randn(n, d, generator=generator)
-    b_enc, b_dec = (0.03 * torch.randn(size, generator=generator) for size in (d_sae, d))
+    x += 0.1 * torch.randn(n, d, **made)
+    b_enc, b_dec = (0.03 * torch.randn(size, **made) for size in (d_sae, d))
     # The default of fastsae, dictionary-learning and (with Adam) sparsify.
     return Start(x, W, b_enc, b_dec, k, lr=2e-4 / (d_sae / 2**14) ** 0.5)
 
 
 def trainer(s: Start, update: str, compute_dtype: str) -> tuple[Trainer, TrainState]:
     """Return fastsae's trainer before its first step, and make sure that it takes that update."""
-    sae = TopKSAE(s.W.shape[1], s.W.shape[0], k=s.k).train()
+    sae = TopKSAE(s.W.shape[1], s.W.shape[0], k=s.k).to(s.x.device).train()
     sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec = s.W.t(), s.W, s.b_enc, s.b_dec
     run = {"lr": s.lr, "batch_size": len(s.x), "steps": STEPS, "warmup_steps": 0, "progress": False}
     run |= {"dead_after_tokens": 10**7, "normalize": False, "b_dec_init": "keep"}
@@ -86,7 +86,7 @@ def _dense_torch(s: Start, autocast: bool = False) -> Way:
     adam = torch.optim.Adam(parameters, lr=s.lr, fused=True)
 
     def forward() -> tuple[Tensor, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(s.x.device.type, torch.bfloat16, enabled=autocast):
             z = F.linear(s.x - b_dec, W_enc, b_enc)
             top = z.topk(s.k, sorted=False)
             acts = torch.zeros_like(z).scatter_(1, top.indices, top.values.relu())
@@ -113,7 +113,8 @@ def _sparsify(s: Start) -> Way:
     """
     from sparsify import SparseCoder, SparseCoderConfig
 
-    sae = SparseCoder(s.W.shape[1], SparseCoderConfig(num_latents=s.W.shape[0], k=s.k))
+    config = SparseCoderConfig(num_latents=s.W.shape[0], k=s.k)
+    sae = SparseCoder(s.W.shape[1], config, device=s.x.device)
     weights = {"encoder.weight": s.W, "encoder.bias": s.b_enc, "W_dec": s.W, "b_dec": s.b_dec}
     sae.load_state_dict(weights)
     adam = torch.optim.Adam(sae.parameters(), lr=s.lr, fused=True)
@@ -187,3 +188,26 @@ def build(name: str, s: Start) -> Way:
     """Return the way called `name`, ready for its first step."""
     builder, settings, _ = WAYS[name]
     return builder(s, **settings)
+
+
+def check(ways: dict[str, Way], s: Start) -> None:
+    """Raise where a reconstruction or a loss differs from fastsae's before the first step.
+
+    Tokens whose k-th and next latent nearly tie are skipped: rounding decides which one is kept.
+    bfloat16 makes many more ties, so there only the loss is compared.
+    """
+    top = ((s.x - s.b_dec) @ s.W.t() + s.b_enc).topk(s.k + 1).values
+    clear = top[:, -2] - top[:, -1] > 1e-4
+    expected, fvu = (answer.detach() for answer in ways["fastsae"].forward())
+    squared = (s.x - expected).square().sum()
+    losses = {"fvu": squared / (s.x - s.x.mean(0)).square().sum(), "mse": squared / len(s.x)}
+    for name, way in ways.items():
+        guess, loss = (expected, fvu) if name == "fastsae" else way.forward()
+        exact = "bf16" not in name
+        rtol = 1e-3 if exact else 5e-2
+        try:
+            if exact:
+                torch.testing.assert_close(guess[clear], expected[clear], rtol=rtol, atol=1e-4)
+            torch.testing.assert_close(loss, losses[way.loss], rtol=rtol, atol=0)
+        except AssertionError as e:
+            raise AssertionError(f"{name} differs from fastsae: {e}") from e

@@ -116,6 +116,22 @@ def medians(works: dict[str, Work], device: str, seconds: float) -> dict[str, li
     return times
 
 
+def kernels(work: Work, repeats: int = 5) -> dict[str, float]:
+    """Return what the GPU does in one run of `work`: kernel -> us, the longest first."""
+    work()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(repeats):
+            work()
+        torch.cuda.synchronize()
+    spent = {event.key: event.self_device_time_total / repeats for event in profile.key_averages()}
+    return {
+        name[:200]: round(us, 2)
+        for name, us in sorted(spent.items(), key=lambda item: -item[1])
+        if us > 0
+    }
+
+
 def run(case: Case, ceilings: dict[str, float], device: str, seconds: float) -> Result:
     """Check and time one case against the ceilings `copy_gbs` and `gemm_gflops_<dtype>`."""
     case.check()

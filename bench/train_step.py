@@ -29,7 +29,7 @@ import torch
 
 from bench import report, step_limits, timing
 from bench.ops.inputs import SHAPES, describe
-from bench.peers import WAYS, Start, Way, build, start
+from bench.peers import WAYS, build, check, start
 from bench.report import Row
 from bench.run import machine
 from bench.step_limits import proc_mib
@@ -64,29 +64,6 @@ def groups(names: list[str], shape: str) -> list[list[str]]:
     others = [name for name in names if name not in bases]
     size = max(1, int(room) - len(bases))
     return [bases + others[i : i + size] for i in range(0, len(others), size)]
-
-
-def check(ways: dict[str, Way], s: Start) -> None:
-    """Raise where a reconstruction or a loss differs from fastsae's before the first step.
-
-    Tokens whose k-th and next latent nearly tie are skipped: rounding decides which one is kept.
-    bfloat16 makes many more ties, so there only the loss is compared.
-    """
-    top = ((s.x - s.b_dec) @ s.W.t() + s.b_enc).topk(s.k + 1).values
-    clear = top[:, -2] - top[:, -1] > 1e-4
-    expected, fvu = (answer.detach() for answer in ways["fastsae"].forward())
-    squared = (s.x - expected).square().sum()
-    losses = {"fvu": squared / (s.x - s.x.mean(0)).square().sum(), "mse": squared / len(s.x)}
-    for name, way in ways.items():
-        guess, loss = (expected, fvu) if name == "fastsae" else way.forward()
-        exact = "bf16" not in name
-        rtol = 1e-3 if exact else 2e-2
-        try:
-            if exact:
-                torch.testing.assert_close(guess[clear], expected[clear], rtol=rtol, atol=1e-4)
-            torch.testing.assert_close(loss, losses[way.loss], rtol=rtol, atol=0)
-        except AssertionError as e:
-            raise AssertionError(f"{name} differs from fastsae: {e}") from e
 
 
 def time_group(shape: str, group: list[str], seconds: float, copy_gbs: float) -> list[Row]:

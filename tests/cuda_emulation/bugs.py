@@ -197,11 +197,11 @@ BUGS = (
         "matrix_select",
     ),
     Bug(
-        "one more tie is kept",
+        "one tie less is kept",
         "batch_topk",
         _MATRIX,
         "if (is_above || (is_equal && rank < known.need)) {",
-        "if (is_above || (is_equal && rank <= known.need)) {",
+        "if (is_above || (is_equal && rank + 1 < known.need)) {",
         "result",
         "matrix_select",
     ),

@@ -28,6 +28,9 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float32"], help="calls of this dtype")
     a = parser.parse_args()
     torch.set_num_threads(1)
+    # Fills what torch.empty returns with NaN and the largest integers: what a kernel forgets to
+    # write is not right by what was there before.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     if a.library:
         torch.ops.load_library(a.library)
     if hasattr(ctypes.CDLL(None), "__tsan_init"):
