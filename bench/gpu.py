@@ -130,7 +130,7 @@ def run_benches(file: Path, until: float) -> list[Line]:
     """Run the process of the benches, and again behind the group that it died in."""
     start, lines = 0, []
     while start < len(groups(CUDA_SHAPES)):
-        command = [sys.executable, "-m", "bench.gpu", "--measure", str(file)]
+        command = [sys.executable, "-X", "faulthandler", "-m", "bench.gpu", "--measure", str(file)]
         command += ["--start", str(start), "--until", str(until)]
         log = file.with_suffix(".log")
         with log.open("w") as output:
@@ -144,7 +144,7 @@ def run_benches(file: Path, until: float) -> list[Line]:
         last = next((line for line in reversed(lines) if "begun" in line), None)
         why = "hung" if code is None else f"ended with {code}"
         at = last["begun"] if last else "the ceilings"
-        tail = " ".join(log.read_text()[-300:].split())
+        tail = " ".join(log.read_text()[-1000:].split())
         with file.open("a") as out:
             lines.append({"failed": at, "why": f"process {why}: {tail}"})
             out.write(json.dumps(lines[-1]) + "\n")

@@ -14,7 +14,7 @@ namespace fastsae::cuda {
 #ifdef FASTSAE_EMULATED
 constexpr int64_t kChunkBytes = 1 << 16, kMinChunkRows = 8;
 #else
-constexpr int64_t kChunkBytes = int64_t{256} << 20, kMinChunkRows = 256;
+constexpr int64_t kChunkBytes = int64_t{1} << 30, kMinChunkRows = 256;
 #endif
 
 inline EncoderArguments encoder_input(const char* op, const Tensor& x, const Tensor& W_enc,

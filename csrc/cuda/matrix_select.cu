@@ -10,7 +10,12 @@
 namespace fastsae::cuda {
 namespace {
 
-constexpr int64_t kSample = 1 << 18;  // entries; smaller matrices are candidates as a whole
+// Entries of a sample. Few in the emulation, so that small matrices have one.
+#ifdef FASTSAE_EMULATED
+constexpr int64_t kSample = 1 << 12;
+#else
+constexpr int64_t kSample = 1 << 18;
+#endif
 
 int64_t blocks_for(int64_t items) {
   return std::max<int64_t>(1, std::min<int64_t>(items, 6 * multiprocessors()));
@@ -42,9 +47,9 @@ template <class F>
 void plan_guess(SelectArgs<F>& a) {
   constexpr int64_t kSlack = 4096;
   a.sample_vectors = 0;
-  a.capacity = std::min(a.total, 2 * a.cap + kSlack);
-  if (a.total <= kSample) a.capacity = a.total;
-  if (a.total <= kSample || a.per_column) return;
+  a.dense = a.total <= std::max(kSample, 4 * a.cap);
+  a.capacity = a.dense ? -1 : std::min(a.total, 2 * a.cap + kSlack);
+  if (a.dense || a.per_column) return;
   const double expected =
       static_cast<double>(a.cap) * static_cast<double>(kSample) / static_cast<double>(a.total);
   a.sample_rank = static_cast<int64_t>(1.25 * expected + 4.0 * std::sqrt(expected)) + 8;
@@ -79,13 +84,15 @@ SelectArgs<F> arguments(const MatrixSelectParams& p, int64_t* scratch_size) {
   a.offsets = p.offsets;
   a.threshold = static_cast<Acc*>(p.threshold);
   a.bound = static_cast<Acc*>(p.bound);
-  a.tiles = (a.total + Args::kTile - 1) / Args::kTile;
   plan_guess(a);
+  a.tile = a.dense ? 1024 : Args::kTile;
+  a.tile_lanes = a.dense ? 32 : 8;
+  a.tiles = (a.total + a.tile - 1) / a.tile;
   Scratch scratch(p.scratch);
   a.header = scratch.take<typename Args::Header>(1);
   a.sample = scratch.take<uint32_t>(a.sample_vectors * F::kVector);
-  a.keys = scratch.take<typename Args::Key>(a.capacity);
-  a.places = scratch.take<uint16_t>(a.capacity);
+  a.keys = scratch.take<typename Args::Key>(std::max<int64_t>(0, a.capacity));
+  a.places = scratch.take<uint16_t>(std::max<int64_t>(0, a.capacity));
   a.tile_base = scratch.take<uint32_t>(a.tiles);
   a.tile_count = scratch.take<uint32_t>(a.tiles);
   a.tile_kept = scratch.take<uint32_t>(a.tiles);
@@ -103,12 +110,15 @@ void launch(const SelectArgs<F>& a, cudaStream_t stream) {
     FASTSAE_LAUNCH((sample_kernel<F, kColumns>), few, kSelectThreads, 0, stream, a);
     FASTSAE_LAUNCH(refine_sample_kernel<F>, few, kSelectThreads, 0, stream, a);
   }
-  FASTSAE_LAUNCH((filter_kernel<F, kColumns>), blocks, kSelectThreads, 0, stream, a);
+  if (!a.dense) FASTSAE_LAUNCH((filter_kernel<F, kColumns>), blocks, kSelectThreads, 0, stream, a);
   for (int pass = 0; pass < SelectArgs<F>::kPasses; ++pass) {
     FASTSAE_LAUNCH((digit_kernel<F, kColumns>), blocks, kSelectThreads, 0, stream, a, pass);
   }
-  FASTSAE_LAUNCH((count_kernel<F, kColumns>), blocks, kSelectThreads, 0, stream, a);
-  FASTSAE_LAUNCH((write_kernel<F, kColumns>), blocks, kSelectThreads, 0, stream, a);
+  // A tile for every group of lanes, if there are as many.
+  const int64_t at_once = kSelectThreads / a.tile_lanes;
+  const unsigned few = static_cast<unsigned>(blocks_for((a.tiles + at_once - 1) / at_once));
+  FASTSAE_LAUNCH((count_kernel<F, kColumns>), few, kSelectThreads, 0, stream, a);
+  FASTSAE_LAUNCH((write_kernel<F, kColumns>), few, kSelectThreads, 0, stream, a);
 }
 
 }  // namespace

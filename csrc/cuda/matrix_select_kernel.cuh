@@ -9,10 +9,12 @@
 // 4. Tiles count what they keep, and write it behind what the tiles before them keep. Among equal
 //    values the first (row, column) stay.
 // A guess that was too high or too low to be of use is noticed by every kernel after step 2; they
-// read the matrix instead of the candidates then. Nothing is decided on the host.
+// read the matrix instead of the candidates then. Nothing is decided on the host. A matrix that is
+// small, or of which much is kept, is read so from the start, without steps 1 and 2.
 //
 // Cost: one read of the matrix, about 6 bytes written and four times read per candidate (10 of
-// float64), of which there are 1.2 to 2 times as many as are kept; integer atomics only.
+// float64), of which there are 1.2 to 2 times as many as are kept; integer atomics only. Of dense
+// matrices four or five reads.
 #pragma once
 
 #include "cuda/block.cuh"
@@ -50,7 +52,7 @@ struct SelectArgs {
   using Key = typename AccFormat::Bits;
 
   static constexpr int kVector = F::kVector;
-  static constexpr int kTile = 32768 / static_cast<int>(sizeof(Key));
+  static constexpr int kTile = 32768 / static_cast<int>(sizeof(Key));  // of filter_kernel
   // Digits that tell keys apart: the last bits of a 16-bit number's float key say nothing.
   static constexpr int kKeyBits = AccFormat::kBits;
   static constexpr int kPasses = sizeof(Bits) == 2 ? 2 : (kKeyBits + kDigitBits - 1) / kDigitBits;
@@ -81,10 +83,14 @@ struct SelectArgs {
   Acc* threshold;
   Acc* bound;
 
+  // The matrix is cut into tiles, which `tile_lanes` lanes look at together. Without candidates
+  // (dense) there are more of both, since every entry is looked at.
+  bool dense;
+  int tile, tile_lanes;
   int64_t tiles;
   int64_t sample_vectors;  // 0: no sample
   int64_t sample_rank;     // the bound is the sample's entry of this rank
-  int64_t capacity;        // candidates
+  int64_t capacity;        // candidates; -1: the matrix is read
   Header* header;
   uint32_t* sample;      // [sample_vectors kVector] leading bits of keys
   Key* keys;             // [capacity]
@@ -121,7 +127,7 @@ struct SelectArgs {
     const unsigned c = static_cast<unsigned>(first) + static_cast<unsigned>(local);
     const unsigned width = static_cast<unsigned>(m);
     if (c < width) return static_cast<int>(c);
-    return static_cast<int>(m >= kTile ? c - width : c % width);
+    return static_cast<int>(m >= tile ? c - width : c % width);
   }
 };
 
@@ -437,7 +443,6 @@ __global__ void __launch_bounds__(kSelectThreads, kColumns || sizeof(typename F:
 template <class F, bool kColumns>
 __global__ void __launch_bounds__(kSelectThreads, 4) digit_kernel(SelectArgs<F> a, int pass) {
   using Key = typename SelectArgs<F>::Key;
-  constexpr int kTile = SelectArgs<F>::kTile;
   __shared__ unsigned histogram[kDigits];
   __shared__ DigitSpace space;
   const int tid = static_cast<int>(threadIdx.x), lane = tid & 31;
@@ -452,9 +457,9 @@ __global__ void __launch_bounds__(kSelectThreads, 4) digit_kernel(SelectArgs<F> 
   if (a.reads_matrix()) {
     const typename F::Acc lowest = a.lowest();
     for (int64_t tile = blockIdx.x; tile < a.tiles; tile += gridDim.x) {
-      const int64_t start = tile * kTile;
+      const int64_t start = tile * a.tile;
       const int first = static_cast<int>(start % a.m);
-      for (int j = tid; j < kTile; j += kSelectThreads) {
+      for (int j = tid; j < a.tile; j += kSelectThreads) {
         count(start + j < a.total ? entry_key<F, kColumns>(a, start + j, a.column(first, j), lowest)
                                   : Key(0));
       }
@@ -473,8 +478,19 @@ __global__ void __launch_bounds__(kSelectThreads, 4) digit_kernel(SelectArgs<F> 
 // ---- 4. the result
 // -------------------------------------------------------------------------------
 
-constexpr int kTileLanes = 8;  // that look at one tile together
-constexpr int kTilesAtOnce = kSelectThreads / kTileLanes;
+// Where a thread stands among those that look at the same tile.
+struct TileGroup {
+  int lanes, lane, tile;  // tile: of the kSelectThreads / lanes that a block looks at
+  unsigned mask;          // of the group, in its warp
+
+  __device__ __forceinline__ explicit TileGroup(int lanes)
+      : lanes(lanes),
+        lane(static_cast<int>(threadIdx.x) & (lanes - 1)),
+        tile(static_cast<int>(threadIdx.x) / lanes),
+        mask((kFullWarp >> (32 - lanes)) << ((threadIdx.x & 31) - static_cast<unsigned>(lane))) {}
+
+  __device__ __forceinline__ int tiles_at_once() const { return kSelectThreads / lanes; }
+};
 
 // The tiles of a block: consecutive ones.
 struct TileRange {
@@ -487,20 +503,19 @@ __device__ __forceinline__ TileRange tiles_of_block(const SelectArgs<F>& a) {
   return {begin, min(a.tiles, begin + each)};
 }
 
-// Calls f(key, place in the tile) for the candidates of a tile in ascending order, kTileLanes at a
-// time; key 0 where there is none. Called by whole warps; lanes of a group name the same tile, and
-// `tile` may be past the end.
+// Calls f(key, place in the tile) for the candidates of a tile in ascending order, a lane of the
+// group for each; key 0 where there is none. Called by whole warps; lanes of a group name the same
+// tile, and `tile` may be past the end.
 template <class F, bool kColumns, class Call>
-__device__ __forceinline__ void for_each_in_tile(const SelectArgs<F>& a, int64_t tile, int64_t end,
-                                                 bool whole, Call&& f) {
+__device__ __forceinline__ void for_each_in_tile(const SelectArgs<F>& a, const TileGroup& group,
+                                                 int64_t tile, int64_t end, bool whole, Call&& f) {
   using Key = typename SelectArgs<F>::Key;
-  constexpr int kTile = SelectArgs<F>::kTile;
-  const int64_t start = tile * kTile;
+  const int64_t start = tile * a.tile;
   int size = 0, first = 0;
   uint32_t base = 0;
   if (tile < end) {
     if (whole) {
-      size = static_cast<int>(min(int64_t{kTile}, a.total - start));
+      size = static_cast<int>(min(int64_t{a.tile}, a.total - start));
       first = static_cast<int>(start % a.m);
     } else {
       size = static_cast<int>(a.tile_count[tile]);
@@ -509,8 +524,8 @@ __device__ __forceinline__ void for_each_in_tile(const SelectArgs<F>& a, int64_t
   }
   const typename F::Acc lowest = whole ? a.lowest() : typename F::Acc(0);
   const int most = __reduce_max_sync(kFullWarp, size);
-  for (int next = 0; next < most; next += kTileLanes) {
-    const int i = next + static_cast<int>(threadIdx.x) % kTileLanes;
+  for (int next = 0; next < most; next += group.lanes) {
+    const int i = next + group.lane;
     Key key = 0;
     int place = i;
     if (i < size && whole) {
@@ -528,22 +543,21 @@ __global__ void __launch_bounds__(kSelectThreads, 4) count_kernel(SelectArgs<F> 
   using Key = typename SelectArgs<F>::Key;
   __shared__ DigitSpace space;
   __shared__ Count warp_sums[2][kSelectThreads / 32];
-  const int tid = static_cast<int>(threadIdx.x), group = tid & 31 & ~(kTileLanes - 1);
-  const unsigned group_lanes = ((1u << kTileLanes) - 1u) << group;
+  const TileGroup group(a.tile_lanes);
   const Progress<Key> known = known_before(a, SelectArgs<F>::kPasses, space);
   const bool whole = a.reads_matrix();
   const TileRange tiles = tiles_of_block(a);
   Count above = 0, equal = 0;  // of the first lane of every group
-  for (int64_t begin = tiles.begin; begin < tiles.end; begin += kTilesAtOnce) {
-    const int64_t tile = begin + tid / kTileLanes;
+  for (int64_t begin = tiles.begin; begin < tiles.end; begin += group.tiles_at_once()) {
+    const int64_t tile = begin + group.tile;
     unsigned above_here = 0, equal_here = 0;
-    for_each_in_tile<F, kColumns>(a, tile, tiles.end, whole, [&](Key key, int) {
+    for_each_in_tile<F, kColumns>(a, group, tile, tiles.end, whole, [&](Key key, int) {
       above_here += static_cast<unsigned>(
-          __popc(__ballot_sync(kFullWarp, key != 0 && known.above(key)) & group_lanes));
+          __popc(__ballot_sync(kFullWarp, key != 0 && known.above(key)) & group.mask));
       equal_here += static_cast<unsigned>(
-          __popc(__ballot_sync(kFullWarp, key != 0 && known.equal(key)) & group_lanes));
+          __popc(__ballot_sync(kFullWarp, key != 0 && known.equal(key)) & group.mask));
     });
-    if (tile < tiles.end && tid % kTileLanes == 0) {
+    if (tile < tiles.end && group.lane == 0) {
       a.tile_kept[tile] = above_here | equal_here << 16;
       above += above_here;
       equal += equal_here;
@@ -551,7 +565,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) count_kernel(SelectArgs<F> 
   }
   above = block_sum<kSelectThreads>(above, warp_sums[0]);
   equal = block_sum<kSelectThreads>(equal, warp_sums[1]);
-  if (tid == 0) {
+  if (threadIdx.x == 0) {
     a.block_kept[2 * blockIdx.x] = above;
     a.block_kept[2 * blockIdx.x + 1] = equal;
   }
@@ -562,12 +576,11 @@ template <class F, bool kColumns>
 __global__ void __launch_bounds__(kSelectThreads, 3) write_kernel(SelectArgs<F> a) {
   using AccFormat = typename SelectArgs<F>::AccFormat;
   using Key = typename SelectArgs<F>::Key;
-  constexpr int kTile = SelectArgs<F>::kTile;
   __shared__ Count sums[2][kSelectThreads / 32];
   __shared__ unsigned starts[2][kSelectThreads];
   __shared__ unsigned warp_sums[2][kSelectThreads / 32];
-  const int tid = static_cast<int>(threadIdx.x), group = tid & 31 & ~(kTileLanes - 1);
-  const unsigned group_lanes = ((1u << kTileLanes) - 1u) << group;
+  const int tid = static_cast<int>(threadIdx.x);
+  const TileGroup group(a.tile_lanes);
   const unsigned lower_lanes = (1u << (tid & 31)) - 1u;
   const Progress<Key> known = a.header->progress[SelectArgs<F>::kPasses];
   const bool whole = a.reads_matrix();
@@ -587,17 +600,18 @@ __global__ void __launch_bounds__(kSelectThreads, 3) write_kernel(SelectArgs<F> 
     starts[0][tid] = block_exclusive_sum<kSelectThreads>(kept & 0xffffu, warp_sums[0], &above_here);
     starts[1][tid] = block_exclusive_sum<kSelectThreads>(kept >> 16, warp_sums[1], &equal_here);
     __syncthreads();  // every tile knows what comes before it
-    for (int part = 0; part < kSelectThreads; part += kTilesAtOnce) {
-      const int place_in_part = part + tid / kTileLanes;
+    const int here = static_cast<int>(min(int64_t{kSelectThreads}, tiles.end - begin));
+    for (int part = 0; part < here; part += group.tiles_at_once()) {
+      const int place_in_part = part + group.tile;
       const int64_t tile = begin + place_in_part;
-      const int64_t start = tile * kTile;
+      const int64_t start = tile * a.tile;
       Count above_before = above + starts[0][place_in_part];
       Count equal_before = equal + starts[1][place_in_part];
-      for_each_in_tile<F, kColumns>(a, tile, tiles.end, whole, [&](Key key, int place) {
+      for_each_in_tile<F, kColumns>(a, group, tile, tiles.end, whole, [&](Key key, int place) {
         const bool is_above = key != 0 && known.above(key);
         const bool is_equal = key != 0 && known.equal(key);
-        const unsigned aboves = __ballot_sync(kFullWarp, is_above) & group_lanes;
-        const unsigned equals = __ballot_sync(kFullWarp, is_equal) & group_lanes;
+        const unsigned aboves = __ballot_sync(kFullWarp, is_above) & group.mask;
+        const unsigned equals = __ballot_sync(kFullWarp, is_equal) & group.mask;
         const Count rank = equal_before + static_cast<unsigned>(__popc(equals & lower_lanes));
         if (is_above || (is_equal && rank < known.need)) {
           const Count to = above_before + static_cast<unsigned>(__popc(aboves & lower_lanes)) +

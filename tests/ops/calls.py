@@ -131,6 +131,12 @@ def _select() -> list[Call]:
             Call("threshold_select", case, (x, guess, n * m)),
             Call("threshold_select", f"{case}-few", (x, theta, 2 * n + 1)),
         ]
+    # So much of the matrix that it is read instead of candidates.
+    x = matrix("ties", 40, 7001, f32)
+    found += [
+        Call("batch_topk", "dense", (x, 90_000, None)),
+        Call("threshold_select", "dense", (x, torch.tensor(-0.5), 200_000)),
+    ]
     return found
 
 

@@ -85,7 +85,7 @@ def test_each_step_projects_updates_and_normalises(monkeypatch):
     sae = make()
     trainer = Trainer(sae, rows(), settings(clip_grad_norm=1e-3))
     state = trainer._start(resume=False)
-    x = trainer._input(next(trainer._batches(0)), state)
+    x = next(trainer._inputs(state))
     seen = []
     step = state.optimizer.step
     monkeypatch.setattr(state.optimizer, "step", lambda: seen.append(

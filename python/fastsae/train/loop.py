@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastsae.nn import SAE, SAEOutput
+from fastsae.train.ahead import ahead
 from fastsae.train.batches import Batches, as_batches, bad_rows, sample_rows, scaled
 from fastsae.train.checkpoint import (
     TrainState,
@@ -153,7 +155,7 @@ class Trainer:
         cfg, sae = self.config, self.sae
         x = sample_rows(self.data, cfg.sample_rows, cfg.batch_size, cfg.seed)
         state.scales = [1.0] * len(sae.data_widths)
-        x = self._input(x, state)
+        x = self._input(x, state.step, state.scales)
         x = x[usual_rows(sae.split(x)[0], cfg.outlier_norm)]
         if cfg.normalize:
             state.scales = sae.input_scales(x)
@@ -167,16 +169,18 @@ class Trainer:
         cfg, steps = self.config, self.plan.steps
         show = sys.stderr.isatty() if cfg.progress is None else cfg.progress
         since, since_step = time.perf_counter(), state.step
-        with tqdm(total=steps, initial=state.step, disable=not show, unit="step") as bar:
-            for batch in self._batches(state.step):
-                x = self._input(batch, state)
+        with (
+            closing(self._inputs(state)) as inputs,
+            tqdm(total=steps, initial=state.step, disable=not show, unit="step") as bar,
+        ):
+            for x in inputs:
                 out = self._step(x, state)
                 bar.update()
                 last = state.step == steps
                 if last:
                     recent = islice(self._batches(max(0, steps - SETTLE_BATCHES)), SETTLE_BATCHES)
-                    inputs = (self._input(batch, state) for batch in recent)
-                    self.sae.settle_(self.sae.split(x)[0] for x in inputs)
+                    settling = (self._input(batch, steps, state.scales) for batch in recent)
+                    self.sae.settle_(self.sae.split(x)[0] for x in settling)
                 if last or _due(state.step, cfg.log_every) or _due(state.step, cfg.eval_every):
                     row = self._row(x, out, state)
                     seconds = time.perf_counter() - since
@@ -208,16 +212,23 @@ class Trainer:
                     f"Trainer: expected {per_epoch} batches in epoch {epoch}, got {got}"
                 )
 
-    def _input(self, batch: Tensor, state: TrainState) -> Tensor:
-        """Return the batch as the SAE takes it in training; it is checked where it lies."""
-        bad = bad_rows(batch)
+    def _inputs(self, state: TrainState) -> Generator[Tensor]:
+        """Yield what the SAE takes at each step from here on; for a GPU, a thread works ahead."""
+        batches = enumerate(self._batches(state.step), state.step)
+        inputs = (self._input(batch, step, state.scales) for step, batch in batches)
+        device = self.sae.W_enc.device
+        return ahead(inputs, device) if device.type == "cuda" else inputs
+
+    def _input(self, batch: Tensor, step: int, scales: Sequence[float]) -> Tensor:
+        """Return the batch as the SAE takes it in training, checked."""
+        x = batch.to(self.sae.W_enc.device, self.sae.W_enc.dtype)
+        bad = bad_rows(x)
         if bad:
             raise ValueError(
-                f"Trainer: expected finite activations at step {state.step}, got {bad} of "
+                f"Trainer: expected finite activations at step {step}, got {bad} of "
                 f"{batch.shape[0]} rows with NaN or Inf; nothing was updated with them"
             )
-        x = batch.to(self.sae.W_enc.device, self.sae.W_enc.dtype)
-        return scaled(x, self.sae.data_widths, state.scales)
+        return scaled(x, self.sae.data_widths, scales)
 
     def _step(self, x: Tensor, state: TrainState) -> SAEOutput:
         """Do one update with the batch `x: [batch_size, columns]`."""
@@ -228,8 +239,11 @@ class Trainer:
         sae.progress = state.step / self.plan.steps
         # No latent can be dead before that many tokens, so the first part of a run never asks.
         some_may_be = state.step * x.shape[0] >= dead.after_tokens
-        update = fused_update if is_fused(sae, optimizer, self.config) else autograd_update
-        out = update(sae, optimizer, x, dead.to_revive() if some_may_be else None, self.config)
+        revive = dead.to_revive() if some_may_be else None
+        if is_fused(sae, optimizer, self.config):
+            out = fused_update(sae, optimizer, x, revive, self.config, state.step + 1)
+        else:
+            out = autograd_update(sae, optimizer, x, revive, self.config)
         dead.count(out.acts.counts(), x.shape[0])
         state.step += 1
         return out

@@ -83,8 +83,12 @@ def fused_update(
     x: Tensor,
     dead: Tensor | None,
     config: TrainConfig,
+    step: int,
 ) -> SAEOutput:
-    """Do the same without a gradient of a matrix; averages are kept in the optimizer's state."""
+    """Do the same without a gradient of a matrix; averages are kept in the optimizer's state.
+
+    `step` is the number of this update, from 1: on a GPU, asking the optimizer would wait for it.
+    """
     sae.requires_grad_(False)
     try:
         code = sae.encode_for_loss(x)
@@ -99,8 +103,7 @@ def fused_update(
     out.acts = acts.detach()
     group = optimizer.param_groups[0]
     states = [optimizer.state[p] for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)]
-    for state in states:
-        state["step"] += 1
+    torch._foreach_add_([state["step"] for state in states], 1)
     ops.sparse_adam_step_(
         _tensors([sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec]),
         _tensors([state["exp_avg"] for state in states]),
@@ -110,7 +113,7 @@ def fused_update(
         x,
         grads[1],
         lr=group["lr"],
-        step=int(states[0]["step"]),
+        step=step,
         betas=group["betas"],
         eps=group["eps"],
         clip_grad_norm=config.clip_grad_norm,
