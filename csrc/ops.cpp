@@ -77,6 +77,6 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
       " Tensor(i!) v_W_enc, Tensor(j!) v_W_dec, Tensor(k!) v_b_enc, Tensor(l!) v_b_dec,"
       " Tensor values, Tensor grad_values, Tensor indices, Tensor? offsets, Tensor x, Tensor error,"
       " Tensor? rows, Tensor? rows_W_enc, Tensor? rows_W_dec, Tensor? rows_b_enc,"
-      " float lr, float beta1, float beta2, float eps, int step, float max_norm, bool unit_norm)"
-      " -> ()");
+      " float lr, float beta1, float beta2, float eps, int step, float max_norm, bool unit_norm,"
+      " bool bf16_rows=False) -> ()");
 }

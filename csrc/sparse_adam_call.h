@@ -19,6 +19,8 @@ struct AdamCall {
   int64_t step;
   double max_norm;
   bool unit_norm;
+  bool bf16_rows;  // x - b_dec and error are rounded to bfloat16 for the matrices where that is
+                   // faster
 
   static constexpr const char* kOp = "sparse_adam_step_";
 
@@ -103,11 +105,11 @@ void sparse_adam_step(Tensor W_enc, Tensor W_dec, Tensor b_enc, Tensor b_dec, Te
                       Tensor error, std::optional<Tensor> rows, std::optional<Tensor> rows_W_enc,
                       std::optional<Tensor> rows_W_dec, std::optional<Tensor> rows_b_enc, double lr,
                       double beta1, double beta2, double eps, int64_t step, double max_norm,
-                      bool unit_norm) {
+                      bool unit_norm, bool bf16_rows) {
   AdamCall call{W_enc,   W_dec,   b_enc,   b_dec,      m_W_enc,    m_W_dec,     m_b_enc, m_b_dec,
                 v_W_enc, v_W_dec, v_b_enc, v_b_dec,    values,     grad_values, indices, offsets,
                 x,       error,   rows,    rows_W_enc, rows_W_dec, rows_b_enc,  lr,      beta1,
-                beta2,   eps,     step,    max_norm,   unit_norm};
+                beta2,   eps,     step,    max_norm,   unit_norm,  bf16_rows};
   call.check();
   run(call);
 }

@@ -106,18 +106,44 @@ struct Strip {
 
   // A row of sums, or 0 if null.
   __device__ __forceinline__ void start(Sum& sum, const Bits* row) const {
+    start<F>(sum, row, [](Acc& to, Acc x) { to = x; });
+  }
+  // Adds a row of numbers of the format `From`.
+  template <class From>
+  __device__ __forceinline__ void add(Sum& sum, const typename From::Bits* row) const {
+    start<From>(sum, row, [](Acc& to, Acc x) { to += x; });
+  }
+  // Stores the sums as numbers of the format `To`.
+  template <class To = F>
+  __device__ __forceinline__ void store(const Sum& sum, typename To::Bits* row) const {
+    using Out = Pack<To, kWide>;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      if (!has(i)) continue;
+#pragma unroll
+      for (int from = 0; from < P::kSize; from += Out::kSize) {
+        Acc x[Out::kSize];
+#pragma unroll
+        for (int e = 0; e < Out::kSize; ++e) x[e] = sum[i][from + e];
+        Out::store(row + column(i) + from, x);
+      }
+    }
+  }
+
+ private:
+  template <class From, class Take>
+  __device__ __forceinline__ void start(Sum& sum, const typename From::Bits* row,
+                                        Take&& take) const {
+    using In = Pack<From, kWide>;
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       const bool read = row && has(i);
-      const typename P::Raw raw = read ? P::load(row + column(i)) : typename P::Raw{};
 #pragma unroll
-      for (int e = 0; e < P::kSize; ++e) sum[i][e] = P::at(raw, e);
-    }
-  }
-  __device__ __forceinline__ void store(const Sum& sum, Bits* row) const {
+      for (int to = 0; to < P::kSize; to += In::kSize) {
+        const typename In::Raw raw = read ? In::load(row + column(i) + to) : typename In::Raw{};
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      if (has(i)) P::store(row + column(i), sum[i]);
+        for (int e = 0; e < In::kSize; ++e) take(sum[i][to + e], In::at(raw, e));
+      }
     }
   }
 };

@@ -26,7 +26,12 @@ void run(AdamCall& c) {
   const Entries e = checked_entries(op, c.values, c.indices, c.offsets, c.W_enc.size(0),
                                     c.W_enc.scalar_type(), "W_enc", c.W_enc);
   const Tensor grad = as_contiguous(c.grad_values), error = as_contiguous(c.error);
-  const Tensor centred = as_contiguous(torch::stable::subtract(c.x, c.b_dec));
+  const bool bf16_rows = c.bf16_rows && format == Format::kFloat32;
+  const auto gathered = [&](const Tensor& t) {
+    return as_contiguous(bf16_rows ? torch::stable::to(t, ScalarType::BFloat16) : t);
+  };
+  const Tensor error_rows = gathered(error);
+  const Tensor centred_rows = gathered(torch::stable::subtract(c.x, c.b_dec));
   const auto moving = [](Tensor& p, Tensor& m, Tensor& v) {
     return MovingParams{p.mutable_data_ptr(), m.mutable_data_ptr(), v.mutable_data_ptr()};
   };
@@ -36,8 +41,9 @@ void run(AdamCall& c) {
                     moving(c.b_dec, c.m_b_dec, c.v_b_dec),
                     e.params,
                     grad.const_data_ptr(),
-                    centred.const_data_ptr(),
                     error.const_data_ptr(),
+                    error_rows.const_data_ptr(),
+                    centred_rows.const_data_ptr(),
                     nullptr,
                     nullptr,
                     nullptr,
@@ -46,7 +52,8 @@ void run(AdamCall& c) {
                     static_cast<int32_t>(c.W_enc.size(1)),
                     c.scalars<AdamConstants>(),
                     c.max_norm,
-                    c.unit_norm};
+                    c.unit_norm,
+                    bf16_rows};
   Tensor added = c.W_enc, added_enc = c.W_enc, added_dec = c.W_enc, added_b = c.W_enc;
   if (c.rows) {
     added = as_contiguous(*c.rows);

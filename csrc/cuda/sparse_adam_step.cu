@@ -13,15 +13,18 @@ namespace {
 
 constexpr int kMostShared = 96 * 1024;  // of a block, on every architecture
 
-template <class F>
+template <class F, class R>
 bool wide(const AdamParams& p) {
   for (const MovingParams& m : {p.W_enc, p.W_dec}) {
     for (const void* t : {m.p, m.m, m.v}) {
       if (!rows_aligned<F>(t, p.d)) return false;
     }
   }
-  for (const void* t : {p.centred, p.error, p.added_W_enc, p.added_W_dec}) {
+  for (const void* t : {p.added_W_enc, p.added_W_dec}) {
     if (!rows_aligned<F>(t, p.d)) return false;
+  }
+  for (const void* t : {p.centred_rows, p.error_rows}) {
+    if (!rows_aligned<R>(t, p.d)) return false;
   }
   return true;
 }
@@ -48,14 +51,14 @@ struct Plan {
   int64_t bytes;
 };
 
-template <class F>
+template <class F, class R>
 Plan plan(const AdamParams& p) {
   using A = typename F::Acc;
   constexpr int64_t kNumber = sizeof(A);
   const EntriesParams& e = p.entries;
   Plan plan{};
-  plan.wide = wide<F>(p);
-  const int pack = plan.wide ? F::kVector : 1;
+  plan.wide = wide<F, R>(p);
+  const int pack = plan.wide ? R::kVector : 1;
   const int64_t row = 3 * p.d * kNumber;
   plan.large = row > 48 * 1024;
   plan.split = split_elements(p.d);
@@ -88,19 +91,19 @@ Plan plan(const AdamParams& p) {
   return plan;
 }
 
-template <class F, bool kWide, int kPacks, int kThreads, bool kUpdate>
-void launch_adam(const AdamArgs<F>& args, const Plan& plan, cudaStream_t stream) {
+template <class F, class R, bool kWide, int kPacks, int kThreads, bool kUpdate>
+void launch_adam(const AdamArgs<F, R>& args, const Plan& plan, cudaStream_t stream) {
   if (plan.groups == 0) return;
   if (plan.shared > 48 * 1024) {
-    cudaFuncSetAttribute(&adam_kernel<F, kWide, kPacks, kThreads, kUpdate>,
+    cudaFuncSetAttribute(&adam_kernel<F, R, kWide, kPacks, kThreads, kUpdate>,
                          cudaFuncAttributeMaxDynamicSharedMemorySize,
                          static_cast<int>(plan.shared));
   }
-  FASTSAE_LAUNCH((adam_kernel<F, kWide, kPacks, kThreads, kUpdate>), grid_of(plan.blocks), kThreads,
-                 static_cast<size_t>(plan.shared), stream, args);
+  FASTSAE_LAUNCH((adam_kernel<F, R, kWide, kPacks, kThreads, kUpdate>), grid_of(plan.blocks),
+                 kThreads, static_cast<size_t>(plan.shared), stream, args);
 }
 
-template <class F, bool kWide, int kPacks, int kThreads>
+template <class F, class R, bool kWide, int kPacks, int kThreads>
 const char* launch(const AdamParams& p, const Plan& plan, cudaStream_t stream) {
   using A = typename F::Acc;
   using Bits = typename F::Bits;
@@ -135,36 +138,37 @@ const char* launch(const AdamParams& p, const Plan& plan, cudaStream_t stream) {
   grad_lists.values = p.grad_values;
   const Segments<A> later[2] = {{at(plan.strips[0], kNumbers), at(plan.weights[0], kNumbers)},
                                 {at(plan.strips[1], kNumbers), at(plan.weights[1], kNumbers)}};
-  launch_segments<F, kWide, kPacks>(lists, p.error, p.d, plan.split, later[0], stream);
-  launch_segments<F, kWide, kPacks>(grad_lists, p.centred, p.d, plan.split, later[1], stream);
+  launch_segments<R, kWide, kPacks>(lists, p.error_rows, p.d, plan.split, later[0], stream);
+  launch_segments<R, kWide, kPacks>(grad_lists, p.centred_rows, p.d, plan.split, later[1], stream);
 
   const bool clips = !std::isinf(p.max_norm);
   A* g_b_dec = at(plan.g_b_dec, kNumbers);
   A* scale = clips ? at(plan.scale, kNumbers) : nullptr;
   double* squares = reinterpret_cast<double*>(space + plan.squares);
-  AdamArgs<F> args{Moving<F>(p.W_enc),
-                   Moving<F>(p.W_dec),
-                   Moving<F>(p.b_enc),
-                   {lists},
-                   {grad_lists},
-                   later[0],
-                   later[1],
-                   static_cast<const Bits*>(p.error),
-                   static_cast<const Bits*>(p.centred),
-                   added,
-                   static_cast<const Bits*>(p.added_W_enc),
-                   static_cast<const Bits*>(p.added_W_dec),
-                   static_cast<const Bits*>(p.added_b_enc),
-                   e.d_sae,
-                   p.d,
-                   plan.split.packs,
-                   plan.split.chunks,
-                   Adam<A>(p.adam),
-                   nullptr,
-                   p.unit_norm,
-                   at(plan.shares, kBits),
-                   squares,
-                   plan.shared ? nullptr : at(plan.held, kBits)};
+  AdamArgs<F, R> args{Moving<F>(p.W_enc),
+                      Moving<F>(p.W_dec),
+                      Moving<F>(p.b_enc),
+                      {lists},
+                      {grad_lists},
+                      later[0],
+                      later[1],
+                      static_cast<const typename R::Bits*>(p.error_rows),
+                      static_cast<const typename R::Bits*>(p.centred_rows),
+                      added,
+                      static_cast<const Bits*>(p.added_W_enc),
+                      static_cast<const Bits*>(p.added_W_dec),
+                      static_cast<const Bits*>(p.added_b_enc),
+                      e.d_sae,
+                      p.d,
+                      p.d / (kWide ? F::kVector : 1),
+                      plan.split.packs,
+                      plan.split.chunks,
+                      Adam<A>(p.adam),
+                      nullptr,
+                      p.unit_norm,
+                      at(plan.shares, kBits),
+                      squares,
+                      plan.shared ? nullptr : at(plan.held, kBits)};
 
   const auto sum_b_dec = [&] {
     if (p.d == 0) return;
@@ -183,14 +187,14 @@ const char* launch(const AdamParams& p, const Plan& plan, cudaStream_t stream) {
   };
 
   if (clips) {
-    launch_adam<F, kWide, kPacks, kThreads, false>(args, plan, stream);
+    launch_adam<F, R, kWide, kPacks, kThreads, false>(args, plan, stream);
     sum_b_dec();
     FASTSAE_LAUNCH(clip_kernel<A>, 1, 1024, 0, stream, squares, plan.groups, g_b_dec, p.d,
                    p.max_norm, scale);
     args.scale = scale;
     args.shares = nullptr;
   }
-  launch_adam<F, kWide, kPacks, kThreads, true>(args, plan, stream);
+  launch_adam<F, R, kWide, kPacks, kThreads, true>(args, plan, stream);
   if (!clips) sum_b_dec();
   if (p.d > 0) {
     FASTSAE_LAUNCH(adam_vector_kernel<F>, grid_of((p.d + kColumnThreads - 1) / kColumnThreads),
@@ -199,15 +203,15 @@ const char* launch(const AdamParams& p, const Plan& plan, cudaStream_t stream) {
   return launch_error();
 }
 
-template <class F>
+template <class F, class R>
 const char* launch_format(const AdamParams& p, cudaStream_t stream) {
-  const Plan plan = fastsae::cuda::plan<F>(p);
-  if (!plan.wide && plan.large) return launch<F, false, 4, 512>(p, plan, stream);
-  if (!plan.wide) return launch<F, false, 4, 128>(p, plan, stream);
-  if (plan.large) return launch<F, true, 4, 512>(p, plan, stream);
+  const Plan plan = fastsae::cuda::plan<F, R>(p);
+  if (!plan.wide && plan.large) return launch<F, R, false, 4, 512>(p, plan, stream);
+  if (!plan.wide) return launch<F, R, false, 4, 128>(p, plan, stream);
+  if (plan.large) return launch<F, R, true, 4, 512>(p, plan, stream);
   const char* error = nullptr;
   with_packs(plan.split.per_lane, [&](auto packs) {
-    error = launch<F, true, decltype(packs)::value, 128>(p, plan, stream);
+    error = launch<F, R, true, decltype(packs)::value, 128>(p, plan, stream);
   });
   return error;
 }
@@ -215,14 +219,16 @@ const char* launch_format(const AdamParams& p, cudaStream_t stream) {
 }  // namespace
 
 int64_t sparse_adam_step_scratch(const AdamParams& params, Format format) {
-  if (format == Format::kFloat64) return plan<Float64>(params).bytes;
-  return plan<Float32>(params).bytes;
+  if (format == Format::kFloat64) return plan<Float64, Float64>(params).bytes;
+  if (params.bf16_rows) return plan<Float32, BFloat16>(params).bytes;
+  return plan<Float32, Float32>(params).bytes;
 }
 
 const char* launch_sparse_adam_step(const AdamParams& params, Format format, void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  if (format == Format::kFloat64) return launch_format<Float64>(params, on);
-  return launch_format<Float32>(params, on);
+  if (format == Format::kFloat64) return launch_format<Float64, Float64>(params, on);
+  if (params.bf16_rows) return launch_format<Float32, BFloat16>(params, on);
+  return launch_format<Float32, Float32>(params, on);
 }
 
 }  // namespace fastsae::cuda

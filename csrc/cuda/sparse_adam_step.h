@@ -17,23 +17,25 @@ struct MovingParams {
   void *p, *m, *v;
 };
 
-// float32 or float64 throughout.
+// float32 or float64 throughout, but for the rows that are gathered.
 struct AdamParams {
   MovingParams W_enc, W_dec;  // [d_sae, d]
   MovingParams b_enc, b_dec;  // [d_sae], [d]
   EntriesParams entries;
-  const void* grad_values;  // like the values
-  const void* centred;      // [n, d], x - b_dec
-  const void* error;        // [n, d]
-  const int32_t* added;     // [added_count] latents with added gradients, or null
-  const void* added_W_enc;  // [added_count, d]
-  const void* added_W_dec;  // [added_count, d]
-  const void* added_b_enc;  // [added_count]
+  const void* grad_values;   // like the values
+  const void* error;         // [n, d]
+  const void* error_rows;    // [n, d] the same, in bfloat16 if bf16_rows
+  const void* centred_rows;  // [n, d], x - b_dec, likewise
+  const int32_t* added;      // [added_count] latents with added gradients, or null
+  const void* added_W_enc;   // [added_count, d]
+  const void* added_W_dec;   // [added_count, d]
+  const void* added_b_enc;   // [added_count]
   int32_t added_count;
   int32_t d;
   AdamConstants adam;
   double max_norm;  // infinity does not clip
   bool unit_norm;
+  bool bf16_rows;           // with float32
   void* scratch = nullptr;  // sparse_adam_step_scratch() bytes
 };
 

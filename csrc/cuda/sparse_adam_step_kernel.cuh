@@ -12,7 +12,8 @@
 // launch of the same kernel finds the norm of the whole gradient instead of moving anything.
 //
 // Every sum has an order that depends on nothing but the shapes. Cost: parameters and averages are
-// read and written once, 24 bytes for a float32 parameter, and two rows per entry gathered.
+// read and written once, 24 bytes for a float32 parameter, and two rows per entry gathered. Where n
+// rows do not fit the cache these come from memory, and bfloat16 halves them.
 #pragma once
 
 #include "cuda/lists.cuh"
@@ -57,18 +58,20 @@ struct Moving {
         v(static_cast<typename F::Bits*>(x.v)) {}
 };
 
-template <class F>
+// F: the format of parameters; R: of the rows of `error` and `centred`.
+template <class F, class R>
 struct AdamArgs {
   using Bits = typename F::Bits;
   using A = typename F::Acc;
   Moving<F> W_enc, W_dec, b_enc;
-  ListsView<F> of_error, of_centred;  // one and the same lists, with values and with grad_values
+  ListsView<R> of_error, of_centred;  // one and the same lists, with values and with grad_values
   Segments<A> later_of_error, later_of_centred;
-  const Bits *error, *centred;
+  const typename R::Bits *error, *centred;
   const int32_t* added;  // [d_sae]: row of the added gradients, or -1; or null
   const Bits *added_W_enc, *added_W_dec, *added_b_enc;
   int d_sae, d;
-  int packs, chunks;
+  int packs;              // of a row of parameters
+  int row_packs, chunks;  // of a row that is gathered
   Adam<A> adam;
   const A* scale;  // of all gradients, or null: 1
   bool unit_norm;
@@ -96,12 +99,12 @@ __device__ __forceinline__ void block_sums(T (&x)[kCount], T* space) {
 }
 
 // kUpdate: Adam moves the parameters; else the squared norms of the gradients are found.
-template <class F, bool kWide, int kPacks, int kThreads, bool kUpdate>
-__global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs<F> a) {
+template <class F, class R, bool kWide, int kPacks, int kThreads, bool kUpdate>
+__global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs<F, R> a) {
   using A = typename F::Acc;
   using Bits = typename F::Bits;
   using P = Pack<F, kWide>;
-  using S = Strip<F, kWide, kPacks>;
+  using S = Strip<R, kWide, kPacks>;
   constexpr int E = P::kSize, kWarps = kThreads / 32;
   FASTSAE_DYN_SMEM(Bits, dynamic);  // [3 d]
   __shared__ A weight_sum, group_bias[kGroup];
@@ -138,22 +141,16 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs
         for (int task = warp; task < 2 * a.chunks; task += kWarps) {
           const bool dec = task < a.chunks;
           const int chunk = dec ? task : task - a.chunks;
-          const S strip(chunk, lane, a.packs);
+          const S strip(chunk, lane, a.row_packs);
           typename S::Sum sum;
           A weights;
           list_sum(dec ? a.of_error : a.of_centred, begin, end, chunk, a.chunks, strip, sum,
                    dec ? a.error : a.centred, a.d, dec ? a.later_of_error : a.later_of_centred,
                    &weights);
           if (more >= 0) {
-            typename S::Sum other;
-            strip.start(other, (dec ? a.added_W_dec : a.added_W_enc) + int64_t{more} * a.d);
-#pragma unroll
-            for (int i = 0; i < kPacks; ++i) {
-#pragma unroll
-              for (int e = 0; e < E; ++e) sum[i][e] += other[i][e];
-            }
+            strip.template add<F>(sum, (dec ? a.added_W_dec : a.added_W_enc) + int64_t{more} * a.d);
           }
-          strip.store(sum, dec ? g_dec : g_enc);
+          strip.template store<F>(sum, dec ? g_dec : g_enc);
           if (!dec && chunk == 0 && lane == 0) {
             weight_sum = more >= 0 ? weights + F::widen(a.added_b_enc[more]) : weights;
           }

@@ -46,10 +46,30 @@ def added_rows(d_sae: int, d: int, dtype: torch.dtype) -> list[Tensor]:
 NONE = [None] * 4
 
 
-def step(module, before: list[Tensor], entries: list, added=NONE, clip=math.inf, unit=True):
+def step(
+    module, before: list[Tensor], entries: list, added=NONE, clip=math.inf, unit=True, bf16=False
+):
     after = [t.clone() for t in before]
-    module.sparse_adam_step_(*after, *entries, *added, 1e-2, 0.9, 0.999, 1e-8, 3, clip, unit)
+    module.sparse_adam_step_(*after, *entries, *added, 1e-2, 0.9, 0.999, 1e-8, 3, clip, unit, bf16)
     return after
+
+
+def assert_rounding_is_all(before, entries, added=NONE, clip=math.inf) -> None:
+    """Rounding changes rows that bfloat16 does not hold exactly, and nothing else."""
+    before, entries = [t.clone() for t in before], [*entries]
+    before[3].zero_()  # b_dec
+    assert not same(
+        step(cuda, before, entries, added, clip, bf16=True),
+        step(cuda, before, entries, added, clip),
+    )
+    entries[4:] = [t.bfloat16().float() for t in entries[4:]]
+    rounded = step(cuda, before, entries, added, clip, bf16=True)
+    for one, other in zip(rounded, step(cuda, before, entries, added, clip), strict=True):
+        assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
 
 
 def assert_same_step(before, entries, added=NONE, clip=math.inf, unit=True) -> list[Tensor]:
@@ -71,6 +91,8 @@ def test_every_width(d, dtype) -> None:
     added = added_rows(d_sae, d, dtype)
     assert_same_step(before, entries, added)
     assert_same_step(before, entries, clip=0.5, unit=False)
+    if dtype == torch.float32:
+        assert_rounding_is_all(before, entries, added, clip=0.5)
 
 
 def test_more_groups_of_latents_than_blocks() -> None:
@@ -91,7 +113,8 @@ def test_long_lists(n, kind, clip) -> None:
         entries = batch(values / n, indices, None, n, d)
         got = assert_same_step(before, entries, clip=clip)
         again = step(cuda, before, entries, clip=clip)
-        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+        assert same(got, again)
+        assert_rounding_is_all(before, entries, clip=clip)
 
 
 @settings(max_examples=40, deadline=None)
@@ -158,7 +181,7 @@ def test_latents_out_of_range_take_no_part() -> None:
     bad[0][0], bad[0][1] = -1, 20
     got = step(cuda, before, entries, bad)
     want = step(cuda, before, entries, [t[2:] for t in added])
-    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    assert same(got, want)
 
 
 def test_takes_the_arguments_of_the_cpu() -> None:

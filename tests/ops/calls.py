@@ -228,9 +228,10 @@ def _adam() -> list[Call]:
         options = (1e-2, 0.9, 0.999, 1e-8, 3, max_norm, True)
         case = f"{n}x{d}x{m}-{layout}-{dtype}-clip{max_norm}" + ("-rows" if extra else "")
         tolerance = 2e-5 if dtype == torch.float32 else 1e-11
-        found.append(
-            Call("sparse_adam_step_", case, (*tensors, x, error, *rows, *options), tolerance)
-        )
+        call = (*tensors, x, error, *rows, *options)
+        found.append(Call("sparse_adam_step_", case, call, tolerance))
+        if dtype == torch.float32:
+            found.append(Call("sparse_adam_step_", f"{case}-bf16-rows", (*call, True), 2e-2))
     return found
 
 

@@ -55,6 +55,21 @@ def test_equals_reference_in_float64(device, isa, shape, layout, clip, extra) ->
         assert not torch.equal(a, before)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (33, 48, 200, 7)])
+@pytest.mark.parametrize("layout", ["fixed", "variable"])
+def test_rows_rounded_to_bfloat16(device, shape, layout) -> None:
+    """A step as exact as bfloat16 rows make it; where it rounds nothing, the same one."""
+    state, acts, grad, x, error = make(*shape, torch.float32, layout, device)
+    state[0].b_dec.zero_()
+    exact = [t.bfloat16().float() for t in (x, error)]
+    for rows, tolerance in (((x, error), 1e-2), (exact, 1e-6)):
+        got, want = copies(state), copies(state)
+        for tensors, dtype in ((got, torch.bfloat16), (want, None)):
+            ops.sparse_adam_step_(*tensors, acts, grad, *rows, lr=1e-2, step=3, compute_dtype=dtype)
+        for a, b in zip(sum(got, ()), sum(want, ()), strict=True):
+            assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
 def autograd_step(parameters, optimizer, x, k, clip):
     W_enc, W_dec, b_enc, b_dec = parameters
     top = ops.encode_topk(x, W_enc, b_enc, k, b_dec=b_dec)

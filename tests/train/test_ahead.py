@@ -48,8 +48,7 @@ def test_an_error_comes_in_its_turn():
 
     got = []
     with pytest.raises(ValueError, match="bad rows"):
-        for x in ahead(make(), CPU):
-            got.append(int(x))
+        got.extend(map(int, ahead(make(), CPU)))
     assert got == [0, 1]
     assert not threads()
 

@@ -32,6 +32,7 @@ def sparse_adam_step_(
     clip_grad_norm: float | None = None,
     unit_norm: bool = True,
     added: LatentGradients | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> None:
     """Do one Adam step on all four parameters of an SAE, in place, latent by latent.
 
@@ -60,6 +61,9 @@ def sparse_adam_step_(
             over the entries, no memory.
         unit_norm: scale rows of W_dec to norm 1 at the end; rows of zeros stay.
         added: gradients of some latents from another loss, added to the above.
+        compute_dtype: `torch.bfloat16` rounds the rows of error and of x - b_dec that g_dec and
+            g_enc are sums of, where that is faster (CUDA, float32 parameters); sums and everything
+            else keep their precision.
 
     Raises:
         TypeError: a dtype is not as stated.
@@ -124,6 +128,7 @@ def sparse_adam_step_(
         step,
         math.inf if clip_grad_norm is None else clip_grad_norm,
         unit_norm,
+        compute_dtype == torch.bfloat16,
     )
 
 
@@ -134,7 +139,7 @@ def _fake(*_: object) -> None:
 
 @fallback(_OP)
 def _plain(*arguments: object) -> None:
-    tensors, (lr, beta1, beta2, eps, step, max_norm, unit_norm) = arguments[:-7], arguments[-7:]
+    tensors, (lr, beta1, beta2, eps, step, max_norm, unit_norm) = arguments[:22], arguments[22:29]
     parameters, exp_avg, exp_avg_sq = (StepTensors(*tensors[i : i + 4]) for i in (0, 4, 8))  # type: ignore[arg-type]
     values, grad_values, indices, offsets, x, error, *rows = tensors[12:]
     reference.sparse_adam_step_(

@@ -118,6 +118,7 @@ def fused_update(
         eps=group["eps"],
         clip_grad_norm=config.clip_grad_norm,
         added=None if rows is None else _added(rows, grads[2:]),
+        compute_dtype=sae.compute_dtype,
     )
     return out
 
