@@ -26,12 +26,6 @@ void run(AdamCall& c) {
   const Entries e = checked_entries(op, c.values, c.indices, c.offsets, c.W_enc.size(0),
                                     c.W_enc.scalar_type(), "W_enc", c.W_enc);
   const Tensor grad = as_contiguous(c.grad_values), error = as_contiguous(c.error);
-  const bool bf16_rows = c.bf16_rows && format == Format::kFloat32;
-  const auto gathered = [&](const Tensor& t) {
-    return as_contiguous(bf16_rows ? torch::stable::to(t, ScalarType::BFloat16) : t);
-  };
-  const Tensor error_rows = gathered(error);
-  const Tensor centred_rows = gathered(torch::stable::subtract(c.x, c.b_dec));
   const auto moving = [](Tensor& p, Tensor& m, Tensor& v) {
     return MovingParams{p.mutable_data_ptr(), m.mutable_data_ptr(), v.mutable_data_ptr()};
   };
@@ -42,8 +36,8 @@ void run(AdamCall& c) {
                     e.params,
                     grad.const_data_ptr(),
                     error.const_data_ptr(),
-                    error_rows.const_data_ptr(),
-                    centred_rows.const_data_ptr(),
+                    nullptr,
+                    nullptr,
                     nullptr,
                     nullptr,
                     nullptr,
@@ -53,7 +47,7 @@ void run(AdamCall& c) {
                     c.scalars<AdamConstants>(),
                     c.max_norm,
                     c.unit_norm,
-                    bf16_rows};
+                    false};
   Tensor added = c.W_enc, added_enc = c.W_enc, added_dec = c.W_enc, added_b = c.W_enc;
   if (c.rows) {
     added = as_contiguous(*c.rows);
@@ -66,6 +60,14 @@ void run(AdamCall& c) {
     params.added_b_enc = added_b.const_data_ptr();
     params.added_count = static_cast<int32_t>(added.numel());
   }
+  params.bf16_rows = c.bf16_rows && takes_bf16_rows(params, format);
+  const auto gathered = [&](const Tensor& t) {
+    return as_contiguous(params.bf16_rows ? torch::stable::to(t, ScalarType::BFloat16) : t);
+  };
+  const Tensor error_rows = gathered(error);
+  const Tensor centred_rows = gathered(torch::stable::subtract(c.x, c.b_dec));
+  params.error_rows = error_rows.const_data_ptr();
+  params.centred_rows = centred_rows.const_data_ptr();
   Tensor space = scratch(c.W_enc, sparse_adam_step_scratch(params, format));
   params.scratch = space.mutable_data_ptr();
   check_launch(op, launch_sparse_adam_step(params, format, device.stream()));

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "cuda/sparse_adam_step_kernel.cuh"
 #include "cuda/transpose.h"
@@ -206,8 +207,10 @@ const char* launch(const AdamParams& p, const Plan& plan, cudaStream_t stream) {
 template <class F, class R>
 const char* launch_format(const AdamParams& p, cudaStream_t stream) {
   const Plan plan = fastsae::cuda::plan<F, R>(p);
-  if (!plan.wide && plan.large) return launch<F, R, false, 4, 512>(p, plan, stream);
-  if (!plan.wide) return launch<F, R, false, 4, 128>(p, plan, stream);
+  if constexpr (std::is_same_v<F, R>) {
+    if (!plan.wide && plan.large) return launch<F, R, false, 4, 512>(p, plan, stream);
+    if (!plan.wide) return launch<F, R, false, 4, 128>(p, plan, stream);
+  }
   if (plan.large) return launch<F, R, true, 4, 512>(p, plan, stream);
   const char* error = nullptr;
   with_packs(plan.split.per_lane, [&](auto packs) {
@@ -217,6 +220,10 @@ const char* launch_format(const AdamParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
+
+bool takes_bf16_rows(const AdamParams& params, Format format) {
+  return format == Format::kFloat32 && wide<Float32, BFloat16>(params);
+}
 
 int64_t sparse_adam_step_scratch(const AdamParams& params, Format format) {
   if (format == Format::kFloat64) return plan<Float64, Float64>(params).bytes;

@@ -35,9 +35,13 @@ struct AdamParams {
   AdamConstants adam;
   double max_norm;  // infinity does not clip
   bool unit_norm;
-  bool bf16_rows;           // with float32
+  bool bf16_rows;           // takes_bf16_rows() must be true
   void* scratch = nullptr;  // sparse_adam_step_scratch() bytes
 };
+
+// Whether the rows that are gathered may be bfloat16: with float32, where all rows can be read 16
+// bytes at a time. Theirs are null when this is asked.
+bool takes_bf16_rows(const AdamParams& params, Format format);
 
 // Mostly d_sae / 16 rows of d numbers, the shares of the gradient of b_dec, and 2 cap / 256 rows
 // for the segments of long lists.

@@ -55,13 +55,12 @@ def step(
 
 
 def assert_rounding_is_all(before, entries, added=NONE, clip=math.inf) -> None:
-    """Rounding changes rows that bfloat16 does not hold exactly, and nothing else."""
+    """Rounding changes rows that bfloat16 does not hold exactly, if rows are aligned; else nothing."""
     before, entries = [t.clone() for t in before], [*entries]
     before[3].zero_()  # b_dec
-    assert not same(
-        step(cuda, before, entries, added, clip, bf16=True),
-        step(cuda, before, entries, added, clip),
-    )
+    rounded = step(cuda, before, entries, added, clip, bf16=True)
+    aligned = before[0].shape[1] % 8 == 0
+    assert same(rounded, step(cuda, before, entries, added, clip)) is not aligned
     entries[4:] = [t.bfloat16().float() for t in entries[4:]]
     rounded = step(cuda, before, entries, added, clip, bf16=True)
     for one, other in zip(rounded, step(cuda, before, entries, added, clip), strict=True):

@@ -50,8 +50,10 @@ class TrainConfig:
     does not cover take autograd."""
     compute_dtype: str = "auto"
     """What the encoder's product rounds its two factors to while training: float32 (nothing),
-    bfloat16, or auto: bfloat16 where the processor multiplies it natively. Parameters, sums,
-    selection, thresholds and statistics are float32 in any case."""
+    bfloat16, or auto: bfloat16 where the processor multiplies it natively (AVX-512 BF16, GPUs from
+    compute capability 8.0 on). A GPU rounds the rows that gradients are sums of as well, see
+    `ops.sparse_adam_step_`. Parameters, sums, selection, thresholds and statistics are float32 in
+    any case."""
     dead_after_tokens: int | None = None
     """Tokens without firing that make a latent dead; None: a tenth of the run, at most 10^7."""
     normalize: bool = True

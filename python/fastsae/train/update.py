@@ -54,8 +54,14 @@ def compute_dtype(sae: SAE, config: TrainConfig) -> torch.dtype | None:
     """Return what the encoder's product rounds its factors to; None: nothing is rounded."""
     if config.compute_dtype == "float32" or sae.W_enc.dtype != torch.float32:
         return None
-    native = sae.W_enc.device.type == "cpu" and _library.has_bf16()
-    return torch.bfloat16 if config.compute_dtype == "bfloat16" or native else None
+    wanted = config.compute_dtype == "bfloat16" or _multiplies_bf16(sae.W_enc.device)
+    return torch.bfloat16 if wanted else None
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and _library.has_bf16()
 
 
 def autograd_update(
