@@ -51,24 +51,33 @@ __device__ __forceinline__ T block_sum(T x, T* space) {
   return total;
 }
 
-// Finds, from a histogram of 256 digits, the digit that holds the need-th largest key, and how many
-// are still needed inside it. Lane l owns digits 255 - 8l .. 248 - 8l, so a scan over lanes counts
-// from the largest digit down. Called by one whole warp.
-__device__ inline void find_digit(const unsigned* histogram, unsigned need, int lane,
-                                  unsigned* digit, unsigned* rest) {
-  unsigned own = 0;
-  for (int b = 0; b < 8; ++b) own += histogram[255 - 8 * lane - b];
-  unsigned above = warp_inclusive_sum(own, lane) - own;
-  if (above >= need || need > above + own) return;  // one lane goes on
-  for (int b = 0; b < 8; ++b) {
-    const unsigned count = histogram[255 - 8 * lane - b];
-    if (need <= above + count) {
-      *digit = static_cast<unsigned>(255 - 8 * lane - b);
-      *rest = need - above;
-      return;
-    }
-    above += count;
+// A digit that was looked for: which, how many keys have it, and how many of these are needed.
+struct Digit {
+  unsigned digit, size, rest;
+};
+
+// Finds, from a histogram of 256 digits (aligned to 16 bytes), the digit that holds the need-th
+// largest key, and leaves the histogram zero. Lane l owns digits 255 - 8l .. 248 - 8l, so a scan
+// over lanes counts from the largest digit down. Called by one whole warp.
+__device__ __forceinline__ void find_digit(unsigned* histogram, unsigned need, int lane,
+                                           Digit* found) {
+  uint4* own = reinterpret_cast<uint4*>(histogram) + 2 * (31 - lane);
+  const uint4 high = own[1], low = own[0];
+  own[0] = own[1] = uint4{};
+  const unsigned counts[8] = {high.w, high.z, high.y, high.x, low.w, low.z, low.y, low.x};
+  unsigned sum = 0;
+#pragma unroll
+  for (int b = 0; b < 8; ++b) sum += counts[b];
+  const unsigned above = warp_inclusive_sum(sum, lane) - sum;
+  if (above >= need || need > above + sum) return;  // one lane goes on
+  Digit here{static_cast<unsigned>(255 - 8 * lane), counts[0], need - above};
+  bool below = true;
+#pragma unroll
+  for (int b = 1; b < 8; ++b) {
+    below = below && here.rest > here.size;
+    if (below) here = {here.digit - 1, counts[b], here.rest - here.size};
   }
+  *found = here;
 }
 
 // Adds one to histogram[digit] for the lanes where `counted`. Lanes with the same digit add once:

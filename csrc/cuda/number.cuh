@@ -34,6 +34,13 @@ struct Float32 : Ordered<uint32_t, 0x7f800000u> {
   using Acc = float;
   __device__ __forceinline__ static float widen(Bits bits) { return bits_as<float>(bits); }
   __device__ __forceinline__ static Bits narrow(float x) { return bits_as<Bits>(x); }
+  // The larger numbers of two words of 32 bits; NaN loses here, and wins below.
+  __device__ __forceinline__ static uint32_t larger(uint32_t a, uint32_t b) {
+    return narrow(fmaxf(widen(a), widen(b)));
+  }
+  __device__ __forceinline__ static uint32_t larger_or_nan(uint32_t a, uint32_t b) {
+    return narrow(max_or_nan(widen(a), widen(b)));
+  }
 };
 
 struct Float64 : Ordered<uint64_t, 0x7ff0000000000000ull> {
@@ -48,12 +55,24 @@ struct BFloat16 : Ordered<uint16_t, 0x7f80u> {
     return bits_as<float>(static_cast<uint32_t>(bits) << 16);
   }
   __device__ __forceinline__ static Bits narrow(float x) { return float_to_bfloat16(x); }
+  __device__ __forceinline__ static uint32_t larger(uint32_t a, uint32_t b) {
+    return max_bfloat16x2(a, b);
+  }
+  __device__ __forceinline__ static uint32_t larger_or_nan(uint32_t a, uint32_t b) {
+    return max_or_nan_bfloat16x2(a, b);
+  }
 };
 
 struct Float16 : Ordered<uint16_t, 0x7c00u> {
   using Acc = float;
   __device__ __forceinline__ static float widen(Bits bits) { return half_to_float(bits); }
   __device__ __forceinline__ static Bits narrow(float x) { return float_to_half(x); }
+  __device__ __forceinline__ static uint32_t larger(uint32_t a, uint32_t b) {
+    return max_float16x2(a, b);
+  }
+  __device__ __forceinline__ static uint32_t larger_or_nan(uint32_t a, uint32_t b) {
+    return max_or_nan_float16x2(a, b);
+  }
 };
 
 // The format of a number that sums are kept in.
@@ -66,14 +85,22 @@ struct FormatOf<double> {
   using type = Float64;
 };
 
+// Number i of a word of 32 bits.
+template <class F>
+__device__ __forceinline__ float number(uint32_t word, int i) {
+  return F::widen(static_cast<typename F::Bits>(word >> (F::kBits * i)));
+}
+// Word w of 16 bytes.
+__device__ __forceinline__ uint32_t word(const uint4& v, int w) {
+  return w == 0 ? v.x : w == 1 ? v.y : w == 2 ? v.z : v.w;
+}
 // Element e of 16 bytes.
 template <class F>
 __device__ __forceinline__ typename F::Bits element(const uint4& v, int e) {
   if constexpr (sizeof(typename F::Bits) == 2) {
-    const uint32_t word = e < 2 ? v.x : e < 4 ? v.y : e < 6 ? v.z : v.w;
-    return static_cast<uint16_t>(e & 1 ? word >> 16 : word & 0xffffu);
+    return static_cast<uint16_t>(word(v, e >> 1) >> (16 * (e & 1)));
   } else if constexpr (sizeof(typename F::Bits) == 4) {
-    return e == 0 ? v.x : e == 1 ? v.y : e == 2 ? v.z : v.w;
+    return word(v, e);
   } else {
     return e == 0 ? v.x | static_cast<uint64_t>(v.y) << 32 : v.z | static_cast<uint64_t>(v.w) << 32;
   }

@@ -58,6 +58,57 @@ __device__ __forceinline__ uint16_t float_to_bfloat16(float x) {
 }
 #endif
 
+// The larger number, or of two pairs of 16-bit numbers each. Plain: NaN loses; or_nan: it wins.
+#ifdef FASTSAE_EMULATED
+inline float max_or_nan(float x, float y) {
+  return x != x || x >= y ? x : y;
+}
+template <class T>
+inline uint32_t larger_pair(uint32_t a, uint32_t b, bool nan_wins) {
+  uint32_t pair = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const T p{static_cast<uint16_t>(a >> shift)}, q{static_cast<uint16_t>(b >> shift)};
+    const float x = cpu::widen(p), y = cpu::widen(q);
+    const bool first = x != x ? nan_wins : y != y ? !nan_wins : x >= y;
+    pair |= static_cast<uint32_t>((first ? p : q).bits) << shift;
+  }
+  return pair;
+}
+inline uint32_t max_float16x2(uint32_t a, uint32_t b) {
+  return larger_pair<cpu::fp16>(a, b, false);
+}
+inline uint32_t max_or_nan_float16x2(uint32_t a, uint32_t b) {
+  return larger_pair<cpu::fp16>(a, b, true);
+}
+inline uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
+  return larger_pair<cpu::bf16>(a, b, false);
+}
+inline uint32_t max_or_nan_bfloat16x2(uint32_t a, uint32_t b) {
+  return larger_pair<cpu::bf16>(a, b, true);
+}
+#else
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+  return x;
+}
+__device__ __forceinline__ uint32_t max_float16x2(uint32_t a, uint32_t b) {
+  asm("max.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+__device__ __forceinline__ uint32_t max_or_nan_float16x2(uint32_t a, uint32_t b) {
+  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+__device__ __forceinline__ uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
+  asm("max.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+__device__ __forceinline__ uint32_t max_or_nan_bfloat16x2(uint32_t a, uint32_t b) {
+  asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+#endif
+
 // 16 bytes that are read once: they should not push anything out of the caches.
 __device__ __forceinline__ uint4 load_once(const void* p) {
   return __ldcs(static_cast<const uint4*>(p));
@@ -66,6 +117,26 @@ __device__ __forceinline__ uint4 load_once(const void* p) {
 __device__ __forceinline__ uint4 load_shared_by_all(const void* p) {
   return __ldg(static_cast<const uint4*>(p));
 }
+// 16 bytes that this block and its neighbours read again and again: the first-level cache should
+// keep them, or leave its room to others.
+__device__ __forceinline__ uint4 load_again(const void* p, bool keep) {
+#ifdef FASTSAE_EMULATED
+  (void)keep;
+  return *static_cast<const uint4*>(p);
+#else
+  uint4 v;
+  if (keep) {
+    asm("ld.global.nc.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(p));
+  } else {
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(p));
+  }
+  return v;
+#endif
+}
 
 // Starts to fetch the line at p into the second-level cache.
 __device__ __forceinline__ void prefetch(const void* p) {
@@ -73,6 +144,23 @@ __device__ __forceinline__ void prefetch(const void* p) {
   (void)p;
 #else
   asm volatile("prefetch.global.L2 [%0];" : : "l"(p));
+#endif
+}
+// The same for many bytes, by a whole block; to 16 bytes.
+__device__ __forceinline__ void prefetch_block(const void* p, unsigned bytes) {
+#ifdef FASTSAE_EMULATED
+  (void)p, (void)bytes;
+#elif __CUDA_ARCH__ >= 900
+  if (threadIdx.x == 0 && bytes >= 16) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+                 :
+                 : "l"(reinterpret_cast<uintptr_t>(p) & ~uintptr_t{15}), "r"(bytes & ~15u));
+  }
+#else
+  constexpr unsigned kLine = 128;
+  for (unsigned at = kLine * threadIdx.x; at < bytes; at += kLine * blockDim.x) {
+    prefetch(static_cast<const char*>(p) + at);
+  }
 #endif
 }
 

@@ -22,22 +22,57 @@ struct Row {
 
   __device__ __forceinline__ Bits at(int j) const { return adjusted(x[j], j); }
 
-  // 16 bytes from j on.
-  __device__ __forceinline__ uint4 load(int j) const {
-    uint4 v = load_once(x + j);
+  // Vectors of 16 bytes, v[i] from element j + i step on, of those that begin below `end`. All are
+  // on their way before one is waited for.
+  template <int kVectors>
+  __device__ __forceinline__ void load(uint4 (&v)[kVectors], int j, int step, int end) const {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (j + i * step < end) v[i] = load_once(x + j + i * step);
+    }
     if constexpr (kAffine && sizeof(Bits) == 4) {
       if (bias && (reinterpret_cast<uintptr_t>(bias + j) & 15) == 0) {
-        const uint4 b = load_shared_by_all(bias + j);
-        v = {sum(v.x, b.x), sum(v.y, b.y), sum(v.z, b.z), sum(v.w, b.w)};
+        constexpr int kAtOnce = 4;  // as many as registers allow
+#pragma unroll
+        for (int first = 0; first < kVectors; first += kAtOnce) {
+          uint4 b[kAtOnce] = {};
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            const int at = j + (first + i) * step;
+            if (at < end) b[i] = load_again(bias + at, at < kKept);
+          }
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) v[first + i] = sum(v[first + i], b[i]);
+        }
       } else if (bias) {
-        v = {add(v.x, j), add(v.y, j + 1), add(v.z, j + 2), add(v.w, j + 3)};
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+          const int at = j + i * step;
+          if (at < end) v[i] = each(v[i], at, [&](Bits a, int e) { return add(a, e); });
+        }
       }
-      if (mask) v = {hide(v.x, j), hide(v.y, j + 1), hide(v.z, j + 2), hide(v.w, j + 3)};
+      if (mask) {
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+          const int at = j + i * step;
+          if (at < end) v[i] = each(v[i], at, [&](Bits a, int e) { return hide(a, e); });
+        }
+      }
     }
-    return v;
   }
 
  private:
+  // Numbers of the bias that every row should find in the first-level cache: 128 KiB, which
+  // Hopper's holds beside the stream of x.
+  static constexpr int kKept = 1 << 15;
+
+  template <class Change>
+  __device__ __forceinline__ static uint4 each(const uint4& v, int j, Change&& change) {
+    return {change(v.x, j), change(v.y, j + 1), change(v.z, j + 2), change(v.w, j + 3)};
+  }
+  __device__ __forceinline__ static uint4 sum(const uint4& a, const uint4& b) {
+    return {sum(a.x, b.x), sum(a.y, b.y), sum(a.z, b.z), sum(a.w, b.w)};
+  }
   __device__ __forceinline__ static Bits sum(Bits a, Bits b) {
     return F::narrow(F::widen(a) + F::widen(b));
   }
@@ -67,37 +102,45 @@ __device__ __forceinline__ int index_of(uint64_t candidate) {
   return ~static_cast<int>(static_cast<uint32_t>(candidate));
 }
 
-// Shared memory of a selection.
+// Shared memory of a selection. Before the first one, and after each, the histogram is zero.
 struct SelectSpace {
-  unsigned histogram[256];
-  unsigned digit, rest, count;
+  alignas(16) unsigned histogram[256];
+  Digit found;
+  unsigned count, taken;
 };
 
-// The need-th largest of the keys get(i), i < count, or a smaller number that separates the same
-// ones from the rest. Digits of 8 bits, from `shift` down to `last`; bits below that are 0.
+__device__ __forceinline__ void clear_histogram(SelectSpace& s) {
+  for (unsigned i = threadIdx.x; i < 256; i += blockDim.x) s.histogram[i] = 0;
+  __syncthreads();  // zero before anyone counts
+}
+
+// The digit of the need-th largest key, from what the block has counted.
+__device__ __forceinline__ Digit found_digit(SelectSpace& s, unsigned need) {
+  __syncthreads();  // counted before the digit is looked for
+  if (threadIdx.x < 32) find_digit(s.histogram, need, static_cast<int>(threadIdx.x), &s.found);
+  __syncthreads();  // found, and the histogram zero, before it is used
+  return s.found;
+}
+
+// The need-th largest of the keys get(i), i < count, or a smaller number that at most `spare` more
+// keys reach. Digits of 8 bits, from the uppermost down.
 template <int kThreads, class Key, class Get>
-__device__ __forceinline__ Key kth_key(int count, unsigned need, int shift, int last,
-                                       SelectSpace& s, Get&& get, unsigned* still_needed) {
-  const int tid = static_cast<int>(threadIdx.x), lane = tid & 31;
+__device__ __forceinline__ Key kth_key(int count, unsigned need, unsigned spare, SelectSpace& s,
+                                       Get&& get, unsigned* still_needed) {
   Key prefix = 0, known = 0;
-  for (; shift >= last; shift -= 8) {
-    for (int i = tid; i < 256; i += kThreads) s.histogram[i] = 0;
-    __syncthreads();  // zeroed before anyone counts
-    for (int first = 0; first < count; first += kThreads) {
-      const bool inside = first + tid < count;
-      const Key key = inside ? get(first + tid) : Key(0);
-      count_digit(s.histogram, static_cast<unsigned>(key >> shift) & 255u,
-                  inside && static_cast<Key>(key & known) == prefix, lane);
+  for (int shift = 8 * int{sizeof(Key)} - 8; shift >= 0; shift -= 8) {
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+      const Key key = get(i);
+      if (static_cast<Key>(key & known) == prefix) {
+        atomicAdd(&s.histogram[static_cast<unsigned>(key >> shift) & 255u], 1u);
+      }
     }
-    __syncthreads();  // counted before the digit is looked for
-    if (tid < 32) find_digit(s.histogram, need, lane, &s.digit, &s.rest);
-    __syncthreads();  // found before everyone reads it
-    prefix = static_cast<Key>(prefix | static_cast<Key>(s.digit) << shift);
+    const Digit found = found_digit(s, need);
+    prefix = static_cast<Key>(prefix | static_cast<Key>(found.digit) << shift);
     known = static_cast<Key>(known | Key(255) << shift);
-    need = s.rest;
-    const bool all = need == s.histogram[s.digit];
-    __syncthreads();  // read before the next digit overwrites it
-    if (all) break;
+    need = found.rest;
+    if (found.size - found.rest <= spare) break;
   }
   *still_needed = need;
   return prefix;
@@ -105,28 +148,22 @@ __device__ __forceinline__ Key kth_key(int count, unsigned need, int shift, int 
 
 // A number that at least k elements of a row reach, from the maxima of disjoint groups of them,
 // kMaxima per thread; exact in the upper 16 bits. -inf when it says nothing.
-template <int kThreads, int kMaxima>
+template <int kMaxima>
 __device__ __forceinline__ float group_bound(const float (&maxima)[kMaxima], int k,
                                              SelectSpace& s) {
-  const int tid = static_cast<int>(threadIdx.x), lane = tid & 31;
   uint32_t prefix = 0, known = 0;
   unsigned need = static_cast<unsigned>(k);
 #pragma unroll
   for (int shift = 24; shift >= 16; shift -= 8) {
-    for (int i = tid; i < 256; i += kThreads) s.histogram[i] = 0;
-    __syncthreads();  // zeroed before anyone counts
 #pragma unroll
     for (int g = 0; g < kMaxima; ++g) {
       const uint32_t key = float_key(maxima[g]);
-      count_digit(s.histogram, key >> shift & 255u, (key & known) == prefix, lane);
+      if ((key & known) == prefix) atomicAdd(&s.histogram[key >> shift & 255u], 1u);
     }
-    __syncthreads();  // counted before the digit is looked for
-    if (tid < 32) find_digit(s.histogram, need, lane, &s.digit, &s.rest);
-    __syncthreads();  // found before everyone reads it
-    prefix |= s.digit << shift;
+    const Digit found = found_digit(s, need);
+    prefix |= found.digit << shift;
     known |= 255u << shift;
-    need = s.rest;
-    __syncthreads();  // read before the next digit overwrites it
+    need = found.rest;
   }
   constexpr uint32_t kMinusInf = ~(Float32::kSign | Float32::kInf);  // its key
   return Float32::widen(Float32::from_key(prefix < kMinusInf ? kMinusInf : prefix));
@@ -144,7 +181,7 @@ __device__ __forceinline__ void radix_select(const Row<F, kAffine>& row, int fir
   const int tid = static_cast<int>(threadIdx.x), lane = tid & 31, warp = tid >> 5;
   unsigned ties = 0;
   const Bits least = kth_key<kThreads, Bits>(
-      size, k, F::kBits - 8, 0, s, [&](int j) { return F::key(row.at(first + j)); }, &ties);
+      size, k, 0, s, [&](int j) { return F::key(row.at(first + j)); }, &ties);
   unsigned above_before = 0, equal_before = 0;
   for (int begin = 0; begin < size; begin += kThreads) {
     const int j = begin + tid;

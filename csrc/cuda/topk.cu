@@ -45,7 +45,7 @@ Plan plan(const TopkParams& p, Format format) {
   if (parts * p.k > kMostMerged) return plan;
   plan.parts = static_cast<int>(std::max<int64_t>(1, parts));
   plan.part_size = plan.parts == 1 ? p.m : up_to_multiple((p.m + parts - 1) / parts, 64);
-  plan.kind = p.k > 128                                      ? Kind::k512x4
+  plan.kind = p.k > kMostRanked                              ? Kind::k512x4
               : p.k > 64 || plan.part_size > 3 * (kPart / 8) ? Kind::k512x1
                                                              : Kind::k256x1;
   // Twice the candidates that are expected of a row in random order.
@@ -60,8 +60,9 @@ Plan plan(const TopkParams& p, Format format) {
 // Launches the kernel that holds 16 kVectors bytes of a row per thread, kResident blocks at a time
 // on a multiprocessor.
 template <class F, bool kAffine, int kThreads, int kVectors, int kMaxima, int kResident>
-void launch_held(const TopkArgs<F>& a, cudaStream_t stream) {
-  const size_t shared = sizeof(uint64_t) * static_cast<size_t>(a.room + a.sort_size);
+void launch_held(TopkArgs<F> a, cudaStream_t stream) {
+  a.ahead = int64_t{kResident} * multiprocessors();
+  const size_t shared = sizeof(uint64_t) * static_cast<size_t>(a.room + a.taken);
   if (shared > 48 * 1024) {
     cudaFuncSetAttribute(&topk_kernel<F, kAffine, kThreads, kVectors, kMaxima, kResident>,
                          cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
@@ -70,9 +71,9 @@ void launch_held(const TopkArgs<F>& a, cudaStream_t stream) {
                  grid_of(a.n * a.parts), kThreads, shared, stream, a);
   if (a.parts > 1) {
     constexpr int kMergeThreads = 256;
-    const size_t merged = sizeof(uint64_t) * static_cast<size_t>(a.parts * a.k + a.sort_size);
-    FASTSAE_LAUNCH((merge_parts_kernel<F, kAffine, kMergeThreads>), grid_of(a.n), kMergeThreads,
-                   merged, stream, a);
+    const size_t merged = sizeof(uint64_t) * static_cast<size_t>(a.parts * a.k + a.taken);
+    FASTSAE_LAUNCH((merge_parts_kernel<F, kAffine, kMergeThreads, kMaxima == 1>), grid_of(a.n),
+                   kMergeThreads, merged, stream, a);
   }
 }
 
@@ -94,12 +95,13 @@ const char* launch(const TopkParams& p, Format format, cudaStream_t stream) {
                       plan.parts,
                       plan.part_size,
                       plan.room,
-                      next_power_of_two(p.k),
+                      p.k > kMostRanked ? next_power_of_two(p.k) : p.k + kSpare,
+                      0,
                       scratch};
   if constexpr (sizeof(Bits) < 8) {
     constexpr bool kWide = sizeof(Bits) == 4;
     if (plan.kind == Kind::k256x1) {
-      launch_held<F, kAffine, 256, kWide ? 8 : 4, 1, kWide ? 3 : 4>(a, stream);
+      launch_held<F, kAffine, 256, kWide ? 8 : 4, 1, kWide ? 3 : 5>(a, stream);
     }
     if (plan.kind == Kind::k512x1) launch_held<F, kAffine, 512, 4, 1, 2>(a, stream);
     if (plan.kind == Kind::k512x4) launch_held<F, kAffine, 512, 4, 4, 2>(a, stream);
@@ -108,7 +110,7 @@ const char* launch(const TopkParams& p, Format format, cudaStream_t stream) {
     FASTSAE_LAUNCH((radix_topk_kernel<F, kAffine>), grid_of(p.n), kRadixThreads, 0, stream, a);
     if (p.sorted) {
       FASTSAE_LAUNCH(sort_kernel<F>, static_cast<unsigned>(plan.sort_blocks), kRadixThreads, 0,
-                     stream, p.n, p.k, a.sort_size, scratch, a.values, a.indices);
+                     stream, p.n, p.k, next_power_of_two(p.k), scratch, a.values, a.indices);
     }
   }
   return launch_error();

@@ -72,44 +72,43 @@ _ADAM = "cuda/sparse_adam_step_kernel.cuh"
 
 BUGS = (
     _barrier("candidates are counted too early", "topk", _TOPK, "all candidates are there"),
-    _barrier("count is reset too late", "topk", _TOPK, "reset before anyone takes"),
+    _barrier("survivors are ranked too early", "topk", _TOPK, "all that remain are there"),
+    _barrier("winners are placed too early", "topk", _TOPK, "all that are placed are there"),
+    _barrier("sorted before all are taken", "topk", _TOPK, "all that are taken are there"),
     _barrier("sort without steps", "topk", _BLOCK, "one exchange step done by all before the next"),
+    _barrier("digit before its counts", "topk", _SELECT, "counted before the digit is looked for"),
     _barrier(
-        "digit is overwritten",
-        "topk",
-        _SELECT,
-        "read before the next digit overwrites it",
-        after="\n    if (all) break;",
+        "digit is read early", "topk", _SELECT, "found, and the histogram zero, before it is used"
     ),
     _barrier(
         "next row starts too early",
         "topk",
         _TOPK,
         "done with shared memory before the next row",
-        before="a.partial[task * a.k + j] = 0;\n    }\n    ",
+        before="a.partial[task * a.k + j] = 0;\n    ",
     ),
     Bug(
         "histogram is not atomic",
         "topk",
-        _BLOCK,
-        "atomicAdd(&histogram[digit], static_cast<unsigned>(__popc(peers)));",
-        "histogram[digit] += static_cast<unsigned>(__popc(peers));",
+        _SELECT,
+        "atomicAdd(&s.histogram[key >> shift & 255u], 1u);",
+        "s.histogram[key >> shift & 255u] += 1u;",
         "tsan",
     ),
     Bug(
         "shared memory is one short",
         "topk",
         _LAUNCH,
-        "static_cast<size_t>(a.room + a.sort_size)",
-        "static_cast<size_t>(a.room + a.sort_size - 1)",
+        "static_cast<size_t>(a.room + a.taken)",
+        "static_cast<size_t>(a.room + a.taken - 1)",
         "asan",
     ),
     Bug(
         "one read past the row",
         "topk",
         _SELECT,
-        "const bool inside = first + tid < count;",
-        "const bool inside = first + tid <= count;",
+        "i < count; i += kThreads",
+        "i <= count; i += kThreads",
         "asan",
     ),
     Bug(
@@ -140,12 +139,8 @@ BUGS = (
         "a warp operation for some",
         "topk",
         _SELECT,
-        "    if (tid < 32) find_digit(s.histogram, need, lane, &s.digit, &s.rest);\n"
-        "    __syncthreads();  // found before everyone reads it\n"
-        "    prefix = ",
-        "    if (tid < 31) find_digit(s.histogram, need, lane, &s.digit, &s.rest);\n"
-        "    __syncthreads();\n"
-        "    prefix = ",
+        "if (threadIdx.x < 32) find_digit",
+        "if (threadIdx.x < 31) find_digit",
         "emulator",
     ),
     Bug(
@@ -168,8 +163,8 @@ BUGS = (
         "mask is forgotten",
         "encode_topk",
         _SELECT,
-        "if (mask) v = {hide(v.x, j), hide(v.y, j + 1), hide(v.z, j + 2), hide(v.w, j + 3)};",
-        "",
+        "      if (mask) {",
+        "      if (false) {",
         "result",
         "topk",
     ),

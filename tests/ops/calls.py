@@ -101,6 +101,8 @@ def _select() -> list[Call]:
         (3, 33_001, 20, f32, "normal"),
         (1, 9000, 40, f32, "ascending"),
         (4, 130, 60, f32, "zeros"),
+        (9, 17_001, 100, f32, "normal"),  # more candidates than are ranked at once
+        (2, 1203, 200, f32, "normal"),  # sorted, not ranked
     ):
         for sorted in (False, True):
             x = matrix(kind, n, m, dtype)
@@ -148,6 +150,7 @@ def _encode() -> list[Call]:
         (70, 40, 300, torch.bfloat16, False),
         (3, 24, 70, torch.float16, False),
         (33, 17, 65, torch.float64, False),
+        (3, 2, 9005, torch.float32, False),  # more than a tile; rows at any address
     ):
         x, W = _integers(n, d, dtype=dtype), _integers(m, d, dtype=dtype)
         b_enc, b_dec = _integers(m, dtype=dtype, most=4), _integers(d, dtype=dtype)

@@ -66,6 +66,7 @@ def test_rows_that_defeat_the_first_bound(isa) -> None:
     ("n", "m", "k"),
     [
         (9, 16_390, 64),
+        (9, 33_003, 100),
         (2, 33_001, 65),
         (1, 70_000, 40),
         (2, 140_001, 200),
@@ -91,6 +92,37 @@ def test_rows_at_any_address(device) -> None:
         got, want = ops.topk(x, 20), reference.topk(x, 20)
         assert same(got.values, want.values)
         assert torch.equal(got.indices, want.indices)
+
+
+# A vector is passed over by the largest of its numbers: one that is alone in it has to be seen
+# wherever it stands, and NaN beside it, behind the first tile too.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_any_place_of_a_vector(device, dtype) -> None:
+    m, k = 20_000, 24
+    for kind in ("normal", "negative"):
+        x = matrix(kind, 9, m, torch.float32)
+        x[:, 0] = 40.0
+        for r in range(8):
+            places = 8 * (torch.randperm(m // 8)[: 2 * k] if r % 2 else torch.arange(2 * k)) + r
+            x[r, places] = 50.0 + torch.arange(2 * k)
+            x[r, places[::3]] = float("nan")
+        x[8] = float("nan")
+        x = x.to(dtype).to(device)
+        for sorted in (False, True):
+            got, want = ops.topk(x, k, sorted=sorted), reference.topk(x, k, sorted=sorted)
+            assert same(got.values, want.values)
+            assert torch.equal(got.indices, want.indices)
+
+
+# Zeros of both signs keep their sign, though they are equal.
+def test_signs_of_zeros(device) -> None:
+    x = -torch.rand(9, 9001, device=device) - 0.5
+    x[:, ::300] = 0.0
+    x[:, ::600] = -0.0
+    for sorted in (False, True):
+        got = ops.topk(x, 20, sorted=sorted)
+        assert torch.equal(got.values.signbit(), x.gather(1, got.indices.long()).signbit())
+        assert torch.equal(got.indices, reference.topk(x, 20, sorted=sorted).indices)
 
 
 def test_leading_dimensions_and_strides(device) -> None:
