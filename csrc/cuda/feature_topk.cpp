@@ -30,13 +30,18 @@ std::tuple<Tensor, Tensor, Tensor> feature_topk(const Tensor& x_in, const Tensor
   Tensor offsets = new_empty(x, {n + 1}, ScalarType::Int);
   Tensor theta = new_empty(x, {columns}, accumulator_type(x));
   Tensor tie_row = new_empty(x, {columns}, ScalarType::Int);
-  const ColumnBoundParams bounds{x.const_data_ptr(),
-                                 n,
-                                 static_cast<int32_t>(columns),
-                                 data_of<int32_t>(m),
-                                 theta.mutable_data_ptr(),
-                                 mutable_data_of<int32_t>(tie_row)};
-  if (columns > 0) check_launch(op, launch_column_bound(bounds, format, device.stream()));
+  ColumnBoundParams bounds{.x = x.const_data_ptr(),
+                           .n = n,
+                           .columns = static_cast<int32_t>(columns),
+                           .m = data_of<int32_t>(m),
+                           .total = cap,
+                           .theta = theta.mutable_data_ptr(),
+                           .tie_row = mutable_data_of<int32_t>(tie_row)};
+  if (columns > 0) {
+    Tensor lists = scratch(x, column_bound_scratch(bounds, format));
+    bounds.scratch = lists.mutable_data_ptr();
+    check_launch(op, launch_column_bound(bounds, format, device.stream()));
+  }
   MatrixSelectParams params{.x = x.const_data_ptr(),
                             .n = n,
                             .m = static_cast<int32_t>(columns),

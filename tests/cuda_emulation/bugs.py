@@ -220,6 +220,34 @@ BUGS = (
         "tie_row = static_cast<int32_t>(r);",
         "result",
     ),
+    _barrier("listed before all are found", "feature_topk", _FEATURE, "all are found"),
+    _barrier(
+        "found is overwritten", "feature_topk", _FEATURE, "listed before they are overwritten"
+    ),
+    Bug(
+        "entries equal to the bound are not listed",
+        "feature_topk",
+        _FEATURE,
+        "any |= piece.value(e) >= bound[e];",
+        "any |= piece.value(e) > bound[e];",
+        "result",
+    ),
+    Bug(
+        "a list's last ties are kept",
+        "feature_topk",
+        _FEATURE,
+        "return end - static_cast<uint32_t>(rows[i]);",
+        "return static_cast<uint32_t>(rows[i]) + 1;",
+        "result",
+    ),
+    Bug(
+        "a full list is believed",
+        "feature_topk",
+        _FEATURE,
+        "return room == 0 || count[c] > static_cast<unsigned>(room);",
+        "return room == 0;",
+        "result",
+    ),
     _barrier(
         "peers read what one has written",
         "transpose",

@@ -139,6 +139,23 @@ def _select() -> list[Call]:
         Call("batch_topk", "dense", (x, 90_000, None)),
         Call("threshold_select", "dense", (x, torch.tensor(-0.5), 200_000)),
     ]
+    # Enough rows for lists: of aligned and other columns, a bound from every second row, more tasks
+    # than threads, ties at the bound and many of them, and columns that are settled as a whole.
+    for n, m, dtype, kind in (
+        (600, 40, f32, "ties"),
+        (680, 515, f32, "normal"),
+        (300, 41, f32, "equal"),
+        (320, 72, bf16, "ties"),
+        (300, 37, f16, "special"),
+        (260, 34, f64, "normal"),
+    ):
+        x = matrix(kind, n, m, dtype)
+        one = torch.arange(m, dtype=torch.int32) % 2
+        few, many = one + 1, one + 1
+        few[1], many[m // 2 : m // 2 + 5] = n // 4, n // 12
+        for name, lengths in (("one", one), ("few-large", few), ("many-large", many)):
+            case = f"{n}x{m}-{kind}-{dtype}-{name}"
+            found.append(Call("feature_topk", case, (x, lengths, int(lengths.sum()))))
     return found
 
 

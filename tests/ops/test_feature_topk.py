@@ -36,6 +36,61 @@ def test_equals_reference(device, isa, dtype, kind) -> None:
             assert_same_acts(got, reference.feature_topk(x, m), (n, d_sae, m))
 
 
+def tall(kind: str, n: int, d_sae: int, dtype: torch.dtype) -> torch.Tensor:
+    """What lists of a column's largest entries, or groups of its rows, may get wrong."""
+    row = torch.arange(n).unsqueeze(1)
+    if kind == "clustered":  # the largest entries in neighbouring rows
+        start = torch.randint(n, (d_sae,))
+        x = torch.rand(n, d_sae) + 3 * ((row >= start) & (row < start + 40))
+    elif kind == "periodic":  # all in the same group
+        x = torch.rand(n, d_sae) + 3 * (row % 32 == 0)
+    elif kind == "plateau":  # more are equal to the bound than a list has room for
+        x = torch.rand(n, d_sae).clamp_min(0.8)
+        x[:, ::2] = x[:, ::2].clamp_max(0.9)
+    elif kind == "rare":  # fewer positive entries than are wanted
+        x = torch.randn(n, d_sae) - 3
+    else:
+        return matrix(kind, n, d_sae, dtype)
+    return x.to(dtype)
+
+
+# n, d_sae: aligned rows and others, few columns and several blocks of them. The first two are wide
+# enough for a bound from every second or fourth row.
+LISTED = ((2600, 264), (1300, 301), (257, 40), (1000, 9))
+TALL_KINDS = ("normal", "ties", "equal", "special", "clustered", "periodic", "plateau", "rare")
+
+
+@pytest.mark.parametrize("kind", TALL_KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_rows(device, dtype, kind) -> None:
+    for n, d_sae in LISTED:
+        x = tall(kind, n, d_sae, dtype).to(device)
+        some = torch.arange(d_sae) % 3  # what most columns ask for
+        one, many = some.clone(), some.clone()
+        one[[0, 2, d_sae // 2, d_sae - 1]] = torch.tensor([n // 2, n - 1, n, 40])
+        many[d_sae // 3 :: 2] = 200
+        for m in (1, 4, some, one, many):
+            m = m.to(device) if isinstance(m, torch.Tensor) else m
+            # The room that is asked for is the guess of how large m is.
+            for cap in {n * d_sae, 2 * d_sae} if m is some else (None,):
+                want = reference.feature_topk(x, m, cap=cap)
+                assert_same_acts(ops.feature_topk(x, m, cap=cap), want, (n, d_sae, m, cap))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_start_anywhere(device, dtype) -> None:
+    n, d_sae = 300, 48
+    x = torch.randn(n * d_sae + 1).to(dtype).to(device)[1:].view(n, d_sae)
+    assert_same_acts(ops.feature_topk(x, 3), reference.feature_topk(x, 3))
+
+
+@pytest.mark.parametrize("n", [255, 256, 257, 519, 1024, 1025])
+def test_any_number_of_rows(device, n) -> None:
+    x = torch.randn(n, 36, device=device)
+    for m in (1, 5, 30):
+        assert_same_acts(ops.feature_topk(x, m), reference.feature_topk(x, m), (n, m))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 150), st.integers(0, 12), st.sampled_from(KINDS))
 def test_any_shape(n, d_sae, m, kind) -> None:
