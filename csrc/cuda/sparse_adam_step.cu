@@ -95,11 +95,8 @@ Plan plan(const AdamParams& p) {
 template <class F, class R, bool kWide, int kPacks, int kThreads, bool kUpdate>
 void launch_adam(const AdamArgs<F, R>& args, const Plan& plan, cudaStream_t stream) {
   if (plan.groups == 0) return;
-  if (plan.shared > 48 * 1024) {
-    cudaFuncSetAttribute(&adam_kernel<F, R, kWide, kPacks, kThreads, kUpdate>,
-                         cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(plan.shared));
-  }
+  allow_shared(&adam_kernel<F, R, kWide, kPacks, kThreads, kUpdate>,
+               static_cast<size_t>(plan.shared));
   FASTSAE_LAUNCH((adam_kernel<F, R, kWide, kPacks, kThreads, kUpdate>), grid_of(plan.blocks),
                  kThreads, static_cast<size_t>(plan.shared), stream, args);
 }

@@ -41,7 +41,11 @@ struct Adam {
   __device__ __forceinline__ void move(A g, A& p, A& m, A& v) const {
     m += one_minus_beta1 * (g - m);
     v = one_minus_beta2 * (g * g) + beta2 * v;
-    p -= step_size * (m / (square_root(v) * inverse_correction2 + eps));
+    if constexpr (sizeof(A) == sizeof(float)) {
+      p -= step_size * close_quotient(m, close_root(v) * inverse_correction2 + eps);
+    } else {
+      p -= step_size * (m / (sqrt(v) * inverse_correction2 + eps));
+    }
   }
   __device__ __forceinline__ static A square_root(A x) {
     if constexpr (sizeof(A) == sizeof(float)) return sqrtf(x);
@@ -122,9 +126,12 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs
     const int count = min(kGroup, static_cast<int>(a.d_sae - group * kGroup));
     for (int i = tid; i < a.packs; i += kThreads) P::store(share + i * E, zeros);
     double squares = 0;
+    // A lane has the begin of its member's list: that of one more than there are is the last end.
+    const int bound = lane <= count ? a.of_error.begin(group * kGroup + lane) : 0;
     for (int member = 0; member < count; ++member) {
       const int64_t f = group * kGroup + member;
-      const int begin = a.of_error.begin(f), end = a.of_error.end(f);
+      const int begin = __shfl_sync(kFullWarp, bound, member);
+      const int end = __shfl_sync(kFullWarp, bound, member + 1);
       const int more = a.added ? a.added[f] : -1;
       const bool any = end > begin || more >= 0;
       const int64_t from = f * a.d;
@@ -157,6 +164,22 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs
         }
         __syncthreads();  // the gradients are there
       }
+      // Parameters and averages, on their way before they are needed: loads do not wait for stores.
+      struct Own {
+        typename P::Raw w_enc, w_dec, m_enc, v_enc, m_dec, v_dec;
+      };
+      const auto load = [&](int i) {
+        Own own{};
+        if (i >= a.packs) return own;
+        const int64_t c = from + i * E;
+        own.w_enc = P::load_own(a.W_enc.p + c), own.w_dec = P::load_own(a.W_dec.p + c);
+        if constexpr (kUpdate) {
+          own.m_enc = P::load_own(a.W_enc.m + c), own.v_enc = P::load_own(a.W_enc.v + c);
+          own.m_dec = P::load_own(a.W_dec.m + c), own.v_dec = P::load_own(a.W_dec.v + c);
+        }
+        return own;
+      };
+      Own next = load(tid);
       const A g_b = any ? weight_sum : A(0);
       if (tid == 0) group_bias[member] = g_b;
 
@@ -184,30 +207,29 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs
           raw_enc = P::load_own(g_enc + i * E);
           raw_dec = P::load_own(g_dec + i * E);
         }
-        const auto w_enc = P::load_own(a.W_enc.p + c), w_dec = P::load_own(a.W_dec.p + c);
+        const Own own = next;
+        next = load(i + kThreads);
         if (g_b != A(0)) {
           const auto old = P::load_own(share + i * E);
           A sum[E];
 #pragma unroll
-          for (int e = 0; e < E; ++e) sum[e] = at(old, e) - g_b * at(w_enc, e);
+          for (int e = 0; e < E; ++e) sum[e] = at(old, e) - g_b * at(own.w_enc, e);
           P::store(share + i * E, sum);
         }
         A gradient[E];  // of W_dec
 #pragma unroll
         for (int e = 0; e < E; ++e)
-          gradient[e] = any ? at(raw_dec, e) - along * at(w_dec, e) : A(0);
+          gradient[e] = any ? at(raw_dec, e) - along * at(own.w_dec, e) : A(0);
         if constexpr (!kUpdate) {
 #pragma unroll
           for (int e = 0; e < E; ++e) norm += at(raw_enc, e) * at(raw_enc, e);
 #pragma unroll
           for (int e = 0; e < E; ++e) norm += gradient[e] * gradient[e];
         } else {
-          const auto m_enc = P::load_own(a.W_enc.m + c), v_enc = P::load_own(a.W_enc.v + c);
-          const auto m_dec = P::load_own(a.W_dec.m + c), v_dec = P::load_own(a.W_dec.v + c);
           A p[E], m[E], v[E];
 #pragma unroll
           for (int e = 0; e < E; ++e) {
-            p[e] = at(w_enc, e), m[e] = at(m_enc, e), v[e] = at(v_enc, e);
+            p[e] = at(own.w_enc, e), m[e] = at(own.m_enc, e), v[e] = at(own.v_enc, e);
             a.adam.move(any ? scale * at(raw_enc, e) : A(0), p[e], m[e], v[e]);
           }
           P::store(a.W_enc.p + c, p);
@@ -215,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs
           P::store(a.W_enc.v + c, v);
 #pragma unroll
           for (int e = 0; e < E; ++e) {
-            p[e] = at(w_dec, e), m[e] = at(m_dec, e), v[e] = at(v_dec, e);
+            p[e] = at(own.w_dec, e), m[e] = at(own.m_dec, e), v[e] = at(own.v_dec, e);
             a.adam.move(any ? scale * gradient[e] : A(0), p[e], m[e], v[e]);
             norm += p[e] * p[e];
           }

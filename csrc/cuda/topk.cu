@@ -45,9 +45,9 @@ Plan plan(const TopkParams& p, Format format) {
   if (parts * p.k > kMostMerged) return plan;
   plan.parts = static_cast<int>(std::max<int64_t>(1, parts));
   plan.part_size = plan.parts == 1 ? p.m : up_to_multiple((p.m + parts - 1) / parts, 64);
-  plan.kind = p.k > kMostRanked                              ? Kind::k512x4
-              : p.k > 64 || plan.part_size > 3 * (kPart / 8) ? Kind::k512x1
-                                                             : Kind::k256x1;
+  plan.kind = p.k > kMostRanked                        ? Kind::k512x4
+              : p.k > 64 || plan.part_size > kPart / 2 ? Kind::k512x1
+                                                       : Kind::k256x1;
   // Twice the candidates that are expected of a row in random order.
   const int held = plan.kind == Kind::k256x1 || format == Format::kFloat32 ? 8192 : 16384;
   const int groups = plan.kind == Kind::k256x1 ? 256 : plan.kind == Kind::k512x1 ? 512 : 2048;
@@ -63,15 +63,13 @@ template <class F, bool kAffine, int kThreads, int kVectors, int kMaxima, int kR
 void launch_held(TopkArgs<F> a, cudaStream_t stream) {
   a.ahead = int64_t{kResident} * multiprocessors();
   const size_t shared = sizeof(uint64_t) * static_cast<size_t>(a.room + a.taken);
-  if (shared > 48 * 1024) {
-    cudaFuncSetAttribute(&topk_kernel<F, kAffine, kThreads, kVectors, kMaxima, kResident>,
-                         cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  }
+  allow_shared(&topk_kernel<F, kAffine, kThreads, kVectors, kMaxima, kResident>, shared);
   FASTSAE_LAUNCH((topk_kernel<F, kAffine, kThreads, kVectors, kMaxima, kResident>),
                  grid_of(a.n * a.parts), kThreads, shared, stream, a);
   if (a.parts > 1) {
     constexpr int kMergeThreads = 256;
     const size_t merged = sizeof(uint64_t) * static_cast<size_t>(a.parts * a.k + a.taken);
+    allow_shared(&merge_parts_kernel<F, kAffine, kMergeThreads, kMaxima == 1>, merged);
     FASTSAE_LAUNCH((merge_parts_kernel<F, kAffine, kMergeThreads, kMaxima == 1>), grid_of(a.n),
                    kMergeThreads, merged, stream, a);
   }

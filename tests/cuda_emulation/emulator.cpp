@@ -393,10 +393,11 @@ void set_max_dynamic_smem(const void* fn, int bytes) {
   std::lock_guard<std::mutex> g(smem_mu);
   smem_limits()[fn] = static_cast<size_t>(bytes);
 }
+// Without permission 48 KiB, of which up to 8 are left for the static shared memory of a kernel.
 size_t max_dynamic_smem(const void* fn) {
   std::lock_guard<std::mutex> g(smem_mu);
   auto it = smem_limits().find(fn);
-  return it == smem_limits().end() ? 48 * 1024 : it->second;
+  return it == smem_limits().end() ? 40 * 1024 : it->second;
 }
 void syncthreads(const char* file, int line) {
   runner->barrier(0, {file, line});

@@ -86,7 +86,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         for start, end in pairwise(ends):
             total = total + self._squared(target, x_hat)
             x_hat = x_hat + ops.sparse_decode(self._part(acts, start, end), self.W_dec)
-        out = self._assemble(x, target, acts, x_hat, total.new_zeros(()), dead)
+        out = self._assemble(x, target, acts, x_hat, None, dead)
         prefixes = out.fvu + unexplained(total, target)
         out.loss = out.loss - out.fvu + prefixes / (len(self.groups) + 1)
         return out

@@ -205,7 +205,8 @@ class SAE(Parameters, ABC):
         `loss` is this after encoding; an update that forms no gradients of the parameters takes
         those of `acts.values`, of `dead` and of the reconstruction from here.
         """
-        sparsity = self.sparsity_scale * self.sparsity_loss(acts)
+        cost = self.sparsity_loss(acts)
+        sparsity = None if cost is None else self.sparsity_scale * cost
         return self._assemble(x, target, acts, self.decode(acts), sparsity, dead)
 
     def _assemble(
@@ -214,30 +215,34 @@ class SAE(Parameters, ABC):
         target: Tensor,
         acts: SparseActs,
         reconstruction: Tensor,
-        sparsity: Tensor,
+        sparsity: Tensor | None,
         dead: LatentRows | None,
     ) -> SAEOutput:
         """Return the loss of a reconstruction that is already there."""
         error = accumulate(target) - accumulate(reconstruction)
         squared = error.square().sum()
         fvu = unexplained(squared, target)
-        aux = fvu.new_zeros(())
+        loss, zero = fvu, fvu.new_zeros(())
+        aux = zero
         if dead is not None:
             k = min(self.aux_k, dead.latents.shape[0])
             aux = auxk_loss(x, self._input_bias(), error.detach(), dead, k)
+            loss = loss + self.aux_alpha * aux
+        if sparsity is not None:
+            loss = loss + sparsity
         return SAEOutput(
-            loss=fvu + self.aux_alpha * aux + sparsity,
+            loss=loss,
             reconstruction=reconstruction,
             acts=acts,
             fvu=fvu,
             mse=squared.detach() / max(x.shape[0], 1),
             aux_loss=aux,
-            sparsity_loss=sparsity,
+            sparsity_loss=zero if sparsity is None else sparsity,
         )
 
-    def sparsity_loss(self, acts: SparseActs) -> Tensor:
-        """Return what the code `acts` costs in the loss: nothing, where selection bounds it."""
-        return accumulate(acts.values).new_zeros(())
+    def sparsity_loss(self, acts: SparseActs) -> Tensor | None:
+        """Return what the code `acts` costs in the loss; None where selection bounds it."""
+        return None
 
     def _input_bias(self) -> Tensor | None:
         """Return what is subtracted from x before the encoder."""

@@ -134,6 +134,7 @@ class Trainer:
         self.sae.compute_dtype = compute_dtype(self.sae, self.config)
         optimizer = make_optimizer(self.sae, self.config, self.plan.lr)
         prepare_optimizer(optimizer)
+        self.fused = is_fused(self.sae, optimizer, self.config)
         counter = UnderusedLatents if self.sae.aux == "zipf" else DeadLatents
         dead = counter(self.sae.d_sae, self.plan.dead_after_tokens, self.sae.W_enc.device)
         state = TrainState(self.sae, optimizer, dead)
@@ -240,7 +241,7 @@ class Trainer:
         # No latent can be dead before that many tokens, so the first part of a run never asks.
         some_may_be = state.step * x.shape[0] >= dead.after_tokens
         revive = dead.to_revive() if some_may_be else None
-        if is_fused(sae, optimizer, self.config):
+        if self.fused:
             out = fused_update(sae, optimizer, x, revive, self.config, state.step + 1)
         else:
             out = autograd_update(sae, optimizer, x, revive, self.config)
