@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsae import TopKSAE, TrainConfig, Trainer
+from fastsae import BatchTopKSAE, TopKSAE, TrainConfig, Trainer
 from fastsae.train.checkpoint import TrainState
 from fastsae.train.update import is_fused
 
@@ -59,9 +60,12 @@ def start(n: int, d: int, d_sae: int, k: int, device: str = "cpu") -> Start:
     return Start(x, W, b_enc, b_dec, k, lr=2e-4 / (d_sae / 2**14) ** 0.5)
 
 
-def trainer(s: Start, update: str, compute_dtype: str) -> tuple[Trainer, TrainState]:
+def trainer(
+    s: Start, update: str, compute_dtype: str, batch: bool = False
+) -> tuple[Trainer, TrainState]:
     """Return fastsae's trainer before its first step, and make sure that it takes that update."""
-    sae = TopKSAE(s.W.shape[1], s.W.shape[0], k=s.k).to(s.x.device).train()
+    cls = BatchTopKSAE if batch else TopKSAE
+    sae = cls(s.W.shape[1], s.W.shape[0], k=s.k).to(s.x.device).train()
     sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec = s.W.t(), s.W, s.b_enc, s.b_dec
     run = {"lr": s.lr, "batch_size": len(s.x), "steps": STEPS, "warmup_steps": 0, "progress": False}
     run |= {"dead_after_tokens": 10**7, "normalize": False, "b_dec_init": "keep"}
@@ -72,15 +76,18 @@ def trainer(s: Start, update: str, compute_dtype: str) -> tuple[Trainer, TrainSt
     return found, state
 
 
-def _fastsae(s: Start, **settings: str) -> Way:
+def _fastsae(s: Start, **settings: Any) -> Way:
     """Run Trainer's step; its forward is that of the first step, before the update."""
     run, state = trainer(s, **settings)
     found = attrgetter("reconstruction", "fvu")
     return Way(lambda: run._step(s.x, state), lambda: found(run._step(s.x, state)))
 
 
-def _dense_torch(s: Start, autocast: bool = False) -> Way:
-    """Run the same equations in autograd, with [n, d_sae] latents and a fused Adam."""
+def _dense_torch(s: Start, autocast: bool = False, batch: bool = False) -> Way:
+    """Run the same equations in autograd, with [n, d_sae] latents and a fused Adam.
+
+    batch: keep the k n largest of the batch instead of k of each token.
+    """
     parameters = [torch.nn.Parameter(p.clone()) for p in (s.W, s.W, s.b_enc, s.b_dec)]
     W_enc, W_dec, b_enc, b_dec = parameters
     adam = torch.optim.Adam(parameters, lr=s.lr, fused=True)
@@ -88,9 +95,10 @@ def _dense_torch(s: Start, autocast: bool = False) -> Way:
     def forward() -> tuple[Tensor, Tensor]:
         with torch.autocast(s.x.device.type, torch.bfloat16, enabled=autocast):
             z = F.linear(s.x - b_dec, W_enc, b_enc)
-            top = z.topk(s.k, sorted=False)
-            acts = torch.zeros_like(z).scatter_(1, top.indices, top.values.relu())
-            guess = acts @ W_dec + b_dec
+            choices = z.flatten().unsqueeze(0) if batch else z
+            top = choices.topk(s.k * (len(z) if batch else 1), sorted=False)
+            acts = torch.zeros_like(choices).scatter_(1, top.indices, top.values.relu())
+            guess = acts.view_as(z) @ W_dec + b_dec
         error = (s.x - guess.float()).square().sum()
         return guess, error / (s.x - s.x.mean(0)).square().sum()
 
@@ -184,10 +192,13 @@ WAYS: dict[str, tuple[Callable[..., Way], dict[str, object], str]] = {
 }
 
 
-def build(name: str, s: Start) -> Way:
-    """Return the way called `name`, ready for its first step."""
+def build(name: str, s: Start, batch: bool = False) -> Way:
+    """Return the way called `name`, ready for its first step.
+
+    batch: with BatchTopK instead of TopK; fastsae and dense torch only.
+    """
     builder, settings, _ = WAYS[name]
-    return builder(s, **settings)
+    return builder(s, **settings, **({"batch": True} if batch else {}))
 
 
 def check(ways: dict[str, Way], s: Start) -> None:

@@ -1,10 +1,11 @@
-"""A whole TopK training step against the same step in plain torch."""
+"""A whole training step, of TopK and of BatchTopK, against the same step in plain torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
+from torch.testing import assert_close
 
 from bench.ops.inputs import Shape, describe
 from bench.peers import Way, build, check, start
@@ -21,19 +22,23 @@ def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[C
         return
     n, d, m, _ = shape
     s = start(*shape, device)
-    for suffix, dtype in (("", torch.float32), (" bf16", torch.bfloat16)):
+    kinds = [("", torch.float32, False), (" bf16", torch.bfloat16, False)]
+    for suffix, dtype, batch in (*kinds, (" bf16", torch.bfloat16, True)):
         names = (f"fastsae{suffix}", f"dense torch{suffix}")
 
-        def fresh(names: tuple[str, ...] = names) -> list[Way]:
-            return [build(name, s) for name in names]
+        def fresh(names: tuple[str, ...] = names, batch: bool = batch) -> list[Way]:
+            return [build(name, s, batch) for name in names]
 
-        def same(names: tuple[str, ...] = names) -> None:
-            ours, dense = fresh(names)  # before their first step
-            check({"fastsae": ours, names[1]: dense}, s)
+        def same(names: tuple[str, ...] = names, batch: bool = batch) -> None:
+            ours, dense = fresh(names, batch)  # before their first step
+            if batch:  # rounding decides between near ties
+                assert_close(ours.forward()[1], dense.forward()[1], rtol=5e-2, atol=0)
+            else:
+                check({"fastsae": ours, names[1]: dense}, s)
 
         ours, dense = fresh()
         yield Case(
-            "training step",
+            f"training step ({'BatchTopK' if batch else 'TopK'})",
             describe(name, shape),
             ours.step,
             {"dense torch": dense.step},
