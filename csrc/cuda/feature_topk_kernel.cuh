@@ -115,14 +115,6 @@ __device__ __forceinline__ void each_piece(const ColumnBoundArgs<F>& a, unsigned
   }
 }
 
-// The larger one, b if a is NaN.
-__device__ __forceinline__ float larger(float a, float b) {
-  return fmaxf(a, b);
-}
-__device__ __forceinline__ double larger(double a, double b) {
-  return fmax(a, b);
-}
-
 // A number that some of a column's reach, and how many these are.
 template <class T>
 struct Reached {
@@ -168,7 +160,7 @@ __global__ void __launch_bounds__(kGroupThreads, 4) group_maxima_kernel(ColumnBo
                           [&](const Piece<F, kWidth>& piece, int) {
 #pragma unroll
                             for (int e = 0; e < kWidth; ++e) {
-                              largest[e] = larger(piece.value(e), largest[e]);
+                              largest[e] = max_number(piece.value(e), largest[e]);
                             }
                           });
     Codes codes;

@@ -111,6 +111,11 @@ struct SelectArgs {
     if (per_column) return -static_cast<Acc>(__builtin_huge_val());
     return theta ? *theta : Acc(0);
   }
+  // Whether what is known about the columns of a vector lies in aligned 16 bytes.
+  __device__ __forceinline__ bool whole_columns() const {
+    const auto address = reinterpret_cast<uintptr_t>(bias) | reinterpret_cast<uintptr_t>(theta);
+    return m % kVector == 0 && (address & 15) == 0;
+  }
   __device__ __forceinline__ bool hint_usable() const {
     if (!hint) return false;
     const Acc h = *hint * static_cast<Acc>(0.95);
@@ -135,7 +140,7 @@ struct SelectArgs {
 template <class F>
 __device__ __forceinline__ uint4 load_entries(const typename F::Bits* x, int64_t i, int64_t total) {
   constexpr int E = F::kVector;
-  constexpr typename F::Bits kNaN = F::kInf + 1;
+  constexpr typename F::Bits kNaN = static_cast<typename F::Bits>(~F::kSign);
   typename F::Bits parts[E];
 #pragma unroll
   for (int e = 0; e < E; ++e) parts[e] = i + e < total ? x[i + e] : kNaN;
@@ -144,10 +149,11 @@ __device__ __forceinline__ uint4 load_entries(const typename F::Bits* x, int64_t
   return v;
 }
 
-// per_column[c], per_column[c + 1], ..., going on at column 0.
+// per_column[c], per_column[c + 1], ..., going on at column 0; `whole`: these are aligned 16 bytes.
 template <int E, class Acc>
-__device__ __forceinline__ void load_columns(const Acc* per_column, int c, int m, Acc (&out)[E]) {
-  if (c + E <= m && (reinterpret_cast<uintptr_t>(per_column + c) & 15) == 0) {
+__device__ __forceinline__ void load_columns(const Acc* per_column, int c, int m, bool whole,
+                                             Acc (&out)[E]) {
+  if (whole) {
     uint4 parts[E * sizeof(Acc) / 16];
 #pragma unroll
     for (unsigned i = 0; i < E * sizeof(Acc) / 16; ++i) {
@@ -163,29 +169,39 @@ __device__ __forceinline__ void load_columns(const Acc* per_column, int c, int m
   }
 }
 
+// What is known about the columns of a vector of entries.
+template <class F>
+struct VectorColumns {
+  static constexpr int E = F::kVector;
+  typename F::Acc bias[E] = {}, theta[E] = {};
+
+  __device__ __forceinline__ void load(const SelectArgs<F>& a, int c, bool whole) {
+    if (a.bias) load_columns<E>(a.bias, c, a.m, whole, bias);
+    if (a.per_column) load_columns<E>(a.theta, c, a.m, whole, theta);
+  }
+};
+
 // The numbers of a vector of entries, from entry i and column c on: NaN for those that take no
 // part. With kColumns there is something to know about columns.
 template <class F, bool kColumns>
-__device__ __forceinline__ void entry_values(const SelectArgs<F>& a, const uint4& v, int64_t i,
-                                             int c, typename F::Acc (&out)[F::kVector]) {
+__device__ __forceinline__ void entry_values(const SelectArgs<F>& a, const uint4& v,
+                                             const VectorColumns<F>& columns, int64_t i, int c,
+                                             typename F::Acc (&out)[F::kVector]) {
   using Acc = typename F::Acc;
   constexpr int E = F::kVector;
   constexpr Acc kNone = static_cast<Acc>(__builtin_nan(""));
 #pragma unroll
   for (int e = 0; e < E; ++e) out[e] = F::widen(element<F>(v, e));
   if constexpr (kColumns) {
-    Acc other[E];
     if (a.bias) {
-      load_columns<E>(a.bias, c, a.m, other);
 #pragma unroll
-      for (int e = 0; e < E; ++e) out[e] += other[e];
+      for (int e = 0; e < E; ++e) out[e] += columns.bias[e];
     }
     if (a.per_column) {
-      load_columns<E>(a.theta, c, a.m, other);
 #pragma unroll
       for (int e = 0; e < E; ++e) {
-        bool in = out[e] > other[e];
-        if (!in && a.tie_row && out[e] == other[e]) {
+        bool in = out[e] > columns.theta[e];
+        if (!in && a.tie_row && out[e] == columns.theta[e]) {
           in = (i + e) / a.m <= a.tie_row[(c + e) % a.m];
         }
         if (!in) out[e] = kNone;
@@ -198,6 +214,20 @@ __device__ __forceinline__ void entry_values(const SelectArgs<F>& a, const uint4
         if (++c == a.m) c = 0;
       }
     }
+  }
+}
+
+// Whether a number of the vector is above the bound.
+template <class F>
+__device__ __forceinline__ bool any_above(const uint4& v, typename F::Acc bound) {
+  if constexpr (F::kVector > 2) {
+    const uint32_t most = F::larger(F::larger(v.x, v.y), F::larger(v.z, v.w));
+    bool any = false;
+#pragma unroll
+    for (int e = 0; e < F::kVector / 4; ++e) any |= number<F>(most, e) > bound;
+    return any;
+  } else {
+    return true;
   }
 }
 
@@ -301,8 +331,10 @@ __global__ void __launch_bounds__(kSelectThreads) sample_kernel(SelectArgs<F> a)
     typename F::Acc value[E];
     if (inside) {
       const int64_t i = j * (a.total / E) / a.sample_vectors * E;
-      entry_values<F, kColumns>(a, load_entries<F>(a.x, i, a.total), i,
-                                kColumns ? static_cast<int>(i % a.m) : 0, value);
+      const int c = kColumns ? static_cast<int>(i % a.m) : 0;
+      VectorColumns<F> columns;
+      if constexpr (kColumns) columns.load(a, c, a.whole_columns());
+      entry_values<F, kColumns>(a, load_entries<F>(a.x, i, a.total), columns, i, c, value);
     }
 #pragma unroll
     for (int e = 0; e < E; ++e) {
@@ -370,12 +402,16 @@ __device__ __forceinline__ typename F::Acc guessed_bound(const SelectArgs<F>& a,
 // ---------------------------------------------------------------------------
 
 template <class F, bool kColumns>
-__global__ void __launch_bounds__(kSelectThreads, kColumns || sizeof(typename F::Bits) > 2 ? 4 : 5)
+__global__ void __launch_bounds__(kSelectThreads, kColumns                       ? 3
+                                                  : sizeof(typename F::Bits) > 2 ? 4
+                                                                                 : 5)
     filter_kernel(SelectArgs<F> a) {
   using Acc = typename F::Acc;
   constexpr int E = F::kVector, kTile = SelectArgs<F>::kTile;
   constexpr int kVectors = kTile / (kSelectThreads * E);
   constexpr int kWords = kTile / 32;
+  constexpr int kAtOnce = !kColumns ? kVectors : E >= 4 ? 16 / E : 1;  // as many as registers allow
+  static_assert(kVectors % kAtOnce == 0);
   static_assert(kWords <= kSelectThreads);
   __shared__ unsigned hits[2][kWords];  // a bit for each entry of the tile; of two tiles
   __shared__ unsigned warp_sums[kSelectThreads / 32];
@@ -384,6 +420,7 @@ __global__ void __launch_bounds__(kSelectThreads, kColumns || sizeof(typename F:
   const int tid = static_cast<int>(threadIdx.x);
   const Acc bound = guessed_bound(a, space), lowest = a.lowest();
   const bool is_aligned = (reinterpret_cast<uintptr_t>(a.x) & 15) == 0;
+  const bool whole = kColumns && a.whole_columns();
   if (tid < kWords) hits[0][tid] = 0;
   __syncthreads();  // zeroed before the first hit
 
@@ -404,15 +441,27 @@ __global__ void __launch_bounds__(kSelectThreads, kColumns || sizeof(typename F:
       }
     }
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int local = (v * kSelectThreads + tid) * E;
-      Acc value[E];
-      entry_values<F, kColumns>(a, held[v], start + local, kColumns ? a.column(first, local) : 0,
-                                value);
-      unsigned found = 0;
+    for (int begin = 0; begin < kVectors; begin += kAtOnce) {
+      const auto local = [&](int v) { return (v * kSelectThreads + tid) * E; };
+      // All on their way before one is waited for.
+      VectorColumns<F> columns[kAtOnce];
 #pragma unroll
-      for (int e = 0; e < E; ++e) found |= (value[e] > bound ? 1u : 0u) << e;
-      if (found) atomicOr(&hits[turn][local / 32], found << (local % 32));
+      for (int v = 0; kColumns && v < kAtOnce; ++v) {
+        columns[v].load(a, a.column(first, local(begin + v)), whole);
+      }
+#pragma unroll
+      for (int v = 0; v < kAtOnce; ++v) {
+        const uint4& entries = held[begin + v];
+        if (!kColumns && !any_above<F>(entries, bound)) continue;
+        const int at = local(begin + v);
+        Acc value[E];
+        entry_values<F, kColumns>(a, entries, columns[v], start + at,
+                                  kColumns ? a.column(first, at) : 0, value);
+        unsigned found = 0;
+#pragma unroll
+        for (int e = 0; e < E; ++e) found |= (value[e] > bound ? 1u : 0u) << e;
+        if (found) atomicOr(&hits[turn][at / 32], found << (at % 32));
+      }
     }
     __syncthreads();                            // all hits are there
     if (tid < kWords) hits[turn ^ 1][tid] = 0;  // those of the tile before

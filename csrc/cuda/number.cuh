@@ -36,7 +36,7 @@ struct Float32 : Ordered<uint32_t, 0x7f800000u> {
   __device__ __forceinline__ static Bits narrow(float x) { return bits_as<Bits>(x); }
   // The larger numbers of two words of 32 bits; NaN loses here, and wins below.
   __device__ __forceinline__ static uint32_t larger(uint32_t a, uint32_t b) {
-    return narrow(fmaxf(widen(a), widen(b)));
+    return narrow(max_number(widen(a), widen(b)));
   }
   __device__ __forceinline__ static uint32_t larger_or_nan(uint32_t a, uint32_t b) {
     return narrow(max_or_nan(widen(a), widen(b)));

@@ -61,6 +61,10 @@ __device__ __forceinline__ uint16_t float_to_bfloat16(float x) {
 
 // The larger number, or of two pairs of 16-bit numbers each. Plain: NaN loses; or_nan: it wins.
 #ifdef FASTSAE_EMULATED
+template <class T>
+inline T max_number(T x, T y) {  // fmax of the host lets a signalling NaN win
+  return x >= y || y != y ? x : y;
+}
 inline float max_or_nan(float x, float y) {
   return x != x || x >= y ? x : y;
 }
@@ -88,6 +92,12 @@ inline uint32_t max_or_nan_bfloat16x2(uint32_t a, uint32_t b) {
   return larger_pair<cpu::bf16>(a, b, true);
 }
 #else
+__device__ __forceinline__ float max_number(float x, float y) {
+  return fmaxf(x, y);
+}
+__device__ __forceinline__ double max_number(double x, double y) {
+  return fmax(x, y);
+}
 __device__ __forceinline__ float max_or_nan(float x, float y) {
   asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
   return x;

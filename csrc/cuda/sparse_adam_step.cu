@@ -30,10 +30,13 @@ bool wide(const AdamParams& p) {
   return true;
 }
 
-// How a block's warps share the two rows of a latent: in as few and short rounds as possible.
+// How a block's warps share the two rows of a latent: in as few and short rounds as possible. A
+// round waits for memory about as long as two packs take, however many it has.
 Split split_block(int packs, int warps) {
   Split best{packs, 1, std::max(1, (packs + 31) / 32)};
-  const auto time = [&](const Split& s) { return (2 * s.chunks + warps - 1) / warps * s.per_lane; };
+  const auto time = [&](const Split& s) {
+    return (2 * s.chunks + warps - 1) / warps * (s.per_lane + 2);
+  };
   for (int per_lane = 2; per_lane <= 4; ++per_lane) {
     const Split next{packs, per_lane, std::max(1, (packs + 32 * per_lane - 1) / (32 * per_lane))};
     if (time(next) <= time(best)) best = next;

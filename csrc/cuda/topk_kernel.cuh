@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(kThreads, kResident) topk_kernel(TopkArgs<F> a
       float maxima[kMaxima];
 #pragma unroll
       for (int g = 0; g < kMaxima; ++g) maxima[g] = number<F>(words[g / kPerWord], g % kPerWord);
-      if constexpr (kMaxima < kPerWord) maxima[0] = fmaxf(maxima[0], number<F>(words[0], 1));
-      maxima[0] = fmaxf(maxima[0], single_value);
+      if constexpr (kMaxima < kPerWord) maxima[0] = max_number(maxima[0], number<F>(words[0], 1));
+      maxima[0] = max_number(maxima[0], single_value);
       return group_bound(maxima, need, space);
     };
     const auto push = [&](unsigned at, Bits bits, int index) {
