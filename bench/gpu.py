@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 480.0
 # Seconds after the start at which tests and benches end; the sanitizers get the rest.
 TESTS_END, BENCHES_END = 200.0, 400.0
+SECONDS = 0.5  # for a case
 SILENCE = 120.0  # a bench that reports nothing for so long hangs
 POISONED = 3  # exit code: no kernel of this process will run any more
 
@@ -53,10 +54,14 @@ def groups(shapes: dict[str, Shape]) -> list[tuple[str, Any]]:
 
 
 def measure(
-    shapes: dict[str, Shape], device: str, ceilings: dict[str, float], until: float, start: int = 0
+    shapes: dict[str, Shape],
+    device: str,
+    ceilings: dict[str, float],
+    until: float,
+    start: int = 0,
+    seconds: float = SECONDS,
 ) -> Iterator[Line]:
     """Yield a line before and after every case, and for every case that cannot run."""
-    seconds = 0.5
     for i, (name, module) in enumerate(groups(shapes)[start:], start):
         label = f"{module.__name__.rpartition('.')[2]} at {name}"
         yield {"group": i, "begun": label}
@@ -96,7 +101,7 @@ def drop_broken_ways(case: Case, what: str, group: int) -> Iterator[Line]:
             yield {"group": group, "begun": f"{what}: {name}"}
             try:
                 works[name]()
-            except RuntimeError as e:
+            except Exception as e:
                 del works[name]
                 yield {"left_out": f"{what}: {name}", "why": _short(e)}
 
@@ -114,7 +119,7 @@ def _stop_if_poisoned(device: str) -> None:
         sys.exit(POISONED)
 
 
-def measure_into(file: Path, start: int, until: float) -> None:
+def measure_into(file: Path, start: int, until: float, seconds: float) -> None:
     """Append the lines of `measure` to a file: what the process of the benches does."""
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     with file.open("a", buffering=1) as out:
@@ -122,16 +127,16 @@ def measure_into(file: Path, start: int, until: float) -> None:
         if ceilings is None:
             ceilings = timing.ceilings("cuda")
             out.write(json.dumps({"ceilings": ceilings}) + "\n")
-        for line in measure(CUDA_SHAPES, "cuda", ceilings, until, start):
+        for line in measure(CUDA_SHAPES, "cuda", ceilings, until, start, seconds):
             out.write(json.dumps(line) + "\n")
 
 
-def run_benches(file: Path, until: float) -> list[Line]:
+def run_benches(file: Path, until: float, seconds: float = SECONDS) -> list[Line]:
     """Run the process of the benches, and again behind the group that it died in."""
     start, lines = 0, []
     while start < len(groups(CUDA_SHAPES)):
         command = [sys.executable, "-X", "faulthandler", "-m", "bench.gpu", "--measure", str(file)]
-        command += ["--start", str(start), "--until", str(until)]
+        command += ["--start", str(start), "--until", str(until), "--seconds", str(seconds)]
         log = file.with_suffix(".log")
         with log.open("w") as output:
             process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
@@ -272,12 +277,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--started", type=float, default=time.time(), help="when the build began")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for each case")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.measure:
-        measure_into(a.measure, a.start, a.until)
+        measure_into(a.measure, a.start, a.until, a.seconds)
         return 0
     if not torch.cuda.is_available():
         sys.exit("make gpu: expected a GPU that torch can use, got none")
@@ -291,7 +297,7 @@ def main() -> int:
         tests += ["-n", "4"]
     until = a.started + TESTS_END * scale
     steps = [run_step("tests", tests, until - time.time(), {"FASTSAE_TEST_DEVICES": "cuda"})]
-    found = run_benches(lines, a.started + BENCHES_END * scale)
+    found = run_benches(lines, a.started + BENCHES_END * scale, a.seconds)
     write(collect(found, steps, about), ROOT / "bench/results")
     for tool in ("memcheck", "racecheck"):
         steps.append(sanitize(tool, a.started + a.budget - time.time()))

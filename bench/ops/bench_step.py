@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch.testing import assert_close
 
-from bench.ops.inputs import Shape, describe
+from bench.ops.inputs import Shape, describe, peer
 from bench.peers import Way, build, check, start
-from bench.timing import Case
+from bench.timing import Case, Work
 
 
 def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[Case]:
@@ -22,8 +22,8 @@ def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[C
         return
     n, d, m, _ = shape
     s = start(*shape, device)
-    kinds = [("", torch.float32, False), (" bf16", torch.bfloat16, False)]
-    for suffix, dtype, batch in (*kinds, (" bf16", torch.bfloat16, True)):
+    bf16 = (" bf16", torch.bfloat16)
+    for suffix, dtype, batch in ((*bf16, False), (*bf16, True), ("", torch.float32, False)):
         names = (f"fastsae{suffix}", f"dense torch{suffix}")
 
         def fresh(names: tuple[str, ...] = names, batch: bool = batch) -> list[Way]:
@@ -37,11 +37,15 @@ def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[C
                 check({"fastsae": ours, names[1]: dense}, s)
 
         ours, dense = fresh()
+        ways: dict[str, Work] = {"dense torch": dense.step}
+        # On a GPU it multiplies in bfloat16.
+        if dtype == torch.bfloat16 and not batch and peer("sparsify", "SparseCoder"):
+            ways["eai-sparsify"] = build("eai-sparsify", s).step
         yield Case(
             f"training step ({'BatchTopK' if batch else 'TopK'})",
             describe(name, shape),
             ours.step,
-            {"dense torch": dense.step},
+            ways,
             same,
             flops=2.0 * n * d * m,
             dtype=dtype,
