@@ -294,7 +294,7 @@ def main() -> int:
     tests = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:benchmark"]
     tests += ["-k", "cuda", "tests/ops"]
     if importlib.util.find_spec("xdist"):
-        tests += ["-n", "4"]
+        tests += ["-n", "8"]
     until = a.started + TESTS_END * scale
     steps = [run_step("tests", tests, until - time.time(), {"FASTSAE_TEST_DEVICES": "cuda"})]
     found = run_benches(lines, a.started + BENCHES_END * scale, a.seconds)
