@@ -41,11 +41,14 @@ inline ScalarType accumulator_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline void check_hint(const char* op, const std::optional<Tensor>& hint) {
+  FASTSAE_CHECK(!hint || hint->dim() == 0, op, ": expected hint to be [], got ", shape_of(*hint));
+}
 // A threshold of an earlier call, in the dtype of thresholds of `x`.
 inline std::optional<Tensor> checked_hint(const char* op, const std::optional<Tensor>& hint,
                                           const Tensor& x) {
+  check_hint(op, hint);
   if (!hint) return std::nullopt;
-  FASTSAE_CHECK(hint->dim() == 0, op, ": expected hint to be [], got ", shape_of(*hint));
   return torch::stable::to(*hint, accumulator_type(x));
 }
 

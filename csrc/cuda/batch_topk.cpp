@@ -13,8 +13,7 @@ struct Selection {
 };
 
 // theta: null for 0.
-Selection select(const char* op, const Tensor& x_in, int64_t cap_in, const Tensor* theta,
-                 const std::optional<Tensor>& hint) {
+Selection select(const char* op, const Tensor& x_in, int64_t cap_in, const Tensor* theta) {
   const int64_t n = x_in.size(0);
   const int64_t cap = std::min(cap_in, x_in.numel());
   check_rows(op, n);
@@ -30,7 +29,6 @@ Selection select(const char* op, const Tensor& x_in, int64_t cap_in, const Tenso
                             .cap = cap,
                             .theta = theta ? theta->const_data_ptr() : nullptr,
                             .per_column = theta && theta->dim() != 0,
-                            .hint = hint ? hint->const_data_ptr() : nullptr,
                             .values = out.values.mutable_data_ptr(),
                             .indices = mutable_data_of<int32_t>(out.indices),
                             .offsets = mutable_data_of<int32_t>(out.offsets),
@@ -42,13 +40,12 @@ Selection select(const char* op, const Tensor& x_in, int64_t cap_in, const Tenso
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_topk(const Tensor& x, int64_t budget,
-                                                      std::optional<Tensor> hint_in) {
+                                                      std::optional<Tensor> hint) {
   constexpr const char* op = "batch_topk";
   check_matrix(op, "x", x);
-  const std::optional<Tensor> hint = checked_hint(op, hint_in, x);
-  if (hint) check_device(op, "hint", *hint, x);
+  check_hint(op, hint);  // a sample serves better here
   FASTSAE_CHECK(budget >= 0, op, ": expected budget >= 0, got ", budget);
-  const Selection s = select(op, x, budget, nullptr, hint);
+  const Selection s = select(op, x, budget, nullptr);
   return {s.values, s.indices, s.offsets, s.threshold};
 }
 
@@ -60,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> threshold_select(const Tensor& x, const Tenso
   check_theta(op, theta, x, x.size(1));
   FASTSAE_CHECK(cap >= 0, op, ": expected cap >= 0, got ", cap);
   check_device(op, "theta", theta, x);
-  const Selection s = select(op, x, cap, &theta, std::nullopt);
+  const Selection s = select(op, x, cap, &theta);
   return {s.values, s.indices, s.offsets};
 }
 

@@ -31,8 +31,8 @@ class ChunkedSelect {
  public:
   // theta: null for 0.
   ChunkedSelect(const char* op, const EncoderArguments& in, const Tensor& x, int64_t cap,
-                const Tensor* theta, const Tensor* hint)
-      : op_(op), in_(in), x_(x), cap_(cap), theta_(theta), hint_(hint), device_(x) {
+                const Tensor* theta)
+      : op_(op), in_(in), x_(x), cap_(cap), theta_(theta), device_(x) {
     per_column_ = theta && theta->dim() != 0;
     acc_ = accumulator_type(x);
     format_ = acc_ == ScalarType::Double ? Format::kFloat64 : Format::kFloat32;
@@ -51,7 +51,6 @@ class ChunkedSelect {
       MatrixSelectParams p = params(out.list(), threshold);
       p.n = n;
       p.offsets = mutable_data_of<int32_t>(offsets);
-      p.hint = hint_ ? hint_->const_data_ptr() : nullptr;
       if (chunks == 0) select(p);
       else
         for_each_chunk(in_,
@@ -138,7 +137,7 @@ class ChunkedSelect {
   const EncoderArguments& in_;
   const Tensor& x_;
   int64_t cap_;
-  const Tensor *theta_, *hint_;
+  const Tensor* theta_;
   DeviceScope device_;
   bool per_column_;
   ScalarType acc_;
@@ -147,7 +146,7 @@ class ChunkedSelect {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> encode_batch_topk(
     const Tensor& x, const Tensor& W_enc, std::optional<Tensor> b_enc, std::optional<Tensor> b_dec,
-    int64_t budget, std::optional<Tensor> mask, bool bf16_product, std::optional<Tensor> hint_in) {
+    int64_t budget, std::optional<Tensor> mask, bool bf16_product, std::optional<Tensor> hint) {
   constexpr const char* op = "encode_batch_topk";
   format_of(op, "x", x);
   const DeviceScope device(x);
@@ -155,9 +154,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_batch_topk(
   FASTSAE_CHECK(budget >= 0, op, ": expected budget >= 0, got ", budget);
   const int64_t cap = std::min(budget, x.size(0) * in.d_sae);
   check_entries(op, cap);
-  const std::optional<Tensor> hint = checked_hint(op, hint_in, x);
-  if (hint) check_device(op, "hint", *hint, x);
-  const Selection s = ChunkedSelect(op, in, x, cap, nullptr, hint ? &*hint : nullptr).run();
+  check_hint(op, hint);  // a sample serves better here
+  const Selection s = ChunkedSelect(op, in, x, cap, nullptr).run();
   return {s.values, s.indices, s.offsets, s.threshold};
 }
 
@@ -176,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> encode_threshold(const Tensor& x, const Tenso
   FASTSAE_CHECK(cap_in >= 0, op, ": expected cap >= 0, got ", cap_in);
   const int64_t cap = std::min(cap_in, x.size(0) * in.d_sae);
   check_entries(op, cap);
-  const Selection s = ChunkedSelect(op, in, x, cap, &theta, nullptr).run();
+  const Selection s = ChunkedSelect(op, in, x, cap, &theta).run();
   return {s.values, s.indices, s.offsets};
 }
 

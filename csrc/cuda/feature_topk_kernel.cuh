@@ -382,8 +382,7 @@ __device__ __forceinline__ void settle_column(const ColumnBoundArgs<F>& a, int64
 }
 
 template <class F>
-__global__ void __launch_bounds__(kColumnThreads, sizeof(typename F::Bits) == 8 ? 3 : 4)
-    column_bound_kernel(ColumnBoundArgs<F> a) {
+__global__ void __launch_bounds__(kColumnThreads, 3) column_bound_kernel(ColumnBoundArgs<F> a) {
   using Bits = typename F::Bits;
   using Acc = typename F::Acc;
   constexpr Acc kInf = static_cast<Acc>(__builtin_huge_val());

@@ -70,7 +70,6 @@ SelectArgs<F> arguments(const MatrixSelectParams& p, int64_t* scratch_size) {
   a.mask = p.mask;
   a.theta = static_cast<const Acc*>(p.theta);
   a.tie_row = p.tie_row;
-  a.hint = p.per_column ? nullptr : static_cast<const Acc*>(p.hint);
   a.n = p.n;
   a.total = p.n * p.m;
   a.m = p.m;

@@ -17,7 +17,6 @@ struct MatrixSelectParams {
   const int32_t* tie_row = nullptr;  // [m]: equal ones too, in rows up to this; or null
   const void* bias = nullptr;        // A [m] or null; x is float32 or float64 then
   const bool* mask = nullptr;        // [m] or null
-  const void* hint = nullptr;        // A []: a guess of the smallest kept value; or null
   void* values = nullptr;            // [cap], ascending (row, column), then padding
   int32_t* indices = nullptr;        // [cap], columns
   int32_t* rows = nullptr;           // [cap], scratch if nobody asks for it

@@ -1,7 +1,9 @@
 // The `cap` largest entries of a whole matrix [n, m] among those that take part, in one read of it.
 //
-// 1. A bound that somewhat more than `cap` entries exceed is guessed: from an earlier call, or from
-//    a sample of the matrix (two histograms of the leading digits of its keys).
+// 1. A bound that somewhat more than `cap` entries exceed is guessed from a sample of the matrix:
+// two
+//    histograms of the leading digits of its keys. That takes some 10 us. A bound from an earlier
+//    call would save them, and cost five reads whenever the matrix has moved on.
 // 2. One read finds the entries above the bound. A block takes a tile of consecutive entries; the
 //    hits of a tile are written next to each other, in order, wherever one atomic addition says,
 //    and a directory says where each tile's are: what comes out does not depend on the order.
@@ -71,7 +73,6 @@ struct SelectArgs {
   const bool* mask;
   const Acc* theta;
   const int32_t* tie_row;
-  const Acc* hint;
   int64_t n, total;  // rows, entries
   int m;
   bool per_column, list;
@@ -115,11 +116,6 @@ struct SelectArgs {
   __device__ __forceinline__ bool whole_columns() const {
     const auto address = reinterpret_cast<uintptr_t>(bias) | reinterpret_cast<uintptr_t>(theta);
     return m % kVector == 0 && (address & 15) == 0;
-  }
-  __device__ __forceinline__ bool hint_usable() const {
-    if (!hint) return false;
-    const Acc h = *hint * static_cast<Acc>(0.95);
-    return h > lowest() && h < static_cast<Acc>(__builtin_huge_val());
   }
   // The candidates are not what is looked for: kernels read the matrix.
   __device__ __forceinline__ bool reads_matrix() const {
@@ -319,7 +315,6 @@ __global__ void __launch_bounds__(kSelectThreads) sample_kernel(SelectArgs<F> a)
   using Key = typename SelectArgs<F>::Key;
   constexpr int E = F::kVector;
   __shared__ unsigned histogram[kDigits];
-  if (a.hint_usable()) return;  // all blocks
   const int lane = static_cast<int>(threadIdx.x) & 31;
   const typename F::Acc lowest = a.lowest();
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kSelectThreads;
@@ -355,7 +350,6 @@ template <class F>
 __global__ void __launch_bounds__(kSelectThreads) refine_sample_kernel(SelectArgs<F> a) {
   __shared__ unsigned histogram[kDigits];
   __shared__ DigitSpace space;
-  if (a.hint_usable()) return;  // all blocks
   const int lane = static_cast<int>(threadIdx.x) & 31;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kSelectThreads;
   const int64_t size = a.sample_vectors * F::kVector;
@@ -383,9 +377,7 @@ __device__ __forceinline__ typename F::Acc guessed_bound(const SelectArgs<F>& a,
   using Acc = typename F::Acc;
   const Acc lowest = a.lowest();
   Acc guess = lowest;
-  if (a.hint_usable()) {
-    guess = *a.hint * static_cast<Acc>(0.95);
-  } else if (a.sample_vectors) {
+  if (a.sample_vectors) {
     const Progress<Key> sample = a.header->sample;
     find_large_digit(a.header->sample_histogram[1], sample.need, s);
     const Key code = static_cast<Key>(sample.prefix << kDigitBits | s.digit);
@@ -410,7 +402,7 @@ __global__ void __launch_bounds__(kSelectThreads, kColumns                      
   constexpr int E = F::kVector, kTile = SelectArgs<F>::kTile;
   constexpr int kVectors = kTile / (kSelectThreads * E);
   constexpr int kWords = kTile / 32;
-  constexpr int kAtOnce = !kColumns ? kVectors : E >= 4 ? 16 / E : 1;  // as many as registers allow
+  constexpr int kAtOnce = !kColumns ? kVectors : E >= 4 ? 2 : 1;  // as many as registers allow
   static_assert(kVectors % kAtOnce == 0);
   static_assert(kWords <= kSelectThreads);
   __shared__ unsigned hits[2][kWords];  // a bit for each entry of the tile; of two tiles

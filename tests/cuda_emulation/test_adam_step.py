@@ -55,7 +55,7 @@ def step(
 
 
 def assert_rounding_is_all(before, entries, added=NONE, clip=math.inf) -> None:
-    """Rounding changes rows that bfloat16 does not hold exactly, if rows are aligned; else nothing."""
+    """Rounding changes aligned rows that bfloat16 does not hold exactly, and nothing else."""
     before, entries = [t.clone() for t in before], [*entries]
     before[3].zero_()  # b_dec
     rounded = step(cuda, before, entries, added, clip, bf16=True)

@@ -127,12 +127,15 @@ def _select() -> list[Call]:
         found += [
             Call("batch_topk", case, (x, budget, None)),
             Call("batch_topk", f"{case}-hint", (x, budget, guess)),
-            Call("batch_topk", f"{case}-high-hint", (x, budget, 100 * guess)),
-            Call("batch_topk", f"{case}-low-hint", (x, budget, guess / 100)),
             Call("feature_topk", case, (x, lengths, int(lengths.clamp(max=n).sum()) + 2)),
             Call("threshold_select", case, (x, guess, n * m)),
             Call("threshold_select", f"{case}-few", (x, theta, 2 * n + 1)),
         ]
+    # What the emulation's sample looks at, every 16th vector, is larger than the rest, or smaller.
+    for name, sampled in (("high", True), ("low", False)):
+        x = matrix("normal", 64, 1024, f32).abs() + 0.1
+        x.view(-1, 4)[(torch.arange(64 * 256) % 16 == 0) == sampled] += 10
+        found.append(Call("batch_topk", f"misleading-{name}", (x, 8192, None)))
     # So much of the matrix that it is read instead of candidates.
     x = matrix("ties", 40, 7001, f32)
     found += [

@@ -217,7 +217,7 @@ def run(encode, selected):
     """Loss that depends on every active value, and its gradients."""
     tensors = [t.detach().clone().requires_grad_() for t in selected]
     acts = encode(*tensors)
-    (acts.to_dense().sin() * torch.arange(acts.d_sae)).sum().backward()
+    (acts.to_dense().sin() * torch.arange(acts.d_sae, device=acts.values.device)).sum().backward()
     return [t.grad for t in tensors]
 
 
@@ -229,7 +229,7 @@ ENCODERS = {
         m.encode_batch_topk(x, W, b, 3.5, b_dec=c, mask=mask).acts
     ),
     "threshold": lambda m, x, W, b, c, mask: m.encode_threshold(
-        x, W, b, torch.tensor(0.4), 1000, b_dec=c
+        x, W, b, torch.tensor(0.4, device=x.device), 1000, b_dec=c
     ),
 }
 

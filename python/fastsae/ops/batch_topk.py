@@ -21,7 +21,7 @@ def batch_topk(x: Tensor, k: float, *, hint: Tensor | None = None) -> BatchTopK:
             n rows first.
         k: mean number of entries per row, >= 0; may be fractional.
         hint: [] or None: about what the threshold will be, for instance that of the last batch. It
-            changes the time, never the result.
+            changes the time, never the result. A GPU does without: it takes a sample each time.
 
     Returns:
         `BatchTopK(acts, threshold)`: `acts` in the variable layout with

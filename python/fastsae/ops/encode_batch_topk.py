@@ -39,7 +39,7 @@ def encode_batch_topk(
         select_dtype: as in `encode_topk`.
         compute_dtype: as in `encode_topk`.
         hint: [] or None: about what the threshold will be, for instance that of the last batch. It
-            changes the time, never the result.
+            changes the time, never the result. A GPU does without: it takes a sample each time.
 
     Returns:
         `BatchTopK(acts, threshold)` as `batch_topk` gives it.
