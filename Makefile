@@ -1,4 +1,4 @@
-# make demo   train an SAE on a real language model and open its report      (some minutes)
+# make demo   train an SAE on a real language model and open its report      (4 minutes)
 # make test   all tests
 # make sanitize  the emulated CUDA kernels under AddressSanitizer and UBSan    (about 3 minutes)
 # make build  the environment and the compiled libraries only
