@@ -70,6 +70,17 @@ def test_rows_rounded_to_bfloat16(device, shape, layout) -> None:
             assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "wrong"), [(torch.float32, torch.float16), (torch.float64, torch.bfloat16)]
+)
+def test_rows_are_rounded_to_bfloat16_only(dtype, wrong) -> None:
+    state, *batch = make(5, 3, 9, 2, dtype)
+    before = copies(state)
+    with pytest.raises(ValueError, match=rf"expected compute_dtype to be None, .*, got {wrong}"):
+        ops.sparse_adam_step_(*state, *batch, lr=1e-2, step=1, compute_dtype=wrong)
+    assert all(torch.equal(a, b) for a, b in zip(sum(state, ()), sum(before, ()), strict=True))
+
+
 def autograd_step(parameters, optimizer, x, k, clip):
     W_enc, W_dec, b_enc, b_dec = parameters
     top = ops.encode_topk(x, W_enc, b_enc, k, b_dec=b_dec)

@@ -65,3 +65,14 @@ def shape(op: str, name: str, x: Tensor, expected: tuple[int, ...], meaning: str
         raise ValueError(
             f"{op}: expected {name} to be {meaning} = {list(expected)}, got {list(x.shape)}"
         )
+
+
+def rounds_to_bf16(op: str, compute_dtype: torch.dtype | None, name: str, x: Tensor) -> bool:
+    """Check `compute_dtype`; return whether it makes less of the float32 tensor `x`."""
+    rounds = (compute_dtype, x.dtype) == (torch.bfloat16, torch.float32)
+    if not rounds and compute_dtype not in (None, x.dtype):
+        raise ValueError(
+            f"{op}: expected compute_dtype to be None, the dtype of {name}, {x.dtype}, or bfloat16 "
+            f"for a float32 {name}, got {compute_dtype}"
+        )
+    return rounds

@@ -59,15 +59,7 @@ def check(
                 f"{op}: expected mask on the device of x, {x.device}, got {mask.device}"
             )
     x = x.reshape(-1, d_in)
-    if compute_dtype not in (None, x.dtype) and (compute_dtype, x.dtype) != (
-        torch.bfloat16,
-        torch.float32,
-    ):
-        raise ValueError(
-            f"{op}: expected compute_dtype to be None, the dtype of x, {x.dtype}, or bfloat16 for "
-            f"a float32 x, got {compute_dtype}"
-        )
-    bf16_product = compute_dtype == torch.bfloat16 and x.dtype == torch.float32
+    bf16_product = _check.rounds_to_bf16(op, compute_dtype, "x", x)
     if select_dtype is None or select_dtype == x.dtype:
         return EncodeInput(x, W_enc, b_enc, b_dec, bf16_product)
     if select_dtype != torch.float32 or x.dtype == torch.float64:

@@ -67,7 +67,7 @@ def sparse_adam_step_(
 
     Raises:
         TypeError: a dtype is not as stated.
-        ValueError: a shape or `step` is not as stated.
+        ValueError: a shape, `step` or `compute_dtype` is not as stated.
         RuntimeError: a tensor is not contiguous; an index is out of range or a latent of `added`
             comes twice (CPU; on CUDA such an entry takes no part, and the last such row counts).
 
@@ -111,6 +111,7 @@ def sparse_adam_step_(
         raise ValueError(f"{_OP}: expected step >= 1, got {step}")
     if clip_grad_norm is not None and not clip_grad_norm > 0:
         raise ValueError(f"{_OP}: expected clip_grad_norm > 0 or None, got {clip_grad_norm}")
+    bf16_rows = _check.rounds_to_bf16(_OP, compute_dtype, "W_enc", W_enc)
     torch.ops.fastsae.sparse_adam_step_(
         *parameters,
         *exp_avg,
@@ -128,7 +129,7 @@ def sparse_adam_step_(
         step,
         math.inf if clip_grad_norm is None else clip_grad_norm,
         unit_norm,
-        compute_dtype == torch.bfloat16,
+        bf16_rows,
     )
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from queue import Empty, Full, Queue
+from collections.abc import Generator, Iterator
+from queue import Full, Queue
 from threading import Event, Thread
 
 import torch
 from torch import Tensor
 
 Ready = tuple[Tensor, torch.cuda.Event | None]
-WAIT = 0.1  # seconds between two looks at whether the other side is still there
+WAIT = 0.1  # seconds between two looks at whether somebody still reads
 
 
 def ahead(batches: Iterator[Tensor], device: torch.device, depth: int = 2) -> Generator[Tensor]:
@@ -54,7 +54,7 @@ def ahead(batches: Iterator[Tensor], device: torch.device, depth: int = 2) -> Ge
     thread.start()
     try:
         while True:
-            item = _get(waiting, thread.is_alive)
+            item = waiting.get()
             if item is None:
                 return
             if isinstance(item, BaseException):
@@ -68,15 +68,3 @@ def ahead(batches: Iterator[Tensor], device: torch.device, depth: int = 2) -> Ge
     finally:
         stopped.set()
         thread.join()
-
-
-def _get(
-    waiting: Queue[Ready | BaseException | None], alive: Callable[[], bool]
-) -> Ready | BaseException | None:
-    """Return the next item; a signal can interrupt the wait."""
-    while True:
-        try:
-            return waiting.get(timeout=WAIT)
-        except Empty:
-            if not alive() and waiting.empty():
-                raise RuntimeError("ahead: expected a batch, got the end of its thread") from None
