@@ -43,7 +43,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_topk(const Tensor& x, int64_t b
                                                       std::optional<Tensor> hint) {
   constexpr const char* op = "batch_topk";
   check_matrix(op, "x", x);
-  check_hint(op, hint);  // a sample serves better here
+  check_hint(op, hint);  // and no more: a sample serves better here
+  if (hint) check_device(op, "hint", *hint, x);
   FASTSAE_CHECK(budget >= 0, op, ": expected budget >= 0, got ", budget);
   const Selection s = select(op, x, budget, nullptr);
   return {s.values, s.indices, s.offsets, s.threshold};

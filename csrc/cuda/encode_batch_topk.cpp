@@ -154,7 +154,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_batch_topk(
   FASTSAE_CHECK(budget >= 0, op, ": expected budget >= 0, got ", budget);
   const int64_t cap = std::min(budget, x.size(0) * in.d_sae);
   check_entries(op, cap);
-  check_hint(op, hint);  // a sample serves better here
+  check_hint(op, hint);  // and no more: a sample serves better here
+  if (hint) check_device(op, "hint", *hint, x);
   const Selection s = ChunkedSelect(op, in, x, cap, nullptr).run();
   return {s.values, s.indices, s.offsets, s.threshold};
 }

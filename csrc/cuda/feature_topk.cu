@@ -65,19 +65,15 @@ ColumnBoundArgs<F> arguments(const ColumnBoundParams& p, int64_t* scratch_size) 
   a.theta = static_cast<typename F::Acc*>(p.theta);
   a.tie_row = p.tie_row;
   plan(a, p.total);
-  Layout layout;
-  const auto take = [&]<class T>(T*& part, int64_t count) {
-    const int64_t at = layout.add(count * static_cast<int64_t>(sizeof(T)));
-    if (p.scratch) part = reinterpret_cast<T*>(static_cast<char*>(p.scratch) + at);
-  };
+  Scratch scratch(p.scratch);
   if (a.room > 0) {
-    take(a.maxima, int64_t{a.groups} * a.columns);
-    take(a.bound, a.columns);
-    take(a.count, a.columns);
-    take(a.values, int64_t{a.room} * a.columns);
-    take(a.rows, int64_t{a.room} * a.columns);
+    a.maxima = scratch.take<typename Args::Code>(int64_t{a.groups} * a.columns);
+    a.bound = scratch.take<Bits>(a.columns);
+    a.count = scratch.take<unsigned>(a.columns);
+    a.values = scratch.take<Bits>(int64_t{a.room} * a.columns);
+    a.rows = scratch.take<int32_t>(int64_t{a.room} * a.columns);
   }
-  *scratch_size = layout.bytes();
+  *scratch_size = scratch.size();
   return a;
 }
 

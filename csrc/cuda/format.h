@@ -26,4 +26,22 @@ class Layout {
   int64_t bytes_ = 0;
 };
 
+// Hands out parts of the scratch; with no memory it only counts.
+class Scratch {
+ public:
+  explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* part = memory_ ? reinterpret_cast<T*>(memory_ + size_) : nullptr;
+    size_ += aligned(count * static_cast<int64_t>(sizeof(T)));
+    return part;
+  }
+  int64_t size() const { return size_; }
+
+ private:
+  char* memory_;
+  int64_t size_ = 0;
+};
+
 }  // namespace fastsae::cuda

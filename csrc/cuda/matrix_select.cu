@@ -24,24 +24,6 @@ int64_t blocks_of_threads(int64_t items) {
   return blocks_for((items + kSelectThreads - 1) / kSelectThreads);
 }
 
-// Hands out parts of the scratch; with no memory it only counts.
-class Scratch {
- public:
-  explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    T* part = memory_ ? reinterpret_cast<T*>(memory_ + size_) : nullptr;
-    size_ += aligned(count * static_cast<int64_t>(sizeof(T)));
-    return part;
-  }
-  int64_t size() const { return size_; }
-
- private:
-  char* memory_;
-  int64_t size_ = 0;
-};
-
 // How many candidates there may be, and the rank in the sample that is expected to leave enough.
 template <class F>
 void plan_guess(SelectArgs<F>& a) {

@@ -79,18 +79,10 @@ inline uint32_t larger_pair(uint32_t a, uint32_t b, bool nan_wins) {
   }
   return pair;
 }
-inline uint32_t max_float16x2(uint32_t a, uint32_t b) {
-  return larger_pair<cpu::fp16>(a, b, false);
-}
-inline uint32_t max_or_nan_float16x2(uint32_t a, uint32_t b) {
-  return larger_pair<cpu::fp16>(a, b, true);
-}
-inline uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
-  return larger_pair<cpu::bf16>(a, b, false);
-}
-inline uint32_t max_or_nan_bfloat16x2(uint32_t a, uint32_t b) {
-  return larger_pair<cpu::bf16>(a, b, true);
-}
+#define FASTSAE_LARGER_PAIR(name, T, nan_wins, instruction) \
+  inline uint32_t name(uint32_t a, uint32_t b) {            \
+    return larger_pair<T>(a, b, nan_wins);                  \
+  }
 #else
 __device__ __forceinline__ float max_number(float x, float y) {
   return fmaxf(x, y);
@@ -102,23 +94,17 @@ __device__ __forceinline__ float max_or_nan(float x, float y) {
   asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
   return x;
 }
-__device__ __forceinline__ uint32_t max_float16x2(uint32_t a, uint32_t b) {
-  asm("max.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-  return a;
-}
-__device__ __forceinline__ uint32_t max_or_nan_float16x2(uint32_t a, uint32_t b) {
-  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-  return a;
-}
-__device__ __forceinline__ uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
-  asm("max.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-  return a;
-}
-__device__ __forceinline__ uint32_t max_or_nan_bfloat16x2(uint32_t a, uint32_t b) {
-  asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
-  return a;
-}
+#define FASTSAE_LARGER_PAIR(name, T, nan_wins, instruction)          \
+  __device__ __forceinline__ uint32_t name(uint32_t a, uint32_t b) { \
+    asm(instruction " %0, %0, %1;" : "+r"(a) : "r"(b));              \
+    return a;                                                        \
+  }
 #endif
+FASTSAE_LARGER_PAIR(max_float16x2, cpu::fp16, false, "max.f16x2")
+FASTSAE_LARGER_PAIR(max_or_nan_float16x2, cpu::fp16, true, "max.NaN.f16x2")
+FASTSAE_LARGER_PAIR(max_bfloat16x2, cpu::bf16, false, "max.bf16x2")
+FASTSAE_LARGER_PAIR(max_or_nan_bfloat16x2, cpu::bf16, true, "max.NaN.bf16x2")
+#undef FASTSAE_LARGER_PAIR
 
 // Square root and quotient to 2 units in the last place: 2 instructions each instead of some 20.
 #ifdef FASTSAE_EMULATED
