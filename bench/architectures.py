@@ -36,10 +36,10 @@ from torch import Tensor, nn
 
 import fastsae
 from fastsae import SAE, SparseActs, TrainConfig, Trainer
-from fastsae.cli.models import SMOLLM2, load_model
-from fastsae.data.sites import read, read_gradients, resolve
 from fastsae.eval import metrics
-from fastsae.eval.splice import ablate, replace
+from fastsae.models.load import SMOLLM2, load_model
+from fastsae.models.sites import read, read_gradients, resolve
+from fastsae.models.splice import ablate, replace
 
 STEPS, BATCH = 512, 512
 SITE, LAYERS = "resid_post.15", ("resid_post.10", "resid_post.15", "resid_post.20")
@@ -62,7 +62,7 @@ def _make(cls: str, ask: float = 1.0, **options: Any) -> Make:
 
 ARCHITECTURES: dict[str, Make] = {
     "TopK": _make("TopKSAE"),
-    "TopK, no aux": _make("TopKSAE", aux_alpha=0.0),
+    "TopK, no aux": _make("TopKSAE", auxk_alpha=0.0),
     "TopK, zipf": _make("TopKSAE", aux="zipf"),
     "TopK, multi": _make("TopKSAE", multi_topk=True),
     "AbsTopK": _make("TopKSAE", absolute=True),
@@ -270,7 +270,7 @@ def reading(name: str, sae: SAE, x: Tensor, k: float) -> list[dict[str, Any]]:
     """Return other ways to read a trained dictionary: pursuit, fewer latents, a prefix."""
     if name == "TopK":
         start = time.perf_counter()
-        acts = fastsae.pursue(sae, x[:512], int(k))
+        acts = fastsae.gradient_pursuit(sae, x[:512], int(k))
         seconds = time.perf_counter() - start
         small = scores(sae, x[:512], x[:512], sae.encode_sparse(x[:512]))
         return [

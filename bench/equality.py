@@ -7,8 +7,8 @@ With V = sum |x - mean x|^2 of the batch and unit^2 = V / (n d_in), a loss of th
     sum_d e^2, mean over tokens     times n / V       is  fvu
     lambda of an L1 penalty         coefficient unit      (values are in units of `unit`)
     lambda of an L0 penalty         coefficient unit^2
-    weight of an auxiliary loss     aux_alpha V / n       where theirs has our denominator, else
-                                    aux_alpha V / V_res,  V_res = sum |e - mean e|^2
+    weight of an auxiliary loss     auxk_alpha V / n       where theirs has our denominator, else
+                                    auxk_alpha V / V_res,  V_res = sum |e - mean e|^2
 
 so every comparison is of one number with another, at TOLERANCE. What another library defines
 otherwise is a row of its own, with theirs / ours as measured; where the reason says what that ratio
@@ -42,7 +42,7 @@ D_IN, D_SAE, N, K = 32, 256, 64, 8
 MANY_DEAD, FEW_DEAD = 100, 8  # more and fewer than the d_in / 2 that an auxiliary loss selects
 GROUPS = [16, 48, 64, 128]
 COEFFICIENT = 3.0
-AUX = {"aux_alpha": 1.0}  # instead of 1 / 32, so that nothing hides in a small term
+AUX = {"auxk_alpha": 1.0}  # instead of 1 / 32, so that nothing hides in a small term
 INFERRED = ("code", "reconstruction")
 
 Tensors = dict[str, Tensor]
@@ -290,7 +290,7 @@ def _lens_topk(ours: Any, name: str, p: Problem, **options: Any) -> Iterator[Com
     for dead in (0, MANY_DEAD, FEW_DEAD):
         mask = p.dead(dead) if dead else None
         mine = trained(ours, p, mask)
-        weight = ours.aux_alpha * p.V / float(mine["V_res"])
+        weight = ours.auxk_alpha * p.V / float(mine["V_res"])
         options |= {"rescale_acts_by_decoder_norm": False, "aux_loss_coefficient": weight}
         theirs = fill(_lens(name, p, **options), NAMES, p.weights)
         out = _lens_step(theirs, p, mask)
@@ -411,12 +411,12 @@ def _nested(sae: Any, p: Problem, dead: Tensor | None) -> Tensors:
 def matryoshka_lens(p: Problem) -> Iterator[Comparison]:
     """Matryoshka: they sum over prefixes and leave out the empty one."""
     sae = make(fastsae.MatryoshkaSAE, p, K, groups=GROUPS, **AUX)
-    options = {"k": K, "matryoshka_widths": [*itertools.accumulate(GROUPS)]}
+    options = {"k": K, "matryoshka_widths": [*itertools.upcast(GROUPS)]}
     options |= {"rescale_acts_by_decoder_norm": False}
     for dead in (0, MANY_DEAD):
         mask = p.dead(dead) if dead else None
         mine = _nested(sae, p, mask)
-        weight = (len(GROUPS) + 1) * sae.aux_alpha * p.V / float(mine["V_res"])
+        weight = (len(GROUPS) + 1) * sae.auxk_alpha * p.V / float(mine["V_res"])
         options["aux_loss_coefficient"] = weight
         theirs = fill(_lens("MatryoshkaBatchTopKTrainingSAE", p, **options), NAMES, p.weights)
         out = _lens_step(theirs, p, mask)
@@ -452,7 +452,7 @@ def _dl_topk(ours: Any, name: str, names: dict[str, str], p: Problem) -> Iterato
     """Yield training without dead latents, with many, with few."""
     for dead in (0, MANY_DEAD, FEW_DEAD):
         mine = trained(ours, p, p.dead(dead) if dead else None)
-        alpha = ours.aux_alpha * p.V / len(p.x)
+        alpha = ours.auxk_alpha * p.V / len(p.x)
         trainer = _dl_trainer(name, p, names, p.weights, k=K, auxk_alpha=alpha)
         loss, log = _dl_step(trainer, p, dead)
         loss = loss * (len(p.x) / p.V)
@@ -566,7 +566,7 @@ def matryoshka_dl(p: Problem) -> Iterator[Comparison]:
     options = {"k": K, "group_fractions": [size / D_SAE for size in GROUPS]}
     for dead in (0, MANY_DEAD):
         mine = _nested(sae, p, p.dead(dead) if dead else None)
-        alpha = (g + 1) / g**2 * sae.aux_alpha * p.V / len(p.x)
+        alpha = (g + 1) / g**2 * sae.auxk_alpha * p.V / len(p.x)
         run = options | {"auxk_alpha": alpha}
         trainer = _dl_trainer("MatryoshkaBatchTopKTrainer", p, NAMES, p.weights, **run)
         loss, log = _dl_step(trainer, p, dead)
@@ -602,7 +602,7 @@ def topk_sparsify(p: Problem) -> Iterator[Comparison]:
         theirs = fill(library.SparseCoder(D_IN, config, dtype=p.x.dtype), names, p.weights)
         sae, mask = make(TopKSAE, p, K, multi_topk=multi, **AUX), p.dead(dead) if dead else None
         mine, out = trained(sae, p, mask), theirs(p.x, dead_mask=mask)
-        weight = sae.aux_alpha * p.V / float(mine["V_res"])
+        weight = sae.auxk_alpha * p.V / float(mine["V_res"])
         loss = out.fvu + weight * out.auxk_loss + out.multi_topk_fvu / 8
         found = {"reconstruction": out.sae_out, "fvu": out.fvu, "loss": loss}
         found |= gradients(theirs, names, loss, mine)

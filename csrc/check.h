@@ -64,8 +64,8 @@ inline void check_entries_layout(const char* op, const Tensor& values, const Ten
     check_matrix(op, "values", values);
   } else {
     FASTSAE_CHECK(values.dim() == 1 && offsets->dim() == 1 && offsets->size(0) >= 1, op,
-                  ": expected values to be [cap] and offsets to be [n + 1], got ", shape_of(values),
-                  " and ", shape_of(*offsets));
+                  ": expected values to be [capacity] and offsets to be [n + 1], got ",
+                  shape_of(values), " and ", shape_of(*offsets));
     check_int32(op, "offsets", *offsets);
   }
   check_entries(op, values.numel());
@@ -78,7 +78,7 @@ inline void check_lists_layout(const char* op, const Tensor& offsets, const Tens
   check_int32(op, "slots", slots);
   FASTSAE_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1 && rows.dim() == 1 && slots.dim() == 1 &&
                     rows.size(0) == slots.size(0),
-                op, ": expected offsets to be [d_sae + 1] and rows, slots to be [cap], got ",
+                op, ": expected offsets to be [d_sae + 1] and rows, slots to be [capacity], got ",
                 shape_of(offsets), ", ", shape_of(rows), " and ", shape_of(slots));
 }
 

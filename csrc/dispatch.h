@@ -42,7 +42,8 @@ inline ScalarType accumulator_type(const Tensor& t) {
 }
 
 inline void check_hint(const char* op, const std::optional<Tensor>& hint) {
-  FASTSAE_CHECK(!hint || hint->dim() == 0, op, ": expected hint to be [], got ", shape_of(*hint));
+  FASTSAE_CHECK(!hint || hint->dim() == 0, op, ": expected threshold_guess to be [], got ",
+                shape_of(*hint));
 }
 // A threshold of an earlier call, in the dtype of thresholds of `x`.
 inline std::optional<Tensor> checked_hint(const char* op, const std::optional<Tensor>& hint,
@@ -54,9 +55,9 @@ inline std::optional<Tensor> checked_hint(const char* op, const std::optional<Te
 
 // A threshold for all columns, or one for each.
 inline void check_theta(const char* op, const Tensor& theta, const Tensor& x, int64_t columns) {
-  if (theta.dim() != 0) check_vector(op, "theta", theta, columns);
+  if (theta.dim() != 0) check_vector(op, "threshold", theta, columns);
   FASTSAE_CHECK(theta.scalar_type() == accumulator_type(x), op,
-                ": expected theta to be float32 (float64 for a float64 x)");
+                ": expected threshold to be float32 (float64 for a float64 x)");
 }
 
 // Typed pointers; torch's own bfloat16 and half have the same layout as ours.

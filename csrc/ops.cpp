@@ -2,8 +2,9 @@
 //
 // Shapes: n tokens, F = d_sae latents, d width of an activation, k active latents per token.
 // Sparse activations travel as (values, indices, offsets): offsets is absent for the fixed-k layout
-// [n, k] and [n + 1] for the variable layout [cap]; see python/fastsae/reference/sparse_acts.py.
-// Both weight matrices are feature-major, [F, d]. Indices, offsets, rows and slots are int32.
+// [n, k] and [n + 1] for the variable layout [capacity]; see
+// python/fastsae/reference/sparse_acts.py. Both weight matrices are feature-major, [F, d]. Indices,
+// offsets, rows and slots are int32.
 #include "torch.h"
 
 // The tests compile this again, for the emulated kernels.
@@ -17,20 +18,21 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
   m.def("topk(Tensor x, int k, bool sorted) -> (Tensor values, Tensor indices)");
 
   // The `budget` largest positive entries of the whole matrix x [n, F]; the smallest kept value,
-  // which `hint` [] may guess.
+  // which `threshold_guess` [] may guess.
   m.def(
-      "batch_topk(Tensor x, int budget, Tensor? hint)"
+      "batch_topk(Tensor x, int budget, Tensor? threshold_guess)"
       " -> (Tensor values, Tensor indices, Tensor offsets, Tensor threshold)");
 
   // The m[j] largest positive entries of each column j of x [n, F]; m [F] int32, and
-  // cap >= the sum of min(m, n).
+  // capacity >= the sum of min(m, n).
   m.def(
-      "feature_topk(Tensor x, Tensor m, int cap)"
+      "feature_topk(Tensor x, Tensor m, int capacity)"
       " -> (Tensor values, Tensor indices, Tensor offsets)");
 
-  // Entries of x [n, F] above theta ([] or [F]); the `cap` largest of them if there are more.
+  // Entries of x [n, F] above threshold ([] or [F]); the `capacity` largest of them if there are
+  // more.
   m.def(
-      "threshold_select(Tensor x, Tensor theta, int cap)"
+      "threshold_select(Tensor x, Tensor threshold, int capacity)"
       " -> (Tensor values, Tensor indices, Tensor offsets)");
 
   // topk, batch_topk and threshold_select of (x - b_dec) W_enc^T + b_enc, which is never stored
@@ -41,11 +43,12 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
       " bool relu, bool bf16_product) -> (Tensor values, Tensor indices)");
   m.def(
       "encode_batch_topk(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, int budget,"
-      " Tensor? mask, bool bf16_product, Tensor? hint) -> (Tensor values, Tensor indices, Tensor "
+      " Tensor? mask, bool bf16_product, Tensor? threshold_guess) -> (Tensor values, Tensor "
+      "indices, Tensor "
       "offsets, Tensor threshold)");
   m.def(
-      "encode_threshold(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor theta,"
-      " int cap, bool bf16_product) -> (Tensor values, Tensor indices, Tensor offsets)");
+      "encode_threshold(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor threshold,"
+      " int capacity, bool bf16_product) -> (Tensor values, Tensor indices, Tensor offsets)");
 
   // out[n, d] = sum over the active entries j of row n of values_j W_dec[indices_j] (+ b_dec).
   m.def(
@@ -57,9 +60,10 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
       "sparse_decode_values_grad(Tensor grad, Tensor values, Tensor indices, Tensor? offsets,"
       " Tensor W_dec) -> Tensor");
 
-  // The active entries grouped by latent, rows ascending: offsets [F + 1], rows [cap], slots [cap].
+  // The active entries grouped by latent, rows ascending: offsets [F + 1], rows [capacity], slots
+  // [capacity].
   m.def(
-      "transpose(Tensor values, Tensor indices, Tensor? offsets, int d_sae)"
+      "group_by_latent(Tensor values, Tensor indices, Tensor? offsets, int d_sae)"
       " -> (Tensor offsets, Tensor rows, Tensor slots)");
 
   // weight[f] = sum over f's list of values[slot] x[row]; bias[f] = sum of values[slot].
@@ -69,14 +73,16 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
 
   // One training step of both matrices and both biases, latent by latent, without a gradient
   // tensor. m_, v_: Adam's averages of each. acts: (values, indices, offsets), gradient
-  // grad_values, of x [n, d]; error [n, d] is the gradient of the reconstruction. rows_*: gradients
-  // of some latents that are added (from an auxiliary loss). A max_norm of inf does not clip.
+  // grad_values, of x [n, d]; grad_output [n, d] is the gradient of the reconstruction. extra_*:
+  // gradients of some latents that are added (from an auxiliary loss). A max_norm of inf does not
+  // clip.
   m.def(
       "sparse_adam_step_(Tensor(a!) W_enc, Tensor(b!) W_dec, Tensor(c!) b_enc, Tensor(d!) b_dec,"
       " Tensor(e!) m_W_enc, Tensor(f!) m_W_dec, Tensor(g!) m_b_enc, Tensor(h!) m_b_dec,"
       " Tensor(i!) v_W_enc, Tensor(j!) v_W_dec, Tensor(k!) v_b_enc, Tensor(l!) v_b_dec,"
-      " Tensor values, Tensor grad_values, Tensor indices, Tensor? offsets, Tensor x, Tensor error,"
-      " Tensor? rows, Tensor? rows_W_enc, Tensor? rows_W_dec, Tensor? rows_b_enc,"
+      " Tensor values, Tensor grad_values, Tensor indices, Tensor? offsets, Tensor x, Tensor "
+      "grad_output,"
+      " Tensor? extra_latents, Tensor? extra_W_enc, Tensor? extra_W_dec, Tensor? extra_b_enc,"
       " float lr, float beta1, float beta2, float eps, int step, float max_norm, bool unit_norm,"
       " bool bf16_rows=False) -> ()");
 }

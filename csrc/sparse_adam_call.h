@@ -66,17 +66,17 @@ struct AdamCall {
                       grad_values.scalar_type() == values.scalar_type(),
                   kOp, ": expected grad_values to be like values, got ", shape_of(grad_values));
     check_rows("x", x, n);
-    check_rows("error", error, n);
+    check_rows("grad_output", error, n);
     FASTSAE_CHECK(step >= 1, kOp, ": expected step >= 1, got ", step);
     if (!rows) return;
     FASTSAE_CHECK(rows_W_enc && rows_W_dec && rows_b_enc, kOp,
                   ": expected rows_W_enc, rows_W_dec and rows_b_enc with rows");
-    check_int32(kOp, "rows", *rows);
+    check_int32(kOp, "extra_latents", *rows);
     const int64_t count = rows->numel();
-    check_vector(kOp, "rows", *rows, count);
-    check_rows("rows_W_enc", *rows_W_enc, count);
-    check_rows("rows_W_dec", *rows_W_dec, count);
-    check_vector(kOp, "rows_b_enc", *rows_b_enc, count);
+    check_vector(kOp, "extra_latents", *rows, count);
+    check_rows("extra_W_enc", *rows_W_enc, count);
+    check_rows("extra_W_dec", *rows_W_dec, count);
+    check_vector(kOp, "extra_b_enc", *rows_b_enc, count);
     FASTSAE_CHECK(rows_b_enc->scalar_type() == W_enc.scalar_type(), kOp,
                   ": expected rows_b_enc to have the dtype of W_enc");
   }
@@ -102,10 +102,10 @@ void sparse_adam_step(Tensor W_enc, Tensor W_dec, Tensor b_enc, Tensor b_dec, Te
                       Tensor m_W_dec, Tensor m_b_enc, Tensor m_b_dec, Tensor v_W_enc,
                       Tensor v_W_dec, Tensor v_b_enc, Tensor v_b_dec, Tensor values,
                       Tensor grad_values, Tensor indices, std::optional<Tensor> offsets, Tensor x,
-                      Tensor error, std::optional<Tensor> rows, std::optional<Tensor> rows_W_enc,
-                      std::optional<Tensor> rows_W_dec, std::optional<Tensor> rows_b_enc, double lr,
-                      double beta1, double beta2, double eps, int64_t step, double max_norm,
-                      bool unit_norm, bool bf16_rows) {
+                      Tensor grad_output, std::optional<Tensor> rows,
+                      std::optional<Tensor> rows_W_enc, std::optional<Tensor> rows_W_dec,
+                      std::optional<Tensor> rows_b_enc, double lr, double beta1, double beta2,
+                      double eps, int64_t step, double max_norm, bool unit_norm, bool bf16_rows) {
   AdamCall call{W_enc,   W_dec,   b_enc,   b_dec,      m_W_enc,    m_W_dec,     m_b_enc, m_b_dec,
                 v_W_enc, v_W_dec, v_b_enc, v_b_dec,    values,     grad_values, indices, offsets,
                 x,       error,   rows,    rows_W_enc, rows_W_dec, rows_b_enc,  lr,      beta1,

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from bench.ops.inputs import Shape, acts, describe, weights
 from bench.timing import Case
 from fastsae import ops
-from fastsae.ops import StepTensors
+from fastsae.types import StepTensors
 
 
 def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[Case]:

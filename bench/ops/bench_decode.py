@@ -147,20 +147,20 @@ def _gradient_cases(
 
     def same_lists() -> None:
         order, ends = _sorted_lists(indices, m)
-        lists = ops.transpose(a)
+        lists = ops.group_by_latent(a)
         assert torch.equal(lists.slots.long(), order)
         assert torch.equal(lists.offsets[1:].long(), ends)
 
     yield Case(
-        "transpose",
+        "group_by_latent",
         describe(name, shape),
-        lambda: ops.transpose(a),
+        lambda: ops.group_by_latent(a),
         {"sort + bincount": lambda: _sorted_lists(indices, m)},
         same_lists,
         bytes=24 * n * k + 4 * m,
         dtype=dtype,
     )
-    lists = ops.transpose(a)
+    lists = ops.group_by_latent(a)
 
     def same_weight() -> None:
         got = ops.sparse_weight_grad(values, lists, x)

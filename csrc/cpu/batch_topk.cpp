@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> threshold_select(const Tensor& x_in, const Te
   check_matrix(op, "x", x_in);
   const Tensor x = as_contiguous(x_in), theta = as_contiguous(theta_in);
   check_theta(op, theta, x, x.size(1));
-  FASTSAE_CHECK(cap_in >= 0, op, ": expected cap >= 0, got ", cap_in);
+  FASTSAE_CHECK(cap_in >= 0, op, ": expected capacity >= 0, got ", cap_in);
   const int64_t cap = std::min(cap_in, x.numel());
   check_entries(op, cap);
   const Selection s = dispatch_floating(op, "x", x, [&](auto type) {

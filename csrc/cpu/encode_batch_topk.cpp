@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> encode_threshold(const Tensor& x, const Tenso
   const EncoderInput in = encoder_input(op, x, W_enc, b_enc, b_dec, std::nullopt, bf16_product);
   const Tensor theta = as_contiguous(theta_in);
   check_theta(op, theta, x, in.d_sae);
-  FASTSAE_CHECK(cap_in >= 0, op, ": expected cap >= 0, got ", cap_in);
+  FASTSAE_CHECK(cap_in >= 0, op, ": expected capacity >= 0, got ", cap_in);
   const int64_t cap = std::min(cap_in, in.x.size(0) * in.d_sae);
   check_entries(op, cap);
   const Selection s = dispatch_product(op, in, [&](auto type, auto word) {

@@ -243,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor> feature_topk(const Tensor& x_in, const Tensor
   check_rows(kOp, n);
   check_vector(kOp, "m", m_in, columns);
   check_int32(kOp, "m", m_in);
-  FASTSAE_CHECK(cap_in >= 0, kOp, ": expected cap >= 0, got ", cap_in);
+  FASTSAE_CHECK(cap_in >= 0, kOp, ": expected capacity >= 0, got ", cap_in);
   const Tensor x = as_contiguous(x_in), m = as_contiguous(m_in);
   const int64_t cap = std::min(cap_in, x.numel());
   check_entries(kOp, cap);

@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_topk(const Tensor& x, int64_t b
   constexpr const char* op = "batch_topk";
   check_matrix(op, "x", x);
   check_hint(op, hint);  // and no more: a sample serves better here
-  if (hint) check_device(op, "hint", *hint, x);
+  if (hint) check_device(op, "threshold_guess", *hint, x);
   FASTSAE_CHECK(budget >= 0, op, ": expected budget >= 0, got ", budget);
   const Selection s = select(op, x, budget, nullptr);
   return {s.values, s.indices, s.offsets, s.threshold};
@@ -56,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor> threshold_select(const Tensor& x, const Tenso
   check_matrix(op, "x", x);
   const Tensor theta = as_contiguous(theta_in);
   check_theta(op, theta, x, x.size(1));
-  FASTSAE_CHECK(cap >= 0, op, ": expected cap >= 0, got ", cap);
-  check_device(op, "theta", theta, x);
+  FASTSAE_CHECK(cap >= 0, op, ": expected capacity >= 0, got ", cap);
+  check_device(op, "threshold", theta, x);
   const Selection s = select(op, x, cap, &theta);
   return {s.values, s.indices, s.offsets};
 }

@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_batch_topk(
   const int64_t cap = std::min(budget, x.size(0) * in.d_sae);
   check_entries(op, cap);
   check_hint(op, hint);  // and no more: a sample serves better here
-  if (hint) check_device(op, "hint", *hint, x);
+  if (hint) check_device(op, "threshold_guess", *hint, x);
   const Selection s = ChunkedSelect(op, in, x, cap, nullptr).run();
   return {s.values, s.indices, s.offsets, s.threshold};
 }
@@ -171,8 +171,8 @@ std::tuple<Tensor, Tensor, Tensor> encode_threshold(const Tensor& x, const Tenso
   const EncoderArguments in = encoder_input(op, x, W_enc, b_enc, b_dec, std::nullopt, bf16_product);
   const Tensor theta = as_contiguous(theta_in);
   check_theta(op, theta, x, in.d_sae);
-  check_device(op, "theta", theta, x);
-  FASTSAE_CHECK(cap_in >= 0, op, ": expected cap >= 0, got ", cap_in);
+  check_device(op, "threshold", theta, x);
+  FASTSAE_CHECK(cap_in >= 0, op, ": expected capacity >= 0, got ", cap_in);
   const int64_t cap = std::min(cap_in, x.size(0) * in.d_sae);
   check_entries(op, cap);
   const Selection s = ChunkedSelect(op, in, x, cap, &theta).run();

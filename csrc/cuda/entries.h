@@ -6,7 +6,7 @@
 namespace fastsae::cuda {
 
 struct EntriesParams {
-  const void* values;      // [n, k] or [cap]
+  const void* values;      // [n, k] or [capacity]
   bool wide;               // values are in the accumulator's format, not in that of the matrix
   const int32_t* indices;  // like values
   const int32_t* offsets;  // [n + 1], or null: k entries in every row

@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor> feature_topk(const Tensor& x_in, const Tensor
   check_vector(op, "m", m_in, columns);
   check_int32(op, "m", m_in);
   check_device(op, "m", m_in, x_in);
-  FASTSAE_CHECK(cap_in >= 0, op, ": expected cap >= 0, got ", cap_in);
+  FASTSAE_CHECK(cap_in >= 0, op, ": expected capacity >= 0, got ", cap_in);
   const int64_t cap = std::min(cap_in, x_in.numel());
   check_entries(op, cap);
   const Format format = format_of(op, "x", x_in);
@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> feature_topk(const Tensor& x_in, const Tensor
   Tensor values = new_empty(x, {cap}, x.scalar_type());
   Tensor indices = new_empty(x, {cap}, ScalarType::Int);
   Tensor offsets = new_empty(x, {n + 1}, ScalarType::Int);
-  Tensor theta = new_empty(x, {columns}, accumulator_type(x));
+  Tensor threshold = new_empty(x, {columns}, accumulator_type(x));
   Tensor tie_row = new_empty(x, {columns}, ScalarType::Int);
   ColumnBoundParams bounds{.x = x.const_data_ptr(),
                            .n = n,

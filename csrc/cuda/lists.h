@@ -11,8 +11,8 @@ constexpr int kSegment = 256;
 
 struct ListsParams {
   const int32_t* offsets;  // [d_sae + 1]
-  const int32_t* rows;     // [cap], an entry out of [0, n) takes no part
-  const int32_t* slots;    // [cap], an entry out of [0, size) takes no part
+  const int32_t* rows;     // [capacity], an entry out of [0, n) takes no part
+  const int32_t* slots;    // [capacity], an entry out of [0, size) takes no part
   int32_t d_sae, cap, n;
   const void* values;  // [size]
   int32_t size;

@@ -17,9 +17,9 @@ struct MatrixSelectParams {
   const int32_t* tie_row = nullptr;  // [m]: equal ones too, in rows up to this; or null
   const void* bias = nullptr;        // A [m] or null; x is float32 or float64 then
   const bool* mask = nullptr;        // [m] or null
-  void* values = nullptr;            // [cap], ascending (row, column), then padding
-  int32_t* indices = nullptr;        // [cap], columns
-  int32_t* rows = nullptr;           // [cap], scratch if nobody asks for it
+  void* values = nullptr;            // [capacity], ascending (row, column), then padding
+  int32_t* indices = nullptr;        // [capacity], columns
+  int32_t* rows = nullptr;           // [capacity], scratch if nobody asks for it
   int32_t* offsets = nullptr;        // [n + 1]; or null
   void* threshold = nullptr;         // A []: the smallest kept value, +inf if none; or null
   void* bound = nullptr;             // A []: the same if `cap` are kept, else theta; or null

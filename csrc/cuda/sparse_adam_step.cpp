@@ -15,7 +15,7 @@ void run(AdamCall& c) {
   }
   check_device(op, "grad_values", c.grad_values, c.W_enc, "W_enc");
   check_device(op, "x", c.x, c.W_enc, "W_enc");
-  check_device(op, "error", c.error, c.W_enc, "W_enc");
+  check_device(op, "grad_output", c.error, c.W_enc, "W_enc");
   for (const std::optional<Tensor>* t : {&c.rows, &c.rows_W_enc, &c.rows_W_dec, &c.rows_b_enc}) {
     if (*t) check_device(op, "rows and their gradients", **t, c.W_enc, "W_enc");
   }

@@ -1,5 +1,5 @@
-// Launches of the sparse_adam_step_ kernels: transpose, segments of long lists, the gradient of
-// b_dec and the norm where it clips, then the step itself.
+// Launches of the sparse_adam_step_ kernels: group_by_latent, segments of long lists, the gradient
+// of b_dec and the norm where it clips, then the step itself.
 #include "cuda/sparse_adam_step.h"
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "cuda/sparse_adam_step_kernel.cuh"
-#include "cuda/transpose.h"
+#include "cuda/group_by_latent.h"
 
 namespace fastsae::cuda {
 namespace {
@@ -50,7 +50,7 @@ struct Plan {
   int64_t groups, blocks, parts;
   int64_t shared;  // bytes of shared memory
   // Offsets into scratch, and its size.
-  int64_t offsets, rows, slots, transpose, added, shares, sums, g_b_dec, squares, scale, held;
+  int64_t offsets, rows, slots, group_by_latent, added, shares, sums, g_b_dec, squares, scale, held;
   int64_t strips[2], weights[2];
   int64_t bytes;
 };
@@ -79,7 +79,7 @@ Plan plan(const AdamParams& p) {
   plan.offsets = layout.add((int64_t{e.d_sae} + 1) * 4);
   plan.rows = layout.add(int64_t{e.cap} * 4);
   plan.slots = layout.add(int64_t{e.cap} * 4);
-  plan.transpose = layout.add(transpose_scratch(e));
+  plan.group_by_latent = layout.add(group_by_latent_scratch(e));
   plan.added = layout.add(p.added ? int64_t{e.d_sae} * 4 : 0);
   plan.shares = layout.add(plan.groups * p.d * kNumber);
   plan.sums = layout.add(plan.parts * p.d * kNumber);
@@ -117,10 +117,10 @@ const char* launch(const AdamParams& p, const Plan& plan, cudaStream_t stream) {
   constexpr Bits* kBits = nullptr;
   constexpr int32_t* kInts = nullptr;
 
-  TransposeParams transpose{e, at(plan.offsets, kInts), at(plan.rows, kInts), at(plan.slots, kInts),
-                            space + plan.transpose};
+  GroupByLatentParams group_by_latent{e, at(plan.offsets, kInts), at(plan.rows, kInts),
+                                      at(plan.slots, kInts), space + plan.group_by_latent};
   const Format format = sizeof(A) == 8 ? Format::kFloat64 : Format::kFloat32;
-  if (const char* error = launch_transpose(transpose, format, stream)) return error;
+  if (const char* error = launch_group_by_latent(group_by_latent, format, stream)) return error;
 
   int32_t* added = nullptr;
   if (p.added) {
@@ -131,10 +131,15 @@ const char* launch(const AdamParams& p, const Plan& plan, cudaStream_t stream) {
                    0, stream, p.added, p.added_count, e.d_sae, added);
   }
 
-  ListsParams lists{
-      transpose.offsets, transpose.rows, transpose.slots,
-      e.d_sae,           e.cap,          static_cast<int32_t>(std::min<int64_t>(e.n, INT32_MAX)),
-      e.values,          e.cap,          true};
+  ListsParams lists{group_by_latent.offsets,
+                    group_by_latent.rows,
+                    group_by_latent.slots,
+                    e.d_sae,
+                    e.cap,
+                    static_cast<int32_t>(std::min<int64_t>(e.n, INT32_MAX)),
+                    e.values,
+                    e.cap,
+                    true};
   ListsParams grad_lists = lists;
   grad_lists.values = p.grad_values;
   const Segments<A> later[2] = {{at(plan.strips[0], kNumbers), at(plan.weights[0], kNumbers)},

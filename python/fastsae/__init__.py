@@ -24,12 +24,12 @@ from fastsae.nn import (
     TopKCrossCoder,
     TopKSAE,
     Transcoder,
+    average_saes,
+    gradient_pursuit,
     load,
-    pursue,
-    soup,
 )
-from fastsae.ops import SparseActs
 from fastsae.train import TrainConfig, Trainer
+from fastsae.types import SparseActs
 
 __version__ = "0.1.0"
 __all__ = [
@@ -58,13 +58,13 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "Transcoder",
+    "average_saes",
     "data",
     "eval",
+    "gradient_pursuit",
     "load",
     "nn",
     "ops",
-    "pursue",
     "reference",
-    "soup",
     "train",
 ]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-
-import fastsae
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,9 +23,9 @@ _fallbacks = torch.library.Library("fastsae", "FRAGMENT")
 def find(name: str) -> Path | None:
     """Return the path of a compiled library of the package, or None.
 
-    An editable install spreads the package over two folders, so all of `fastsae.__path__` counts.
+    An editable install spreads the package over two folders, so all of its `__path__` counts.
     """
-    for folder in fastsae.__path__:
+    for folder in sys.modules["fastsae"].__path__:
         path = Path(folder) / name
         if path.exists():
             return path

@@ -267,8 +267,8 @@ def test_heads_divide_the_input(n_heads):
 def test_both_identities_in_a_language_model():
     """RMSNorm, rotary positions, grouped queries, read from a model of `transformers`."""
     pytest.importorskip("transformers")
-    from fastsae.data.sites import read, resolve
-    from tests.data.tiny import VOCAB, D, tiny_model
+    from fastsae.models.sites import read, resolve
+    from tests.models.tiny import VOCAB, D, tiny_model
 
     model = tiny_model("llama")
     model.set_attn_implementation("eager")

@@ -1,4 +1,4 @@
-"""Discrete codes: scores against sets in plain Python, and a planted circuit that is found."""
+"""Attributions to upstream latents add up to what the encoder of a coder really computes."""
 
 from __future__ import annotations
 
@@ -7,226 +7,204 @@ import re
 import pytest
 import torch
 
-from fastsae.analysis.circuits import (
-    edge_scores,
-    head_codes,
-    node_scores,
-    roc_auc,
-    train_code_sae,
+from fastsae.analysis.circuits import connections, latent_attribution
+from fastsae.nn import SAE, BatchTopKSAE, TopKSAE, Transcoder
+from fastsae.types import SparseActs
+
+N, D, D_UP, D_SAE = 40, 10, 30, 24
+
+
+def randomised(sae: SAE) -> SAE:
+    """Encoder and decoder differ and no bias is zero."""
+    for name in ("W_enc", "b_enc", "b_dec"):
+        setattr(sae, name, torch.randn_like(getattr(sae, name)))
+    return sae.eval()
+
+
+def topk_sae(d_sae: int = D_UP, k: int = 4, d_in: int = D, **kwargs: object) -> SAE:
+    return randomised(TopKSAE(d_in, d_sae, k, **{"dtype": torch.float64, **kwargs}))
+
+
+def batch_topk_sae() -> SAE:
+    sae = BatchTopKSAE(D, D_UP, k=4, dtype=torch.float64)
+    sae.threshold.fill_(1.5)
+    return randomised(sae)
+
+
+def transcoder(d_in: int = D, d_out: int = 7, d_sae: int = D_SAE, k: int = D_SAE) -> SAE:
+    """With k = d_sae its code is relu of every pre-activation."""
+    return randomised(Transcoder(d_in, d_out, d_sae, k, dtype=torch.float64))
+
+
+UPSTREAM = pytest.mark.parametrize(
+    "upstream", [topk_sae, batch_topk_sae, lambda: transcoder(6, D, D_UP, 4)]
 )
-from fastsae.nn import BatchTopKSAE, TopKSAE
-from tests.properties import given, settings, st
+CODERS = pytest.mark.parametrize("coder", [transcoder, lambda: topk_sae(D_SAE, D_SAE)])
 
 
-def only_in_positives(codes: list[object], positive: list[bool]) -> set[object]:
-    """The codes of positives that no negative has; None is no code."""
-    ours = {code for code, yes in zip(codes, positive, strict=True) if yes}
-    theirs = {code for code, yes in zip(codes, positive, strict=True) if not yes}
-    return ours - theirs - {None}
+def example(upstream: SAE) -> tuple[SparseActs, torch.Tensor, torch.Tensor]:
+    """A code, the residual stream that it is part of, and what else is in there."""
+    acts = upstream.encode_sparse(torch.randn(N, upstream.d_in, dtype=torch.float64)).detach()
+    rest = torch.randn(N, D, dtype=torch.float64) + upstream.b_dec.detach()
+    return acts, (acts.to_dense() @ upstream.W_dec + rest).detach(), rest
 
 
-def column(codes: torch.Tensor, head: int) -> list[int | None]:
-    return [None if code < 0 else code for code in codes[:, head].tolist()]
+def constants(coder: SAE, latent: int) -> torch.Tensor:
+    bias, w = coder._input_bias(), coder.W_enc[:, latent]
+    return (coder.b_enc[latent] - (0 if bias is None else bias @ w)).detach()
 
 
-cases = given(st.integers(0, 12), st.integers(0, 5), st.integers(1, 6), st.integers(0, 2**31))
+@CODERS
+@UPSTREAM
+@pytest.mark.parametrize("norm", [False, True])
+def test_latents_and_the_rest_add_up_to_the_pre_activation(upstream, coder, norm):
+    upstream, coder = upstream(), coder()
+    acts, resid, rest = example(upstream)
+    scale = resid.square().mean(1).sqrt() if norm else None
+    divisor = torch.ones(N, 1, dtype=torch.float64) if scale is None else scale.unsqueeze(1)
+    code = coder.encode(resid / divisor).detach()
+    for f in (0, 11, D_SAE - 1):
+        got = latent_attribution(upstream, acts, coder, f, scale)
+        assert got.values.shape == acts.values.shape
+        assert got.indices is acts.indices
+        assert got.offsets is acts.offsets
+        assert got.d_sae == D_UP
+        assert not got.values.requires_grad
+        summed = got.to_dense().sum(1)
+        elsewhere = (rest / divisor) @ coder.W_enc[:, f].detach() + constants(coder, f)
+        torch.testing.assert_close((summed + elsewhere).relu(), code[:, f], atol=1e-11, rtol=1e-11)
+        assert summed.std() > 0.1
+    assert 0.2 < (code > 0).double().mean() < 0.8
 
 
-def case(examples: int, heads: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-1, size, (examples, heads), generator=generator)
-    return codes, torch.rand(examples, generator=generator) < 0.5
+def test_a_gain_is_folded_into_the_coder_and_a_layer_norm_centres():
+    upstream, coder = topk_sae(), transcoder()
+    acts, resid, rest = example(upstream)
+    norm = torch.nn.LayerNorm(D, dtype=torch.float64).requires_grad_(False)
+    norm.weight.normal_()
+    norm.bias.normal_()
+    code = coder.encode(norm(resid)).detach()
+    with torch.no_grad():
+        coder.b_enc += norm.bias @ coder.W_enc
+        centre = torch.eye(D, dtype=torch.float64) - 1 / D
+        coder.W_enc = centre @ (norm.weight.unsqueeze(1) * coder.W_enc)
+    scale = (resid.var(1, correction=0) + norm.eps).sqrt()
+    for f in range(D_SAE):
+        summed = latent_attribution(upstream, acts, coder, f, scale).to_dense().sum(1)
+        elsewhere = (rest @ coder.W_enc[:, f].detach()) / scale + constants(coder, f)
+        torch.testing.assert_close((summed + elsewhere).relu(), code[:, f])
+    assert 0.2 < (code > 0).double().mean() < 0.8
 
 
-@settings(max_examples=60, deadline=None)
-@cases
-def test_node_scores_count_codes_that_only_positives_have(examples, heads, size, seed):
-    codes, positive = case(examples, heads, size, seed)
-    expected, shares = [], []
-    for head in range(heads):
-        held = column(codes, head)
-        expected.append(len(only_in_positives(held, positive.tolist())))
-        shares.append(expected[-1] / max(1, len(set(held) - {None})))
-    assert node_scores(codes, positive).tolist() == expected
-    got = node_scores(codes, positive, normalize=True)
-    torch.testing.assert_close(got, torch.tensor(shares, dtype=torch.float32))
+@UPSTREAM
+def test_every_entry_is_the_formula(upstream):
+    upstream, coder, f = upstream(), transcoder(), 3
+    acts, _, _ = example(upstream)
+    scale = torch.rand(N, dtype=torch.float64) + 0.5
+    dense = latent_attribution(upstream, acts, coder, f, scale).to_dense()
+    code = acts.to_dense()
+    assert (code != 0).sum() > N
+    for t, j in code.nonzero().tolist():
+        expected = code[t, j] * (upstream.W_dec[j] @ coder.W_enc[:, f]) / scale[t]
+        torch.testing.assert_close(dense[t, j], expected.detach())
+    assert (dense[code == 0] == 0).all()
 
 
-@settings(max_examples=60, deadline=None)
-@cases
-def test_edge_scores_count_pairs_that_only_positives_have(examples, heads, size, seed):
-    codes, positive = case(examples, heads, size, seed)
-    got = edge_scores(codes, positive)
-    assert got.shape == (heads, heads)
-    for i in range(heads):
-        for j in range(heads):
-            pairs = [
-                None if None in pair else pair
-                for pair in zip(column(codes, i), column(codes, j), strict=True)
-            ]
-            expected = len(only_in_positives(pairs, positive.tolist())) if i != j else 0
-            assert got[i, j] == expected
+def test_padding_stays_empty():
+    """Entries past the last offset belong to no row, so they have no scale."""
+    upstream, coder = topk_sae(), transcoder()
+    acts = SparseActs(
+        torch.tensor([1.0, 2.0, 3.0, 0.0, 0.0]).double(),
+        torch.tensor([4, 9, 2, 0, 0], dtype=torch.int32),
+        torch.tensor([0, 2, 2, 3], dtype=torch.int32),
+        D_UP,
+    )
+    scale = torch.tensor([2.0, 5.0, 4.0]).double()
+    got = latent_attribution(upstream, acts, coder, 1, scale).values
+    weight = connections(upstream, coder, torch.tensor([1]))[0]
+    expected = torch.stack([weight[4] / 2, weight[9], weight[2] * 3 / 4])
+    torch.testing.assert_close(got[:3], expected)
+    assert got[3:].tolist() == [0, 0]
 
 
-def test_pairs_tell_what_single_codes_do_not():
-    codes = torch.tensor([[0, 0], [1, 1], [0, 1], [1, 0]])
-    positive = torch.tensor([True, True, False, False])
-    assert node_scores(codes, positive).tolist() == [0, 0]
-    assert edge_scores(codes, positive).tolist() == [[0, 2], [2, 0]]
+def test_no_tokens_have_no_attribution():
+    upstream = topk_sae()
+    for acts in (
+        upstream.encode_sparse(torch.zeros(0, D).double()),
+        batch_topk_sae().encode_sparse(torch.zeros(0, D).double()),
+    ):
+        got = latent_attribution(upstream, acts, transcoder(), 0, torch.ones(0).double())
+        assert got.shape == (0, D_UP)
 
 
-def test_large_codes_do_not_collide():
-    size = 2**20
-    codes = torch.tensor([[size - 1, 0, size - 1], [0, size - 1, size - 1], [0, 0, size - 1]])
-    positive = torch.tensor([True, True, False])
-    assert node_scores(codes, positive).tolist() == [1, 1, 0]
-    assert edge_scores(codes, positive).tolist() == [[0, 2, 1], [2, 0, 1], [1, 1, 0]]
+@CODERS
+def test_connections_are_a_product(coder):
+    upstream, coder = topk_sae(), coder()
+    latents = torch.tensor([7, 0, D_SAE - 1, 7])
+    got = connections(upstream, coder, latents)
+    assert got.shape == (4, D_UP)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, (coder.W_enc[:, latents].t() @ upstream.W_dec.t()).detach())
+    assert connections(upstream, coder, latents[:0]).shape == (0, D_UP)
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.integers(2, 30), st.integers(1, 8), st.integers(0, 2**31))
-def test_roc_auc_counts_pairs_with_ties_as_half(n, levels, seed):
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randint(levels, (n,), generator=generator) / 7
-    labels = torch.rand(n, generator=generator) < 0.4
-    labels[0], labels[1] = True, False
-    wins = [
-        1.0 if ours > theirs else 0.5 if ours == theirs else 0.0
-        for ours in scores[labels].tolist()
-        for theirs in scores[~labels].tolist()
-    ]
-    assert roc_auc(scores, labels) == sum(wins) / len(wins)
-    assert roc_auc(-scores, labels) == pytest.approx(1 - sum(wins) / len(wins), abs=1e-12)
+def test_bfloat16_is_added_up_in_float32():
+    upstream, coder = topk_sae(dtype=torch.bfloat16), transcoder().bfloat16()
+    acts = upstream.encode_sparse(torch.randn(N, D, dtype=torch.bfloat16))
+    weight = connections(upstream, coder, torch.arange(D_SAE))
+    got = latent_attribution(upstream, acts, coder, 2, torch.full((N,), 3.0))
+    exact = latent_attribution(
+        upstream.double(), acts.to(torch.float64), coder.double(), 2, torch.full((N,), 3.0)
+    )
+    assert weight.dtype == got.values.dtype == torch.float32
+    torch.testing.assert_close(got.values.double(), exact.values, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        weight.double(), connections(upstream, coder, torch.arange(D_SAE)), atol=1e-5, rtol=1e-5
+    )
 
 
-def test_roc_auc_of_perfect_reversed_and_constant_scores():
-    labels = torch.tensor([False, True, False, True])
-    assert roc_auc(torch.tensor([0, 5, 1, 2]), labels) == 1
-    assert roc_auc(torch.tensor([float("inf"), 0.0, 3.0, float("-inf")]), labels) == 0
-    assert roc_auc(torch.ones(4), labels) == 0.5
-
-
-@pytest.mark.parametrize("cls", [TopKSAE, BatchTopKSAE])
-def test_codes_are_the_largest_latent_of_the_dense_code(cls):
-    sae = cls(16, 48, k=3)
-    sae.b_enc = torch.full((48,), -1.0)
-    x = torch.randn(7, 5, 16)
-    x[2, 3] = 0  # no latent is positive
-    sae.loss(x)  # thresholds, for the class that has them
-    codes = head_codes(sae.train(), x)
-    assert not sae.training
-    dense = sae.encode(x)
-    assert codes.dtype == torch.int64
-    assert codes.shape == (7, 5)
-    assert codes[2, 3] == -1
-    assert torch.equal(codes, torch.where(dense.amax(2) > 0, dense.argmax(2), -1))
-    assert len(codes.unique()) > 10
-    assert head_codes(sae, x[:0]).shape == (0, 5)
-
-
-def test_the_lowest_index_wins_among_equals():
-    sae = TopKSAE(2, 6, k=4)
-    sae.W_enc = torch.tensor([[0.0, 1.0, 1.0, 0.5, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
-    x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]])
-    assert head_codes(sae, x).tolist() == [[1, 0, -1]]
-
-
-@pytest.fixture
-def one_thread():
-    """Updates of a few ms are no faster on more threads, and slower where others compute too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def planted(circuit: torch.Tensor, n: int, d: int = 128) -> torch.Tensor:
-    """Noisy outputs of heads, each around a place of its own: n positives, then n negatives.
-
-    Heads of the circuit add one of four task directions in positives only; the others add one of
-    four directions in both classes alike.
-    """
-    heads = len(circuit)
-    places, moves = 2 * torch.randn(heads, d), 3 * torch.randn(heads, 4, d)
-    moved = moves[torch.arange(heads), torch.randint(4, (2 * n, heads))]
-    moved[n:, circuit] = 0
-    return places + moved + torch.randn(2 * n, heads, d)
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_a_planted_circuit_is_found_from_ten_examples():
-    heads, n = 24, 60
-    circuit = torch.zeros(heads, dtype=torch.bool)
-    circuit[torch.tensor([2, 3, 11, 17, 20])] = True
-    positive = torch.arange(2 * n) < n
-    x = planted(circuit, n)
-    codes = head_codes(train_code_sae(x, examples=10), x)
-    nodes = node_scores(codes, positive)
-    assert roc_auc(nodes, circuit) > 0.9
-    upper = torch.ones(heads, heads, dtype=torch.bool).triu(1)
-    touches = circuit.unsqueeze(0) | circuit.unsqueeze(1)
-    assert roc_auc(edge_scores(codes, positive)[upper], touches[upper]) > 0.9
-    # Labels that have nothing to do with the task single out nobody.
-    shuffled = node_scores(codes, positive[torch.randperm(2 * n)])
-    assert shuffled[circuit].sum() < nodes[circuit].sum() / 2
-    # What training is for: noise moves the codes of a random SAE.
-    untrained = node_scores(head_codes(TopKSAE(128, 200, k=1), x), positive)
-    assert nodes[~circuit].sum() < untrained[~circuit].sum() / 2
-
-
-def test_training_takes_the_number_of_examples_it_is_told():
-    x = torch.randn(6, 4, 8)
-
-    def trained(x: torch.Tensor, examples: int, seed: int = 0) -> torch.Tensor:
-        torch.manual_seed(5)
-        sae = train_code_sae(x, 20, examples=examples, steps=3, seed=seed)
-        assert not sae.training
-        return sae.W_enc.detach()
-
-    def seen(examples: int, seed: int = 0) -> list[int]:
-        """The examples that matter: another number there is another SAE."""
-        before = trained(x, examples, seed)
-        edits = [
-            x + torch.nn.functional.one_hot(torch.tensor(i), 6).view(6, 1, 1) for i in range(6)
-        ]
-        return [i for i in range(6) if not torch.equal(trained(edits[i], examples, seed), before)]
-
-    assert torch.equal(trained(x, 2), trained(x, 2))
-    assert len(seen(2)) == 2
-    assert len(seen(99)) == 6
-    assert len({tuple(seen(2, seed)) for seed in range(4)}) > 1
-
-
-CODES, POSITIVE = torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, dtype=torch.bool)
+ACTS = SparseActs(torch.ones(3, 2).double(), torch.zeros(3, 2, dtype=torch.int32), None, D_UP)
 
 
 @pytest.mark.parametrize(
-    ("call", "arguments", "error", "message"),
+    ("changes", "message"),
     [
-        (head_codes, (TopKSAE(4, 8, k=1), torch.zeros(2, 4)), ValueError,
-         "expected x to be [examples, heads, d], got [2, 4]"),
-        (train_code_sae, (torch.zeros(2, 4),), ValueError,
-         "expected x to be [examples, heads, d], got [2, 4]"),
-        (train_code_sae, (torch.zeros(0, 3, 4),), ValueError,
-         "expected at least one head's row, got [0, 3, 4]"),
-        (node_scores, (CODES[0], POSITIVE), ValueError,
-         "expected codes to be [examples, heads], got [3]"),
-        (node_scores, (CODES.int(), POSITIVE), TypeError,
-         "expected codes to be torch.int64, got torch.int32"),
-        (edge_scores, (CODES, POSITIVE[1:]), ValueError,
-         "expected positive to be [examples] with examples = 4, got [3]"),
-        (edge_scores, (CODES, POSITIVE.long()), TypeError,
-         "expected positive to be torch.bool, got torch.int64"),
-        (roc_auc, (torch.zeros(4), POSITIVE[1:]), ValueError,
-         "expected scores and labels to be [n], got [4] and [3]"),
-        (roc_auc, (torch.zeros(4), POSITIVE), ValueError,
-         "expected labels of both classes, got 0 True of 4"),
-        (roc_auc, (torch.zeros(4), POSITIVE.long()), TypeError,
-         "expected labels to be bool, got torch.int64"),
-        (roc_auc, (torch.tensor([0.0, float("nan")]), torch.tensor([True, False])), ValueError,
-         "expected scores without NaN, got 1"),
+        ({"latent": D_SAE}, "expected a latent in 0..23, got 24"),
+        ({"latent": -1}, "expected a latent in 0..23, got -1"),
+        ({"upstream": topk_sae(d_in=D + 1)},
+         "expected upstream to write d_in = 10 numbers, got 11"),
+        ({"upstream": topk_sae(D_UP + 1)},
+         "expected acts to be [n, d_sae] with d_sae = 31 like upstream, got [3, 30]"),
+        ({"scale": torch.ones(3, 1)}, "expected scale to be [n] with n = 3, got [3, 1]"),
+        ({"scale": torch.ones(3, device="meta")},
+         "expected scale on cpu like the coder, got meta"),
+        ({"acts": ACTS.to("meta")}, "expected acts on cpu like the coder, got meta"),
+        ({"upstream": topk_sae(device="meta")},
+         "expected upstream on cpu like the coder, got meta"),
     ],
 )  # fmt: skip
-def test_errors_say_what_was_expected(call, arguments, error, message):
-    with pytest.raises(error, match=f"^{re.escape(f'{call.__name__}: {message}')}$"):
-        call(*arguments)
+def test_errors_of_attributions_say_what_was_expected(changes, message):
+    arguments = {"upstream": topk_sae(), "acts": ACTS, "coder": transcoder(), "latent": 0}
+    with pytest.raises(ValueError, match=f"^{re.escape(f'latent_attribution: {message}')}$"):
+        latent_attribution(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    ("latents", "error", "message"),
+    [
+        (torch.tensor([0, D_SAE]), ValueError, "expected a latent in 0..23, got 24"),
+        (torch.tensor(3), ValueError, "expected latents to be [m], got []"),
+        (torch.arange(2).int(), TypeError, "expected latents to be int64, got torch.int32"),
+        (torch.arange(2, device="meta"), ValueError,
+         "expected latents on cpu like the coder, got meta"),
+    ],
+)  # fmt: skip
+def test_errors_of_connections_say_what_was_expected(latents, error, message):
+    with pytest.raises(error, match=f"^{re.escape(f'connections: {message}')}$"):
+        connections(topk_sae(), transcoder(), latents)
+
+
+def test_widths_fit_in_connections():
+    message = "connections: expected upstream to write d_in = 10 numbers, got 7"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        connections(transcoder(), transcoder(), torch.arange(2))

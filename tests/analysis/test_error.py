@@ -10,7 +10,7 @@ import torch
 
 from fastsae.analysis.error import ErrorAnatomy, error_anatomy
 from fastsae.nn import BatchTopKSAE, TopKSAE, Transcoder
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 D, N = 12, 2400
 

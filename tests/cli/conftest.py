@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.tiny import VOCAB, tiny_model
+from tests.models.tiny import VOCAB, tiny_model
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,;:!?'\"()\n0123456789"
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fastsae import TopKSAE, cli, load
-from fastsae.cli import models
-from tests.data.tiny import DOCUMENTS, CharTokenizer, D, tiny_model
+from fastsae.models import load as models
+from tests.models.tiny import DOCUMENTS, CharTokenizer, D, tiny_model
 
 
 def fails(capsys, code: int, *argv: object) -> str:

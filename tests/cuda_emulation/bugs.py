@@ -67,7 +67,7 @@ def _barrier(
 _SELECT, _BLOCK = "cuda/row_select.cuh", "cuda/block.cuh"
 _TOPK, _LAUNCH = "cuda/topk_kernel.cuh", "cuda/topk.cu"
 _MATRIX, _FEATURE = "cuda/matrix_select_kernel.cuh", "cuda/feature_topk_kernel.cuh"
-_TRANSPOSE, _LISTS = "cuda/transpose_kernel.cuh", "cuda/lists.cuh"
+_GROUP_BY_LATENT, _LISTS = "cuda/group_by_latent_kernel.cuh", "cuda/lists.cuh"
 _ADAM = "cuda/sparse_adam_step_kernel.cuh"
 
 BUGS = (
@@ -250,12 +250,12 @@ BUGS = (
     ),
     _barrier(
         "peers read what one has written",
-        "transpose",
-        _TRANSPOSE,
+        "group_by_latent",
+        _GROUP_BY_LATENT,
         "read by all peers before one of them writes",
         kind="warp",
     ),
-    _barrier("places are used early", "transpose", _TRANSPOSE, "all places are known"),
+    _barrier("places are used early", "group_by_latent", _GROUP_BY_LATENT, "all places are known"),
     Bug(
         "one entry past the row",
         "sparse_decode",
@@ -289,8 +289,8 @@ BUGS = (
     ),
     Bug(
         "order among equals is reversed",
-        "transpose",
-        _TRANSPOSE,
+        "group_by_latent",
+        _GROUP_BY_LATENT,
         "__popc(peers & lower));\n      __syncwarp();",
         "__popc(peers & ~lower) - 1);\n      __syncwarp();",
         "result",

@@ -37,7 +37,7 @@ def batch(values: Tensor, indices: Tensor, offsets: Tensor | None, n: int, d: in
     return [values, grad, indices, offsets, x, error]
 
 
-def added_rows(d_sae: int, d: int, dtype: torch.dtype) -> list[Tensor]:
+def extra_rows(d_sae: int, d: int, dtype: torch.dtype) -> list[Tensor]:
     rows = torch.randperm(d_sae)[: d_sae // 3].int()
     shapes = ((len(rows), d), (len(rows), d), (len(rows),))
     return [rows, *(torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes)]
@@ -47,23 +47,31 @@ NONE = [None] * 4
 
 
 def step(
-    module, before: list[Tensor], entries: list, added=NONE, clip=math.inf, unit=True, bf16=False
+    module,
+    before: list[Tensor],
+    entries: list,
+    extra_grads=NONE,
+    clip=math.inf,
+    unit=True,
+    bf16=False,
 ):
     after = [t.clone() for t in before]
-    module.sparse_adam_step_(*after, *entries, *added, 1e-2, 0.9, 0.999, 1e-8, 3, clip, unit, bf16)
+    module.sparse_adam_step_(
+        *after, *entries, *extra_grads, 1e-2, 0.9, 0.999, 1e-8, 3, clip, unit, bf16
+    )
     return after
 
 
-def assert_rounding_is_all(before, entries, added=NONE, clip=math.inf) -> None:
+def assert_rounding_is_all(before, entries, extra_grads=NONE, clip=math.inf) -> None:
     """Rounding changes aligned rows that bfloat16 does not hold exactly, and nothing else."""
     before, entries = [t.clone() for t in before], [*entries]
     before[3].zero_()  # b_dec
-    rounded = step(cuda, before, entries, added, clip, bf16=True)
+    rounded = step(cuda, before, entries, extra_grads, clip, bf16=True)
     aligned = before[0].shape[1] % 8 == 0
-    assert same(rounded, step(cuda, before, entries, added, clip)) is not aligned
+    assert same(rounded, step(cuda, before, entries, extra_grads, clip)) is not aligned
     entries[4:] = [t.bfloat16().float() for t in entries[4:]]
-    rounded = step(cuda, before, entries, added, clip, bf16=True)
-    for one, other in zip(rounded, step(cuda, before, entries, added, clip), strict=True):
+    rounded = step(cuda, before, entries, extra_grads, clip, bf16=True)
+    for one, other in zip(rounded, step(cuda, before, entries, extra_grads, clip), strict=True):
         assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
@@ -71,8 +79,8 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
 
 
-def assert_same_step(before, entries, added=NONE, clip=math.inf, unit=True) -> list[Tensor]:
-    got, want = (step(module, before, entries, added, clip, unit) for module in (cuda, cpu))
+def assert_same_step(before, entries, extra_grads=NONE, clip=math.inf, unit=True) -> list[Tensor]:
+    got, want = (step(module, before, entries, extra_grads, clip, unit) for module in (cuda, cpu))
     tol = 1e-12 if before[0].dtype == torch.float64 else 2e-5
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert_close(a, b, rtol=tol, atol=tol, equal_nan=True, msg=lambda m, i=i: f"{i}: {m}")
@@ -87,11 +95,11 @@ def test_every_width(d, dtype) -> None:
     d_sae = 37 if d < 2000 else 18
     a = acts(9, d_sae, 4, dtype, "fixed")
     before, entries = state(d_sae, d, dtype), batch(a.values, a.indices, None, 9, d)
-    added = added_rows(d_sae, d, dtype)
-    assert_same_step(before, entries, added)
+    extra_grads = extra_rows(d_sae, d, dtype)
+    assert_same_step(before, entries, extra_grads)
     assert_same_step(before, entries, clip=0.5, unit=False)
     if dtype == torch.float32:
-        assert_rounding_is_all(before, entries, added, clip=0.5)
+        assert_rounding_is_all(before, entries, extra_grads, clip=0.5)
 
 
 def test_more_groups_of_latents_than_blocks() -> None:
@@ -130,8 +138,8 @@ def test_long_lists(n, kind, clip) -> None:
 def test_any_shape(n, d_sae, k, d, layout, extra, unit, clip) -> None:
     a = acts(n, d_sae, min(k, d_sae), torch.float64, layout)
     entries = batch(a.values, a.indices, a.offsets, n, d)
-    added = added_rows(d_sae, d, torch.float64) if extra else NONE
-    assert_same_step(state(d_sae, d, torch.float64), entries, added, clip, unit)
+    extra_grads = extra_rows(d_sae, d, torch.float64) if extra else NONE
+    assert_same_step(state(d_sae, d, torch.float64), entries, extra_grads, clip, unit)
 
 
 def test_rows_that_are_not_aligned() -> None:
@@ -168,27 +176,27 @@ def test_nothing_to_do() -> None:
         assert_same_step(state(10, 6, torch.float32), batch(none, no_index, offsets, 0, 6))
         assert_same_step(state(0, 6, torch.float32), batch(none, no_index, offsets, 0, 6))
         assert_same_step(state(10, 0, torch.float32), entries[:4] + [none.view(0, 0)] * 2)
-    added = [no_index, none.view(0, 6), none.view(0, 6), none]
-    assert_same_step(state(10, 6, torch.float32), entries, added)
+    extra_grads = [no_index, none.view(0, 6), none.view(0, 6), none]
+    assert_same_step(state(10, 6, torch.float32), entries, extra_grads)
 
 
 def test_latents_out_of_range_take_no_part() -> None:
     a = acts(9, 20, 4, torch.float32, "fixed")
     before, entries = state(20, 12, torch.float32), batch(a.values, a.indices, None, 9, 12)
-    added = added_rows(20, 12, torch.float32)
-    bad = [added[0].clone(), *added[1:]]
+    extra_grads = extra_rows(20, 12, torch.float32)
+    bad = [extra_grads[0].clone(), *extra_grads[1:]]
     bad[0][0], bad[0][1] = -1, 20
     got = step(cuda, before, entries, bad)
-    want = step(cuda, before, entries, [t[2:] for t in added])
+    want = step(cuda, before, entries, [t[2:] for t in extra_grads])
     assert same(got, want)
 
 
 def test_takes_the_arguments_of_the_cpu() -> None:
     a = acts(6, 20, 3, torch.float32, "fixed")
     before, entries = state(20, 5, torch.float32), batch(a.values, a.indices, None, 6, 5)
-    added = added_rows(20, 5, torch.float32)
+    extra_grads = extra_rows(20, 5, torch.float32)
     rest = [1e-3, 0.9, 0.999, 1e-8, 1, 0.5, True]
-    good = [*before, *entries, *added, *rest]
+    good = [*before, *entries, *extra_grads, *rest]
     changes = {
         0: before[0].bfloat16(),
         1: before[1].t(),
@@ -199,10 +207,10 @@ def test_takes_the_arguments_of_the_cpu() -> None:
         14: entries[2].long(),
         16: entries[4][:5],
         17: entries[5].double(),
-        18: added[0].long(),
+        18: extra_grads[0].long(),
         19: None,
-        20: added[2][:1],
-        21: added[3].double(),
+        20: extra_grads[2][:1],
+        21: extra_grads[3].double(),
         26: 0,
     }
     for place, value in changes.items():

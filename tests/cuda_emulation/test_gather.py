@@ -201,8 +201,8 @@ def test_transpose_of_any_shape(n, d_sae, k, layout, dtype) -> None:
     a = acts(n, min(d_sae, 300), min(k, d_sae, 300), dtype, layout)
     spread = torch.randint(0, d_sae, a.indices.shape, dtype=torch.int32)
     same_lists(
-        cuda.transpose(a.values, spread, a.offsets, d_sae),
-        cpu.transpose(a.values, spread, a.offsets, d_sae),
+        cuda.group_by_latent(a.values, spread, a.offsets, d_sae),
+        cpu.group_by_latent(a.values, spread, a.offsets, d_sae),
     )
 
 
@@ -221,22 +221,22 @@ def test_transpose_of_many_entries(kind, d_sae) -> None:
         indices = indices.flatten().sort().values.view(n, k)
     values = torch.randn(n, k)
     values[torch.rand(n, k) < 0.3] = 0
-    got = cuda.transpose(values, indices.int(), None, d_sae)
-    same_lists(got, cpu.transpose(values, indices.int(), None, d_sae))
-    same_lists(cuda.transpose(values, indices.int(), None, d_sae), got)
+    got = cuda.group_by_latent(values, indices.int(), None, d_sae)
+    same_lists(got, cpu.group_by_latent(values, indices.int(), None, d_sae))
+    same_lists(cuda.group_by_latent(values, indices.int(), None, d_sae), got)
 
 
 def test_transpose_of_nothing() -> None:
     none, no_index = torch.zeros(0), torch.zeros(0, dtype=torch.int32)
     for offsets in (torch.zeros(1, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)):
         for d_sae in (0, 1, 9):
-            got = cuda.transpose(none, no_index, offsets, d_sae)
-            same_lists(got, cpu.transpose(none, no_index, offsets, d_sae))
+            got = cuda.group_by_latent(none, no_index, offsets, d_sae)
+            same_lists(got, cpu.group_by_latent(none, no_index, offsets, d_sae))
     zeros = torch.zeros(5, 3), torch.zeros(5, 3, dtype=torch.int32)
-    same_lists(cuda.transpose(*zeros, None, 4), cpu.transpose(*zeros, None, 4))
+    same_lists(cuda.group_by_latent(*zeros, None, 4), cpu.group_by_latent(*zeros, None, 4))
     a = acts(3, 9, 4, torch.float32, "variable")
     a.values[0] = float("nan")
-    same_lists(cuda.transpose(*lists(a), 9), cpu.transpose(*lists(a), 9))
+    same_lists(cuda.group_by_latent(*lists(a), 9), cpu.group_by_latent(*lists(a), 9))
 
 
 def test_transpose_leaves_out_what_is_out_of_range() -> None:
@@ -244,11 +244,14 @@ def test_transpose_leaves_out_what_is_out_of_range() -> None:
     bad = a.indices.clone()
     bad[0, 0], bad[1, 3], bad[3, 5] = -1, 20, 2**31 - 1
     silent = torch.where(bad == a.indices, a.values, 0)
-    same_lists(cuda.transpose(a.values, bad, None, 20), cpu.transpose(silent, a.indices, None, 20))
-    with pytest.raises(RuntimeError, match="transpose: expected d_sae >= 0, got -1"):
-        cuda.transpose(*lists(a), -1)
-    with pytest.raises(RuntimeError, match="transpose: expected values to be float32"):
-        cuda.transpose(a.indices, a.indices, None, 20)
+    same_lists(
+        cuda.group_by_latent(a.values, bad, None, 20),
+        cpu.group_by_latent(silent, a.indices, None, 20),
+    )
+    with pytest.raises(RuntimeError, match="group_by_latent: expected d_sae >= 0, got -1"):
+        cuda.group_by_latent(*lists(a), -1)
+    with pytest.raises(RuntimeError, match="group_by_latent: expected values to be float32"):
+        cuda.group_by_latent(a.indices, a.indices, None, 20)
 
 
 def skewed(n: int, d_sae: int, k: int, kind: str) -> tuple[Tensor, Tensor]:
@@ -272,7 +275,7 @@ def weight_grad(module, values, transposed, x):
 def test_weight_grad_at_every_width(dtype, layout) -> None:
     for d in (*WIDTHS, 0):
         a = acts(9, 50, 11, dtype, layout)
-        transposed = cpu.transpose(*lists(a), 50)
+        transposed = cpu.group_by_latent(*lists(a), 50)
         x = numbers(9, d, dtype=dtype)
         for place in (lambda t: t, off_by_one):
             got = weight_grad(cuda, a.values, transposed, place(x))
@@ -288,7 +291,7 @@ def test_weight_grad_of_long_lists(n, kind, dtype) -> None:
     for d in (24, 33, 1032):
         values, indices = skewed(n, 40, 2, kind)
         values = values.to(dtype)
-        transposed = cpu.transpose(values, indices, None, 40)
+        transposed = cpu.group_by_latent(values, indices, None, 40)
         x = numbers(n, d, dtype=dtype)
         got = weight_grad(cuda, values, transposed, x)
         for one, other in zip(got, weight_grad(cpu, values, transposed, x), strict=True):
@@ -305,7 +308,7 @@ def test_a_sum_depends_on_nothing_but_its_list() -> None:
     indices = torch.stack([torch.zeros(n), torch.arange(n) % 5 + 1], 1).int()
     alone = torch.where(indices == 0, values, 0)
     results = [
-        weight_grad(cuda, v, cuda.transpose(v, 9 - indices, None, 10), x)[0][9]
+        weight_grad(cuda, v, cuda.group_by_latent(v, 9 - indices, None, 10), x)[0][9]
         for v in (values, alone)
     ]
     assert torch.equal(*results)
@@ -326,7 +329,7 @@ def test_weight_grad_of_any_shape(n, d_sae, k, d, layout, dtype, wide_values) ->
     if wide_values and dtype in (torch.bfloat16, torch.float16):
         a = a.to(torch.float32)
     x = numbers(n, d, dtype=dtype)
-    transposed = cpu.transpose(*lists(a), d_sae)
+    transposed = cpu.group_by_latent(*lists(a), d_sae)
     got = weight_grad(cuda, a.values, transposed, x)
     for one, other in zip(got, weight_grad(cpu, a.values, transposed, x), strict=True):
         close(one, other, n)
@@ -334,7 +337,7 @@ def test_weight_grad_of_any_shape(n, d_sae, k, d, layout, dtype, wide_values) ->
 
 def test_weight_grad_reads_nothing_out_of_range() -> None:
     a = acts(30, 20, 6, torch.float32, "fixed")
-    offsets, rows, slots = cpu.transpose(*lists(a), 20)
+    offsets, rows, slots = cpu.group_by_latent(*lists(a), 20)
     x = torch.randn(30, 8)
     weight, bias = cuda.sparse_weight_grad(a.values, offsets, rows + 1000, slots - 1000, x)
     assert not weight.any()

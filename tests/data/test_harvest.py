@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fastsae.data import ActivationStore, harvest
-from fastsae.data.chunks import chunks, held_out, pad
 from fastsae.data.shards import Manifest
-from fastsae.data.sites import read_gradients, resolve
-from tests.data.tiny import DOCUMENTS, CharTokenizer, D, tiny_model
+from fastsae.models.chunks import chunks, held_out, pad
+from fastsae.models.sites import read_gradients, resolve
+from tests.models.tiny import DOCUMENTS, CharTokenizer, D, tiny_model
 
 SITE = "resid_post.1"
 TOKENIZER = CharTokenizer()

@@ -120,7 +120,7 @@ def test_the_trainer_takes_a_store(tmp_path):
     from fastsae.train import TrainConfig, Trainer
 
     write(tmp_path)
-    sae = TopKSAE(D, 4, k=2, aux_k=2)
+    sae = TopKSAE(D, 4, k=2, k_aux=2)
     config = TrainConfig(batch_size=16, epochs=2)
     final = Trainer(sae, ActivationStore(tmp_path), config).fit().final
     assert final["step"] == 12

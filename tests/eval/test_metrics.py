@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastsae.eval import FVU, evaluate, firing_counts, fvu, norm_limit
-from fastsae.reference import SparseActs
+from fastsae.types import SparseActs
 
 
 class Dense(nn.Module):

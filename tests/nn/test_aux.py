@@ -43,7 +43,7 @@ def test_zipf_trains_resumes_and_loads(tmp_path):
         batch_size=100, steps=60, dead_after_tokens=300, out=tmp_path, checkpoint_every=25
     )
     torch.manual_seed(0)
-    sae = TopKSAE(8, 64, 2, aux="zipf", aux_k=8)
+    sae = TopKSAE(8, 64, 2, aux="zipf", k_aux=8)
     again = copy.deepcopy(sae)
     result = Trainer(sae, x, config).fit()
     assert result.final["aux_loss"] > 0

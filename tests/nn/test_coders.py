@@ -50,7 +50,7 @@ def test_dead_latents_of_a_transcoder_reconstruct_what_is_left_of_the_output():
     out = coder.loss(x, y, dead=dead)
     residual = (y - out.reconstruction).detach()
     z = (x @ coder.W_enc[:, :4] + coder.b_enc[:4]).relu()
-    k = min(coder.aux_k, 4)
+    k = min(coder.k_aux, 4)
     guess = (z * torch.zeros_like(z).scatter(1, z.topk(k).indices, 1.0)) @ coder.W_dec[:4]
     torch.testing.assert_close(
         out.aux_loss, (residual - guess).square().sum() / variation(residual)

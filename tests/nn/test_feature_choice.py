@@ -30,9 +30,9 @@ def test_the_encoder_equals_a_dense_reference(n, d_sae, d_in, seed):
     x, W = torch.randn(n, d_in).double(), torch.randn(d_sae, d_in).double()
     b, c = torch.randn(d_sae).double(), torch.randn(d_in).double()
     m = torch.randint(0, 6, (d_sae,))
-    cap = int(m.clamp(max=n).sum()) + 2
-    got = ops.encode_feature_topk(x, W, b, m, cap, b_dec=c)
-    want = reference.feature_topk((x - c) @ W.t() + b, m, cap)
+    capacity = int(m.clamp(max=n).sum()) + 2
+    got = ops.encode_feature_topk(x, W, b, m, capacity, b_dec=c)
+    want = reference.feature_topk((x - c) @ W.t() + b, m, capacity)
     assert torch.equal(got.offsets, want.offsets)
     assert torch.equal(got.indices, want.indices)
     torch.testing.assert_close(got.values, want.values)

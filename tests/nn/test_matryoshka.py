@@ -48,7 +48,7 @@ def test_dead_latents_are_revived_on_the_full_residual():
     x = rows(20, 6)
     torch.testing.assert_close(sae.loss(x, dead=dead).aux_loss, plain.loss(x, dead=dead).aux_loss)
     difference = sae.loss(x, dead=dead).loss - sae.loss(x).loss
-    torch.testing.assert_close(difference, sae.aux_alpha * plain.loss(x, dead=dead).aux_loss)
+    torch.testing.assert_close(difference, sae.auxk_alpha * plain.loss(x, dead=dead).aux_loss)
 
 
 def test_inference_can_leave_out_later_groups_after_the_selection():

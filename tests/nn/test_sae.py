@@ -28,11 +28,11 @@ def test_starts_tied_with_unit_rows_and_zero_biases(cls):
 
 
 @pytest.mark.parametrize(
-    ("d_in", "d_sae", "aux_k"),
+    ("d_in", "d_sae", "k_aux"),
     [(768, 4096, 512), (576, 2304, 256), (512, 999, 256), (768, 100, 100)],
 )
-def test_default_aux_k_is_the_power_of_two_closest_to_half_the_width(d_in, d_sae, aux_k):
-    assert TopKSAE(d_in, d_sae, k=4).aux_k == aux_k
+def test_default_aux_k_is_the_power_of_two_closest_to_half_the_width(d_in, d_sae, k_aux):
+    assert TopKSAE(d_in, d_sae, k=4).k_aux == k_aux
 
 
 def test_W_enc_stays_feature_major():
@@ -133,9 +133,9 @@ def test_input_errors(x, error, message):
         (BatchTopKSAE, {"k": 48.1}, "BatchTopKSAE: expected 0 < k <= d_sae = 48, got k = 48.1"),
         (BatchTopKSAE, {"k": 4, "threshold_lr": 0},
          "BatchTopKSAE: expected 0 < threshold_lr <= 1, got 0"),
-        (TopKSAE, {"k": 4, "aux_k": 99},
-         "TopKSAE: expected 1 <= aux_k <= d_sae = 48, got aux_k = 99"),
-        (TopKSAE, {"k": 4, "aux_alpha": -1}, "TopKSAE: expected aux_alpha >= 0, got -1"),
+        (TopKSAE, {"k": 4, "k_aux": 99},
+         "TopKSAE: expected 1 <= k_aux <= d_sae = 48, got k_aux = 99"),
+        (TopKSAE, {"k": 4, "auxk_alpha": -1}, "TopKSAE: expected auxk_alpha >= 0, got -1"),
     ],
 )  # fmt: skip
 def test_constructor_errors(cls, arguments, message):

@@ -15,7 +15,7 @@ from fastsae.nn import io as sae_io
 
 
 def trained(cls, dtype=torch.float32):
-    sae = cls(8, 24, k=3, dtype=dtype, aux_k=5, aux_alpha=0.125)
+    sae = cls(8, 24, k=3, dtype=dtype, k_aux=5, auxk_alpha=0.125)
     sae.b_enc = 0.1 * torch.randn(24).to(dtype)
     sae.b_dec = torch.randn(8).to(dtype)
     sae.metadata = {"model_name": "gpt2", "hook_name": "blocks.8.hook_resid_pre"}

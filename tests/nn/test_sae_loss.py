@@ -23,15 +23,15 @@ def dense_loss(sae, x, target, dead):
     aux = torch.zeros((), dtype=x.dtype)
     if dead is not None and dead.any():
         own = pre[:, dead]
-        top = own.topk(min(sae.aux_k, own.shape[1]))
+        top = own.topk(min(sae.k_aux, own.shape[1]))
         code = torch.zeros_like(own).scatter(1, top.indices, top.values.relu())
         goal = error.detach()
         aux = (code @ sae.W_dec[dead] - goal).pow(2).sum() / (goal - goal.mean(0)).pow(2).sum()
-    return fvu + sae.aux_alpha * aux, fvu, aux
+    return fvu + sae.auxk_alpha * aux, fvu, aux
 
 
 def make(cls, dtype=torch.float64, **arguments):
-    sae = cls(D_IN, D_SAE, **{"k": 4, "aux_k": 6, "dtype": dtype, **arguments})
+    sae = cls(D_IN, D_SAE, **{"k": 4, "k_aux": 6, "dtype": dtype, **arguments})
     sae.b_enc = 0.3 * torch.randn(D_SAE, dtype=dtype)
     sae.b_dec = torch.randn(D_IN, dtype=dtype)
     sae.W_enc = torch.randn(D_IN, D_SAE, dtype=dtype)
@@ -51,12 +51,12 @@ def gradients(loss, sae):
 @pytest.mark.parametrize("n_dead", [None, 0, 1, 3, 6, 20, D_SAE])
 @pytest.mark.parametrize(("cls", "k"), [(TopKSAE, 4), (TopKSAE, D_SAE), (BatchTopKSAE, 2.7)])
 def test_loss_and_gradients_equal_dense_float64(cls, k, n_dead, own_target, dtype):
-    sae = make(cls, dtype, k=k, aux_alpha=0.7)
+    sae = make(cls, dtype, k=k, auxk_alpha=0.7)
     x = torch.randn(N, D_IN, dtype=dtype)
     target = torch.randn(N, D_IN, dtype=dtype) if own_target else None
     dead = None if n_dead is None else first(n_dead)
     out = sae.loss(x, target, dead=dead)
-    exact = make(cls, k=k, aux_alpha=0.7)
+    exact = make(cls, k=k, auxk_alpha=0.7)
     exact.load_state_dict(sae.state_dict())
     goal = x if target is None else target
     loss, fvu, aux = dense_loss(exact, x.double(), goal.double(), dead)
@@ -102,7 +102,7 @@ def test_denominators_are_constants():
 
 def test_aux_gradient_reaches_dead_latents_only():
     """Live latents make the residual, but the target is a constant: they get no gradient."""
-    sae = make(TopKSAE, aux_k=3)
+    sae = make(TopKSAE, k_aux=3)
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     dead[[4, 11, 12, 30, 39]] = True
     sae.loss(torch.randn(N, D_IN, dtype=torch.float64), dead=dead).aux_loss.backward()
@@ -123,7 +123,7 @@ def test_a_single_dead_latent_learns():
 
 
 def test_dead_latents_that_are_not_among_the_aux_k_get_nothing():
-    sae = make(TopKSAE, aux_k=1)
+    sae = make(TopKSAE, k_aux=1)
     dead = first(2)
     sae.b_enc = torch.where(torch.arange(D_SAE) == 0, 50.0, sae.b_enc.double())
     sae.loss(torch.randn(N, D_IN, dtype=torch.float64), dead=dead).aux_loss.backward()

@@ -128,7 +128,7 @@ def test_a_pool_of_all_that_fire_is_batch_topk_bit_for_bit():
 
 @pytest.mark.parametrize("score", ["l2", "entropy"])
 def test_gradients_equal_those_of_a_dense_reference(score):
-    sae = random_sae(dtype=torch.float64, pool=4, score=score, aux_k=5)
+    sae = random_sae(dtype=torch.float64, pool=4, score=score, k_aux=5)
     x = torch.randn(50, D_IN).double()
     sae.loss(x).loss.backward()
     leaves = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
@@ -149,7 +149,7 @@ def test_fused_and_autograd_train_the_same_sae(score):
     results = []
     for update in ("fused", "autograd"):
         torch.manual_seed(1)
-        sae = SampledSAE(D_IN, D_SAE, 4, pool=4, score=score, aux_k=16, dtype=torch.float64)
+        sae = SampledSAE(D_IN, D_SAE, 4, pool=4, score=score, k_aux=16, dtype=torch.float64)
         config = TrainConfig(
             batch_size=50,
             steps=60,

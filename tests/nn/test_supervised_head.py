@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fastsae.nn import TopKSAE
 from fastsae.nn.supervised_head import SupervisedHead
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 
 def code(n=30, d_sae=20, k=3, dtype=torch.float64):

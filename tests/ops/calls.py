@@ -27,7 +27,7 @@ NAMES = (
     "encode_threshold",
     "sparse_decode",
     "sparse_decode_values_grad",
-    "transpose",
+    "group_by_latent",
     "sparse_weight_grad",
     "sparse_adam_step_",
 )
@@ -70,7 +70,7 @@ def has_kernel(op: str, namespace: str = "fastsae", device: str = "cpu") -> bool
 
 def check(call: Call, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
     """Raise where two results of the same call differ in what the operator promises."""
-    if call.op == "transpose":  # behind the lists there is nothing
+    if call.op == "group_by_latent":  # behind the lists there is nothing
         size = int(want[0][-1])
         got, want = ((t[0], t[1][:size], t[2][:size]) for t in (got, want))  # type: ignore[assignment]
     assert len(got) == len(want), f"{call}: expected {len(want)} results, got {len(got)}"
@@ -126,7 +126,7 @@ def _select() -> list[Call]:
         theta = torch.linspace(0.2, 1.5, m).to(wide)
         found += [
             Call("batch_topk", case, (x, budget, None)),
-            Call("batch_topk", f"{case}-hint", (x, budget, guess)),
+            Call("batch_topk", f"{case}-threshold_guess", (x, budget, guess)),
             Call("feature_topk", case, (x, lengths, int(lengths.clamp(max=n).sum()) + 2)),
             Call("threshold_select", case, (x, guess, n * m)),
             Call("threshold_select", f"{case}-few", (x, theta, 2 * n + 1)),
@@ -185,7 +185,7 @@ def _encode() -> list[Call]:
             Call("encode_batch_topk", case, (x, W, b_enc, b_dec, budget, None, product, None)),
             Call(
                 "encode_batch_topk",
-                f"{case}-mask-hint",
+                f"{case}-mask-threshold_guess",
                 (x, W, None, b_dec, budget, mask, product, theta),
             ),
             Call("encode_threshold", case, (x, W, b_enc, b_dec, theta, n * m, product)),
@@ -208,21 +208,21 @@ def _sparse() -> list[Call]:
         a = acts(n, m, k, dtype, layout)
         W, b = torch.randn(m, d).to(dtype), torch.randn(d).to(dtype)
         x, grad = torch.randn(n, d).to(dtype), torch.randn(n, d).to(dtype)
-        lists = torch.ops.fastsae.transpose(a.values, a.indices, a.offsets, m)
+        lists = torch.ops.fastsae.group_by_latent(a.values, a.indices, a.offsets, m)
         case, tolerance = f"{n}x{d}x{m}-{layout}-{dtype}", tolerances.get(dtype, 1e-12)
         entries = (a.values, a.indices, a.offsets)
         found += [
             Call("sparse_decode", case, (*entries, W, b), tolerance),
             Call("sparse_decode", f"{case}-no-bias", (*entries, W, None), tolerance),
             Call("sparse_decode_values_grad", case, (grad, *entries, W), tolerance * d**0.5),
-            Call("transpose", case, (*entries, m)),
+            Call("group_by_latent", case, (*entries, m)),
             Call("sparse_weight_grad", case, (a.values, *lists, x), tolerance * n**0.5),
         ]
     # One latent in every row: the longest list there can be, over several blocks.
     values, indices = torch.rand(300, 2) + 0.1, torch.tensor([[0, 5]]).expand(300, 2).int()
-    lists = torch.ops.fastsae.transpose(values, indices.contiguous(), None, 9)
+    lists = torch.ops.fastsae.group_by_latent(values, indices.contiguous(), None, 9)
     found += [
-        Call("transpose", "one-latent", (values, indices.contiguous(), None, 9)),
+        Call("group_by_latent", "one-latent", (values, indices.contiguous(), None, 9)),
         Call("sparse_weight_grad", "one-latent", (values, *lists, torch.randn(300, 24)), 1e-4),
     ]
     return found

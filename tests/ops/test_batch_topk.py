@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from fastsae import ops, reference
+from fastsae.types import accumulator_dtype
 from tests.ops.inputs import DTYPES, KINDS, SHAPES, matrix, same
 from tests.properties import given, settings, st
 
@@ -35,14 +36,16 @@ def test_equals_reference(device, isa, dtype, kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threshold_equals_reference(device, isa, dtype, kind) -> None:
-    acc = reference.accumulator_dtype(dtype)
+    acc = accumulator_dtype(dtype)
     for n, m, k in SHAPES:
         x = matrix(kind, n, m, dtype, device)
         for theta in (torch.tensor(0.5, dtype=acc), torch.randn(m, dtype=acc)):
             theta = theta.to(device)
-            for cap in (0, 3, n * k, n * m):
-                got = ops.threshold_select(x, theta, cap)
-                assert_same_acts(got, reference.threshold_select(x, theta, cap), (n, m, cap))
+            for capacity in (0, 3, n * k, n * m):
+                got = ops.threshold_select(x, theta, capacity)
+                assert_same_acts(
+                    got, reference.threshold_select(x, theta, capacity), (n, m, capacity)
+                )
 
 
 @settings(max_examples=60, deadline=None)
@@ -68,8 +71,13 @@ def test_large_enough_to_sample_a_bound(device, isa, kind) -> None:
     x = x.to(device)
     for k in (0.02, 3, 40):
         want = reference.batch_topk(x, k)
-        for hint in (None, want.threshold, want.threshold * 2, torch.tensor(-1.0, device=device)):
-            got = ops.batch_topk(x, k, hint=hint)
+        for threshold_guess in (
+            None,
+            want.threshold,
+            want.threshold * 2,
+            torch.tensor(-1.0, device=device),
+        ):
+            got = ops.batch_topk(x, k, threshold_guess=threshold_guess)
             assert_same_acts(got.acts, want.acts, k)
             assert torch.equal(got.threshold, want.threshold)
 
@@ -172,7 +180,9 @@ def test_wrong_arguments() -> None:
             ops.batch_topk(x, k)
     with pytest.raises(ValueError, match=r"theta to be \[\] or \[d_sae\] = \[8\], got \[7\]"):
         ops.threshold_select(x, torch.zeros(7), 4)
-    with pytest.raises(ValueError, match=r"threshold_select: expected cap >= 0, got cap = -1"):
+    with pytest.raises(
+        ValueError, match=r"threshold_select: expected capacity >= 0, got capacity = -1"
+    ):
         ops.threshold_select(x, torch.tensor(0.0), -1)
     with pytest.raises(TypeError, match=r"expected theta to be a Tensor, got float"):
         ops.threshold_select(x, 0.5, 4)

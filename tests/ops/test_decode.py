@@ -110,7 +110,7 @@ def test_float32_values_of_a_16_bit_dictionary() -> None:
 def test_transpose_equals_reference(device, dtype, layout) -> None:
     for n, d_sae, k, _ in SHAPES:
         a = acts(n, d_sae, k, dtype, layout, device)
-        got, want = ops.transpose(a), reference.transpose(a)
+        got, want = ops.group_by_latent(a), reference.group_by_latent(a)
         for name in got._fields:
             assert torch.equal(getattr(got, name), getattr(want, name)), name
         assert got.counts().sum() == (a.values != 0).sum()
@@ -123,7 +123,7 @@ def test_weight_grad_equals_dense_product(device, isa, dtype, layout) -> None:
     for n, d_sae, k, d in SHAPES:
         a = acts(n, d_sae, k, dtype, layout, device)
         x = torch.randn(n, d, dtype=torch.float64).to(dtype).to(device)
-        weight, bias = ops.sparse_weight_grad(a.values, ops.transpose(a), x)
+        weight, bias = ops.sparse_weight_grad(a.values, ops.group_by_latent(a), x)
         dense = a.to(torch.float64).to_dense()
         tol = TOLERANCE[dtype] * n**0.5
         assert_close(weight.double(), dense.t() @ x.double(), rtol=tol, atol=tol)
@@ -138,7 +138,7 @@ def test_thread_count_does_not_matter() -> None:
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         out = ops.sparse_decode(a, W)
-        weight, bias = ops.sparse_weight_grad(a.values, ops.transpose(a), grad)
+        weight, bias = ops.sparse_weight_grad(a.values, ops.group_by_latent(a), grad)
         results.append(torch.cat([out, weight, bias.unsqueeze(1).expand(-1, 96)]))
     torch.set_num_threads(before)
     assert all(torch.equal(r, results[0]) for r in results)
@@ -148,7 +148,7 @@ def test_a_latent_in_every_token() -> None:
     n = 5000
     a = SparseActs(torch.rand(n, 1) + 1, torch.zeros(n, 1, dtype=torch.int32), None, 3)
     x = torch.randn(n, 8)
-    weight, _ = ops.sparse_weight_grad(a.values, ops.transpose(a), x)
+    weight, _ = ops.sparse_weight_grad(a.values, ops.group_by_latent(a), x)
     assert_close(weight[0], (a.values.double() * x.double()).sum(0).float(), rtol=1e-4, atol=1e-3)
     assert not weight[1:].any()
 
@@ -162,7 +162,7 @@ def test_empty(device) -> None:
         7,
     )
     assert ops.sparse_decode(empty, W).shape == (0, 4)
-    assert ops.transpose(empty).offsets.tolist() == [0] * 8
+    assert ops.group_by_latent(empty).offsets.tolist() == [0] * 8
     none = SparseActs(
         torch.empty(0, device=device),
         torch.empty(0, dtype=torch.int32, device=device),
@@ -187,7 +187,7 @@ def test_opcheck() -> None:
         )
         torch.library.opcheck(o.transpose.default, (a.values, a.indices, a.offsets, 20))
         torch.library.opcheck(
-            o.sparse_weight_grad.default, (a.values, *ops.transpose(a), torch.randn(4, 6))
+            o.sparse_weight_grad.default, (a.values, *ops.group_by_latent(a), torch.randn(4, 6))
         )
 
 
@@ -207,12 +207,14 @@ def test_wrong_arguments() -> None:
         a.indices[1, 1] = index
         with pytest.raises(RuntimeError, match=rf"expected 0 <= indices < d_sae = 20, got {index}"):
             ops.sparse_decode(a, torch.randn(20, 5))
-        with pytest.raises(RuntimeError, match=r"transpose: expected 0 <= indices < d_sae = 20"):
-            ops.transpose(a)
+        with pytest.raises(
+            RuntimeError, match=r"group_by_latent: expected 0 <= indices < d_sae = 20"
+        ):
+            ops.group_by_latent(a)
     b = acts(4, 20, 3, torch.float32, "variable")
     b.offsets[2] = 1000
     with pytest.raises(RuntimeError, match=r"expected offsets to ascend from 0 to at most"):
         ops.sparse_decode(b, torch.randn(20, 5))
-    lists = ops.transpose(acts(4, 20, 3, torch.float32, "fixed"))
+    lists = ops.group_by_latent(acts(4, 20, 3, torch.float32, "fixed"))
     with pytest.raises(RuntimeError, match=r"expected rows < n = 2 and slots < 12"):
         ops.sparse_weight_grad(torch.randn(4, 3), lists, torch.randn(2, 5))

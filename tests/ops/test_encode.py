@@ -110,8 +110,8 @@ def check_selects_exactly(x, W, b, pre, k) -> None:
     got = ops.encode_topk(x, W, b, k, relu=False, compute_dtype=torch.bfloat16)
     assert torch.equal(got.indices, want.indices)
     ref = reference.batch_topk(pre, k)
-    for hint in (None, ref.threshold, ref.threshold * 100, pre.new_tensor(float("nan"))):
-        acts, threshold = ops.encode_batch_topk(x, W, b, k, hint=hint)
+    for threshold_guess in (None, ref.threshold, ref.threshold * 100, pre.new_tensor(float("nan"))):
+        acts, threshold = ops.encode_batch_topk(x, W, b, k, threshold_guess=threshold_guess)
         assert torch.equal(threshold, ref.threshold)
         assert torch.equal(acts.offsets, ref.acts.offsets)
         assert torch.equal(acts.indices, ref.acts.indices)
@@ -386,8 +386,10 @@ def test_wrong_arguments() -> None:
         ops.encode_topk(x.double(), W.double(), None, 3, select_dtype=torch.float32)
     with pytest.raises(ValueError, match=r"expected compute_dtype to be None, the dtype of x"):
         ops.encode_topk(x, W, b_enc, 3, compute_dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"encode_batch_topk: expected hint to be \[\], got \[2\]"):
-        ops.encode_batch_topk(x, W, b_enc, 3, hint=torch.zeros(2))
+    with pytest.raises(
+        ValueError, match=r"encode_batch_topk: expected threshold_guess to be \[\], got \[2\]"
+    ):
+        ops.encode_batch_topk(x, W, b_enc, 3, threshold_guess=torch.zeros(2))
     with pytest.raises(RuntimeError, match=r"encode_topk: expected b_dec to be \[5\], got \[20\]"):
         torch.ops.fastsae.encode_topk(x, W, b_enc, b_enc, 3, None, True, False)
 

@@ -31,8 +31,8 @@ def test_equals_reference(device, isa, dtype, kind) -> None:
     for n, d_sae in [*[s[:2] for s in SHAPES], *TALL]:
         x = matrix(kind, n, d_sae, dtype, device)
         for m in (0, 1, 7, n + 1, lengths(n, d_sae, device)):
-            cap = int(m.clamp(0, n).sum()) if isinstance(m, torch.Tensor) else None
-            got = ops.feature_topk(x, m, cap=cap)
+            capacity = int(m.clamp(0, n).sum()) if isinstance(m, torch.Tensor) else None
+            got = ops.feature_topk(x, m, capacity=capacity)
             assert_same_acts(got, reference.feature_topk(x, m), (n, d_sae, m))
 
 
@@ -77,9 +77,11 @@ def test_many_rows(device, dtype, kind) -> None:
         for m in (1, 4, some, one, many):
             m = m.to(device) if isinstance(m, torch.Tensor) else m
             # The room that is asked for is the guess of how large m is.
-            for cap in {n * d_sae, 2 * d_sae} if m is some else (None,):
-                want = reference.feature_topk(x, m, cap=cap)
-                assert_same_acts(ops.feature_topk(x, m, cap=cap), want, (n, d_sae, m, cap))
+            for capacity in {n * d_sae, 2 * d_sae} if m is some else (None,):
+                want = reference.feature_topk(x, m, capacity=capacity)
+                assert_same_acts(
+                    ops.feature_topk(x, m, capacity=capacity), want, (n, d_sae, m, capacity)
+                )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -127,8 +129,8 @@ def test_room_and_padding() -> None:
     assert acts.offsets.tolist() == [0, 0, 1, 3]
     assert acts.values.tolist() == [2, 3, 4, 0]  # 1 + min(5, n) places
     assert acts.indices.tolist() == [1, 0, 1, 0]
-    assert ops.feature_topk(x, torch.tensor([1, 5]), cap=5).values.shape == (5,)
-    assert ops.feature_topk(x, 1, cap=99).values.shape == (6,)
+    assert ops.feature_topk(x, torch.tensor([1, 5]), capacity=5).values.shape == (5,)
+    assert ops.feature_topk(x, 1, capacity=99).values.shape == (6,)
 
 
 def test_ties_go_to_the_lowest_row() -> None:
@@ -227,7 +229,7 @@ def test_compiles() -> None:
 
     def f(x):
         one = ops.feature_topk(x * 2, 3)
-        some = ops.feature_topk(x, m, cap=50)
+        some = ops.feature_topk(x, m, capacity=50)
         return one.values.sum() + some.values.square().sum() + ops.feature_topk(x, m).values.sum()
 
     x, y = (torch.randn(9, 30, requires_grad=True) for _ in range(2))
@@ -273,12 +275,18 @@ def test_wrong_arguments() -> None:
         ops.feature_topk(x, -1)
     with pytest.raises(ValueError, match=r"feature_topk: expected m >= 0, got -7"):
         ops.feature_topk(x, torch.tensor([1, -7, 2]))
-    with pytest.raises(ValueError, match=r"feature_topk: expected cap >= 0, got cap = -1"):
-        ops.feature_topk(x, m, cap=-1)
-    with pytest.raises(ValueError, match=r"cap >= the sum of min\(m, n\) = 7, got cap = 6"):
-        ops.feature_topk(x, m, cap=6)
-    with pytest.raises(ValueError, match=r"cap >= the sum of min\(m, n\) = 12, got cap = 6"):
-        ops.feature_topk(x, 9, cap=6)
+    with pytest.raises(
+        ValueError, match=r"feature_topk: expected capacity >= 0, got capacity = -1"
+    ):
+        ops.feature_topk(x, m, capacity=-1)
+    with pytest.raises(
+        ValueError, match=r"capacity >= the sum of min\(m, n\) = 7, got capacity = 6"
+    ):
+        ops.feature_topk(x, m, capacity=6)
+    with pytest.raises(
+        ValueError, match=r"capacity >= the sum of min\(m, n\) = 12, got capacity = 6"
+    ):
+        ops.feature_topk(x, 9, capacity=6)
 
 
 def test_wrong_arguments_of_the_kernel() -> None:
@@ -289,8 +297,8 @@ def test_wrong_arguments_of_the_kernel() -> None:
         ((x, m[:2], 9), r"expected m to be \[3\], got \[2\]"),
         ((x, m.long(), 9), r"expected m to be int32"),
         ((x, m - 3, 9), r"expected m >= 0, got -2"),
-        ((x, m, -1), r"expected cap >= 0, got -1"),
-        ((x, m, 6), r"expected cap >= the sum of min\(m, n\) = 7, got 6"),
+        ((x, m, -1), r"expected capacity >= 0, got -1"),
+        ((x, m, 6), r"expected capacity >= the sum of min\(m, n\) = 7, got 6"),
     ):
         with pytest.raises(RuntimeError, match=r"feature_topk: " + message):
             OP(*arguments)
@@ -299,5 +307,5 @@ def test_wrong_arguments_of_the_kernel() -> None:
 def test_fallback_keeps_the_largest_where_the_room_is_too_small() -> None:
     # What devices without a kernel do: they cannot look into m.
     x = torch.tensor([[1.0, 5.0], [3.0, 4.0]])
-    assert reference.feature_topk(x, 2, cap=2).to_dense().tolist() == [[0, 5], [0, 4]]
+    assert reference.feature_topk(x, 2, capacity=2).to_dense().tolist() == [[0, 5], [0, 4]]
     assert reference.feature_topk(x, torch.tensor([-3, 1])).to_dense().tolist() == [[0, 5], [0, 0]]

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from fastsae import ops, reference
-from fastsae.ops import LatentGradients, SparseActs, StepTensors
+from fastsae.types import LatentGradients, SparseActs, StepTensors
 from tests.ops.inputs import acts as make_acts
 
 SHAPES = ((5, 3, 9, 2), (20, 16, 64, 4), (33, 37, 200, 7), (40, 70, 131, 12))  # n, d, d_sae, k
@@ -28,7 +28,7 @@ def make(n, d, d_sae, k, dtype, layout="fixed", device="cpu"):
     return [StepTensors(*tensors) for tensors in move], acts, grad, x, error
 
 
-def added_rows(d_sae, d, dtype, device="cpu"):
+def extra_rows(d_sae, d, dtype, device="cpu"):
     latents = torch.randperm(d_sae)[: d_sae // 3].int()
     shapes = ((len(latents), d), (len(latents), d), (len(latents),))
     tensors = [torch.randn(s).to(dtype).to(device) for s in shapes]
@@ -45,9 +45,9 @@ def copies(state):
 @pytest.mark.parametrize("extra", [False, True])
 def test_equals_reference_in_float64(device, isa, shape, layout, clip, extra) -> None:
     state, *batch = make(*shape, torch.float64, layout, device)
-    added = added_rows(shape[2], shape[1], torch.float64, device) if extra else None
+    extra_grads = extra_rows(shape[2], shape[1], torch.float64, device) if extra else None
     got, want = copies(state), copies(state)
-    options = {"lr": 1e-2, "step": 3, "clip_grad_norm": clip, "added": added}
+    options = {"lr": 1e-2, "step": 3, "clip_grad_norm": clip, "extra_grads": extra_grads}
     ops.sparse_adam_step_(*got, *batch, **options)
     reference.sparse_adam_step_(*want, *batch, **options)
     for a, b, before in zip(sum(got, ()), sum(want, ()), sum(state, ()), strict=True):
@@ -165,7 +165,7 @@ def test_rows_of_the_decoder_have_norm_one_and_zero_rows_stay() -> None:
 def test_opcheck() -> None:
     state, acts, grad, x, error = make(6, 5, 20, 3, torch.float32)
     arguments = (*sum(state, ()), acts.values, grad, acts.indices, None, x, error)
-    rows = added_rows(20, 5, torch.float32)
+    rows = extra_rows(20, 5, torch.float32)
     rest = (1e-3, 0.9, 0.999, 1e-8, 1, 0.5, True)
     op = torch.ops.fastsae.sparse_adam_step_.default
     tests = ("test_schema", "test_faketensor")

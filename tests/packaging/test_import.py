@@ -69,7 +69,7 @@ def test_ops_without_a_native_kernel_run_in_plain_torch() -> None:
     # On the meta device nothing runs, but every op must have an implementation for any device.
     import torch
 
-    for op in ("topk", "batch_topk", "encode_topk", "sparse_decode", "transpose"):
+    for op in ("topk", "batch_topk", "encode_topk", "sparse_decode", "group_by_latent"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(
             f"fastsae::{op}", "CompositeExplicitAutograd"
         )

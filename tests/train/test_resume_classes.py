@@ -22,7 +22,7 @@ CLASSES = {
     "Sampled": lambda: fastsae.SampledSAE(8, 24, 2, pool=4),
     "FeatureChoice": lambda: fastsae.FeatureChoiceSAE(8, 24, 3, mutual_choice_batches=5, refresh=3),
     "ReLU": lambda: fastsae.ReLUSAE(8, 24, 3, penalty="p_anneal"),
-    "Gated": lambda: fastsae.GatedSAE(8, 24, 3, aux_alpha=0.1),
+    "Gated": lambda: fastsae.GatedSAE(8, 24, 3, auxk_alpha=0.1),
     "JumpReLU": lambda: fastsae.JumpReLUSAE(8, 24, 3),
     "Gradient": lambda: fastsae.GradientSAE(4, 24, 3),
     "Transcoder": lambda: fastsae.Transcoder(5, 3, 24, 3, skip=True),

@@ -26,7 +26,7 @@ def rows(n=400, seed=3):
 
 def make(cls=TopKSAE, seed=0, **arguments):
     torch.manual_seed(seed)
-    return cls(D_IN, D_SAE, **{"k": 3, "aux_k": 8, **arguments})
+    return cls(D_IN, D_SAE, **{"k": 3, "k_aux": 8, **arguments})
 
 
 def settings(**arguments):
@@ -151,7 +151,7 @@ def test_auxk_revives_dead_latents():
     x = rows(2000)
     counts = {}
     for alpha in (0.0, 1 / 32):
-        sae = make(aux_alpha=alpha)
+        sae = make(auxk_alpha=alpha)
         sae.b_enc = torch.where(torch.arange(D_SAE) < 40, -50.0, 0.0)
         result = Trainer(sae, x, settings(steps=300, b_dec_init="mean", lr=1e-2)).fit()
         assert result.history[2]["dead"] >= 30

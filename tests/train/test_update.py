@@ -19,7 +19,7 @@ def rows(n=900, dtype=torch.float32):
 
 def run(cls, update, dtype=torch.float32, **arguments):
     torch.manual_seed(1)
-    sae = cls(D_IN, D_SAE, k=4, aux_k=16, dtype=dtype)
+    sae = cls(D_IN, D_SAE, k=4, k_aux=16, dtype=dtype)
     settings = {"batch_size": 50, "steps": 60, "lr": 3e-3, "dead_after_tokens": 100, "log_every": 1}
     config = TrainConfig(
         **settings | arguments, update=update, compute_dtype="float32", progress=False

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastsae.nn import SAE
-from fastsae.nn.loss import accumulate
+from fastsae.nn.loss import upcast
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def head_attribution(sae: SAE, n_heads: int) -> Tensor:
         raise ValueError(
             f"head_attribution: expected n_heads to divide d_in = {sae.d_in}, got {n_heads}"
         )
-    blocks = accumulate(sae.W_dec).view(sae.d_sae, n_heads, -1)
+    blocks = upcast(sae.W_dec).view(sae.d_sae, n_heads, -1)
     norm: Tensor = torch.linalg.vector_norm(blocks, dim=2)
     total = norm.sum(1, keepdim=True)
     return norm / torch.where(total > 0, total, 1.0)
@@ -160,7 +160,7 @@ def _blocks(
         raise ValueError(
             f"{owner}: expected h d_head = d_in = {sae.d_in}, got h = {heads} and d_head = {d_head}"
         )
-    rows = accumulate(sae.W_enc.t()[latents])
+    rows = upcast(sae.W_enc.t()[latents])
     return rows.t().view(kv_heads, heads // kv_heads, d_head, len(latents))
 
 

@@ -1,211 +1,125 @@
-"""Discrete codes of attention heads: which heads, and which pairs of them, do a task.
+"""Circuits of latents: which upstream latents a latent of a transcoder or an SAE is read from.
 
-    code[e, h] = argmax_f f(x[e, h])                               one integer for head h, example e
-    node[h]    = # codes of h that occur in positives, and in no negative
-    edge[i, j] = # pairs (code_i, code_j) of one example that occur in positives, and in no negative
+    x = (sum_j f_j W_dec_up[j] + r) / scale
+    pre-activation of i = (x - bias) . w + b_enc[i],    w = W_enc[:, i]
+                        = sum_j f_j (W_dec_up[j] . w) / scale + r . w / scale - bias . w + b_enc[i]
 
-x [examples, heads, d_model] holds what every head of a model writes into the residual stream, mean
-over positions; negatives are prompts of the task with what it needs corrupted. Scores rank heads
-(the paper takes a softmax over them, which keeps the order), and `roc_auc` compares the ranking
-with a circuit known by other means:
+f are the activations of an upstream SAE or transcoder that writes where x is read, r is what else
+is there: its b_dec, its error, other layers. `bias` is what the coder subtracts from its input:
+b_dec, or nothing for a transcoder. W_dec_up[j] . w is the same for every input, the connection of
+two latents; times f_j it is the attribution of one token.
 
-    sae = train_code_sae(x)
-    auc = roc_auc(node_scores(head_codes(sae, x), positive), in_circuit)
+A norm in between is frozen: its divisor is `scale`, one number per token, and its gain belongs in
+the coder, W_enc <- diag(gain) W_enc, for a LayerNorm (I - 11^T / d) diag(gain) W_enc. The paper
+puts all of it in one number for each latent and token, scale = (resid . w) / (norm(resid) . w).
 
-Source: O'Neill and Bui 2024, "Sparse autoencoders enable scalable and reliable circuit
-identification in language models" (arXiv 2405.12522).
+Source: Dunefsky et al. 2024, "Transcoders find interpretable LLM feature circuits" (arXiv
+2406.11944).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastsae.nn import SAE, TopKSAE
-from fastsae.train import TrainConfig, Trainer
-
-
-def train_code_sae(
-    x: Tensor,
-    d_sae: int = 200,
-    k: int = 1,
-    *,
-    examples: int = 10,
-    steps: int = 500,
-    lr: float = 1e-3,
-    seed: int = 0,
-) -> TopKSAE:
-    """Train a small SAE on the heads of a few random examples, all of them in every update.
-
-    The paper has an L1 loss of weight 0.02 instead of TopK, and the same 200 latents, 10 examples
-    and 500 updates of Adam at 1e-3. In its results more examples gave worse scores (AUC of nodes on
-    indirect object identification: about 0.87 with 10 examples, 0.78 with 250).
-
-    Args:
-        x: `[examples, heads, d]`, float32.
-        d_sae: number of latents.
-        k: active latents per head; codes are the largest one.
-        examples: how many to train on; all where there are fewer.
-        steps: number of updates.
-        lr: learning rate.
-        seed: of the choice of examples. The SAE starts from torch's own generator.
-
-    Returns:
-        The SAE, in eval mode, for rows like those of x.
-
-    Raises:
-        ValueError: x is not `[examples, heads, d]`, or empty, or all its rows are equal.
-    """
-    _check_heads("train_code_sae", x)
-    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:examples]
-    rows = x[chosen.to(x.device)].flatten(0, 1)
-    if not rows.numel():
-        raise ValueError(f"train_code_sae: expected at least one head's row, got {[*x.shape]}")
-    sae = TopKSAE(x.shape[2], d_sae, k, device=x.device)
-    config = TrainConfig(lr=lr, batch_size=len(rows), steps=steps, seed=seed, progress=False)
-    Trainer(sae, rows, config).fit()
-    return sae
+from fastsae.nn import SAE
+from fastsae.nn.loss import upcast
+from fastsae.types import SparseActs
 
 
 @torch.no_grad()
-def head_codes(sae: SAE, x: Tensor) -> Tensor:
-    """Return the strongest latent of every head's output, lowest index first among equals.
+def connections(upstream: SAE, coder: SAE, latents: Tensor) -> Tensor:
+    """Return how strongly every upstream latent writes what latents of `coder` read.
+
+        weight[a, j] = W_enc[:, latents[a]] . W_dec_up[j]
 
     Args:
-        sae: any SAE of `[.., d]`; put into eval mode.
-        x: `[examples, heads, d]`, in the dtype and on the device of the SAE.
+        upstream: writes `[.., d_in]`: an SAE of the coder's input, or a transcoder to it.
+        coder: reads `[.., d_in]`.
+        latents: int64 `[m]`, latents of the coder.
 
     Returns:
-        int64 `[examples, heads]`; -1 where nothing is active.
+        `[m, upstream.d_sae]`, float32 (float64 for float64).
 
     Raises:
-        ValueError: x is not `[examples, heads, d]` with d = d_in, or on another device.
-        TypeError: x has another dtype.
+        TypeError: latents are not int64.
+        ValueError: a width, shape or device does not fit, or a latent is outside 0..d_sae - 1.
     """
-    _check_heads("head_codes", x)
-    acts = sae.eval().encode_sparse(x)
-    values, row = acts.values.flatten(), acts.rows().flatten()  # padding has the row n
-    largest = values.new_zeros(acts.n + 1).scatter_reduce_(0, row, values, "amax")
-    wins = (values > 0) & (values == largest[row])
-    latent = torch.where(wins, acts.indices.flatten().long(), sae.d_sae)
-    codes = latent.new_full((acts.n + 1,), sae.d_sae).scatter_reduce_(0, row, latent, "amin")
-    return torch.where(codes < sae.d_sae, codes, -1)[: acts.n].view(x.shape[:2])
+    return _connections("connections", upstream, coder, latents)
 
 
-def node_scores(codes: Tensor, positive: Tensor, *, normalize: bool = False) -> Tensor:
-    """Return for every head how many of its codes occur in positives and in no negative.
+@torch.no_grad()
+def latent_attribution(
+    upstream: SAE, acts: SparseActs, coder: SAE, latent: int, scale: Tensor | None = None
+) -> SparseActs:
+    """Return what every active upstream latent of a token adds to a latent's pre-activation.
+
+        attribution[t, j] = f_j[t] (W_dec_up[j] . W_enc[:, latent]) / scale[t]
+
+    A row's entries add up, exactly, to the pre-activation with
+
+        r . w / scale + b_enc[latent]   (- b_dec . w, unless the coder is a transcoder)
+
+    where w = W_enc[:, latent] and r is what the coder's input holds beside the upstream latents,
+    before it is divided by scale: upstream's b_dec, its error, and other layers.
 
     Args:
-        codes: int64 `[examples, heads]`; negative ones are no code and count for nothing.
-        positive: bool `[examples]`.
-        normalize: divide by how many codes the head has in all examples; 0 where it has none.
+        upstream: writes `[.., d_in]`: an SAE of the coder's input, or a transcoder to it.
+        acts: f, its code of n tokens.
+        coder: reads `[.., d_in]`; a norm's gain is folded into its W_enc.
+        latent: the one to explain.
+        scale: `[n]`, what a norm between the two divided each token by; None for no norm.
 
     Returns:
-        float32 `[heads]`.
+        The entries of acts with other values, in the same places; float32 (float64 for float64).
 
     Raises:
-        TypeError: codes are not int64, or positive is not bool.
-        ValueError: a shape does not fit.
+        ValueError: a width, shape or device does not fit, or a latent is outside 0..d_sae - 1.
+
+    Cost: 2 d_in upstream.d_sae flops, whatever the number of tokens.
     """
-    _check_codes("node_scores", codes, positive)
-    scores = _only_in_positives(codes, positive)
-    if normalize:
-        scores /= _only_in_positives(codes, torch.ones_like(positive)).clamp_min(1)
-    return scores
-
-
-def edge_scores(codes: Tensor, positive: Tensor) -> Tensor:
-    """Return for all pairs of heads how many pairs of codes occur in positives and in no negative.
-
-    Args:
-        codes: int64 `[examples, heads]`; a pair with a negative one counts for nothing.
-        positive: bool `[examples]`.
-
-    Returns:
-        float32 `[heads, heads]`, symmetric, 0 on the diagonal.
-
-    Raises:
-        TypeError: codes are not int64, or positive is not bool.
-        ValueError: a shape does not fit.
-
-    Cost: sorts [examples, heads] numbers for every head.
-    """
-    _check_codes("edge_scores", codes, positive)
-    heads, size = codes.shape[1], _size(codes)
-    scores = torch.zeros(heads, heads, device=codes.device)
-    for i in range(heads - 1):
-        a, b = codes[:, i : i + 1], codes[:, i + 1 :]
-        pairs = torch.where((a >= 0) & (b >= 0), a * size + b, -1)
-        scores[i, i + 1 :] = _only_in_positives(pairs, positive)
-    return scores + scores.t()
-
-
-def roc_auc(scores: Tensor, labels: Tensor) -> float:
-    """Return the area under the ROC curve: how often a positive scores above a negative.
-
-        auc = (# pairs with s_positive > s_negative + # equal pairs / 2) / # pairs
-
-    Exact, ties included (the Mann-Whitney statistic): pairs are counted in integers.
-
-    Args:
-        scores: `[n]`, any real dtype.
-        labels: bool `[n]`.
-
-    Raises:
-        TypeError: labels are not bool.
-        ValueError: another shape, a NaN among scores, or labels of one class only.
-
-    Cost: one sort of the negatives.
-    """
-    if scores.ndim != 1 or scores.shape != labels.shape:
+    owner = "latent_attribution"
+    device = coder.W_enc.device
+    if acts.d_sae != upstream.d_sae:
         raise ValueError(
-            "roc_auc: expected scores and labels to be [n], "
-            f"got {[*scores.shape]} and {[*labels.shape]}"
+            f"{owner}: expected acts to be [n, d_sae] with d_sae = {upstream.d_sae} like upstream, "
+            f"got {[*acts.shape]}"
         )
-    if labels.dtype != torch.bool:
-        raise TypeError(f"roc_auc: expected labels to be bool, got {labels.dtype}")
-    if bool(scores.isnan().any()):
-        raise ValueError(f"roc_auc: expected scores without NaN, got {int(scores.isnan().sum())}")
-    above, below = scores[labels].contiguous(), scores[~labels].sort().values
-    pairs = len(above) * len(below)
-    if not pairs:
+    if scale is not None and scale.shape != (acts.n,):
         raise ValueError(
-            f"roc_auc: expected labels of both classes, got {len(above)} True of {len(labels)}"
+            f"{owner}: expected scale to be [n] with n = {acts.n}, got {[*scale.shape]}"
         )
-    smaller = torch.searchsorted(below, above)
-    not_larger = torch.searchsorted(below, above, right=True)
-    return int((smaller + not_larger).sum()) / (2 * pairs)
+    for name, x in (("acts", acts.values), ("scale", scale)):
+        if x is not None and x.device != device:
+            raise ValueError(f"{owner}: expected {name} on {device} like the coder, got {x.device}")
+    weight = _connections(owner, upstream, coder, torch.tensor([latent], device=device))[0]
+    values = acts.values.to(weight.dtype) * weight[acts.indices.long()]
+    if scale is not None:
+        values /= F.pad(scale.to(values.dtype), (0, 1), value=1.0)[acts.rows()]  # 1 for padding
+    return SparseActs(values, acts.indices, acts.offsets, acts.d_sae)
 
 
-def _size(codes: Tensor) -> int:
-    """Return one more than the largest code, at least 1."""
-    return max(int(codes.max()), 0) + 1 if codes.numel() else 1
-
-
-def _only_in_positives(codes: Tensor, positive: Tensor) -> Tensor:
-    """Count in each column of `codes: [examples, c]` the codes of positives no negative has."""
-    size, columns = _size(codes), codes.shape[1]
-    keys = codes + size * torch.arange(columns, device=codes.device)
-    held = codes >= 0
-    ours = keys[held & positive.unsqueeze(1)].unique()
-    theirs = keys[held & ~positive.unsqueeze(1)]
-    only = ours[~torch.isin(ours, theirs)]
-    return torch.bincount(only // size, minlength=columns).float()
-
-
-def _check_heads(owner: str, x: Tensor) -> None:
-    if x.ndim != 3:
-        raise ValueError(f"{owner}: expected x to be [examples, heads, d], got {[*x.shape]}")
-
-
-def _check_codes(owner: str, codes: Tensor, positive: Tensor) -> None:
-    if codes.ndim != 2:
-        raise ValueError(f"{owner}: expected codes to be [examples, heads], got {[*codes.shape]}")
-    if positive.shape != codes.shape[:1]:
+def _connections(owner: str, upstream: SAE, coder: SAE, latents: Tensor) -> Tensor:
+    width = upstream.W_dec.shape[1]
+    if width != coder.d_in:
         raise ValueError(
-            f"{owner}: expected positive to be [examples] with examples = {len(codes)}, "
-            f"got {[*positive.shape]}"
+            f"{owner}: expected upstream to write d_in = {coder.d_in} numbers, got {width}"
         )
-    for name, x, dtype in (("codes", codes, torch.int64), ("positive", positive, torch.bool)):
-        if x.dtype != dtype:
-            raise TypeError(f"{owner}: expected {name} to be {dtype}, got {x.dtype}")
+    if latents.ndim != 1:
+        raise ValueError(f"{owner}: expected latents to be [m], got {[*latents.shape]}")
+    if latents.dtype != torch.int64:
+        raise TypeError(f"{owner}: expected latents to be int64, got {latents.dtype}")
+    for name, x in (("upstream", upstream.W_dec), ("latents", latents)):
+        if x.device != coder.W_enc.device:
+            raise ValueError(
+                f"{owner}: expected {name} on {coder.W_enc.device} like the coder, got {x.device}"
+            )
+    outside = latents[(latents < 0) | (latents >= coder.d_sae)]
+    if len(outside):
+        raise ValueError(
+            f"{owner}: expected a latent in 0..{coder.d_sae - 1}, got {int(outside[0])}"
+        )
+    read, written = upcast(coder.W_enc.t()[latents]), upcast(upstream.W_dec)
+    dtype = torch.promote_types(read.dtype, written.dtype)
+    return read.to(dtype) @ written.to(dtype).t()

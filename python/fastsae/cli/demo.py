@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsae.cli.console import emit, positive, progress, say, subcommand
-from fastsae.cli.models import SMOLLM2, load_model
 from fastsae.cli.summary import facts, summary
-from fastsae.cli.text import pieces, python_topics, read_files
+from fastsae.models.load import SMOLLM2, load_model
+from fastsae.models.text import pieces, python_topics, read_files
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,9 +66,9 @@ def add_to(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run all phases; print a summary."""
-    from fastsae.analysis.report import write_report
     from fastsae.data.shards import write_json
     from fastsae.eval import evaluate
+    from fastsae.report.write import write_report
 
     texts = pieces(read_files(args.text)) if args.text else python_topics()
     out, phase = Path(args.out), Phases()
@@ -206,8 +206,8 @@ def _cross_entropy(
     train: ActivationStore,
 ) -> CrossEntropy:
     """Splice the SAE into the model on held-out documents; the mean is that of training rows."""
-    from fastsae.data.chunks import chunks, held_out, spread
     from fastsae.eval import cross_entropy
+    from fastsae.models.chunks import chunks, held_out, spread
 
     manifest = train.manifest
     held = [text for doc, text in enumerate(texts) if held_out(doc, VAL_FRACTION)]

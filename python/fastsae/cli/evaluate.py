@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate and print the numbers."""
     if bool(args.model) != bool(args.text):
         raise ValueError("eval: expected --model and --text together, got one of them")
-    from fastsae.cli.text import read_files
+    from fastsae.models.text import read_files
 
     texts = read_files(args.text) if args.text else []
     from fastsae.data import ActivationStore
@@ -56,9 +56,9 @@ def run(args: argparse.Namespace) -> None:
     with progress("evaluate", len(store), "token") as advance:
         numbers: dict[str, float] = evaluate(sae, store, progress=advance).to_dict()
     if args.model:
-        from fastsae.cli.models import load_model
-        from fastsae.data.chunks import chunks, spread
         from fastsae.eval import cross_entropy
+        from fastsae.models.chunks import chunks, spread
+        from fastsae.models.load import load_model
 
         model, tokenizer = load_model(args.model)
         manifest = store.manifest

@@ -51,13 +51,13 @@ def add_to(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Harvest and print where the activations are."""
-    from fastsae.cli.text import read_files
+    from fastsae.models.text import read_files
 
     texts = read_files(args.text)
     import torch
 
-    from fastsae.cli.models import load_model
     from fastsae.data import harvest
+    from fastsae.models.load import load_model
 
     model, tokenizer = load_model(args.model)
     with progress("harvest", args.tokens, "token") as advance:

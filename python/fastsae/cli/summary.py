@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import fastsae
 from fastsae.cli.console import table
-from fastsae.cli.models import SMOLLM2, SMOLLM2_NAME
+from fastsae.models.load import SMOLLM2, SMOLLM2_NAME
 
 if TYPE_CHECKING:
     from fastsae.data import ActivationStore

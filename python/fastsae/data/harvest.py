@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsae.data.chunks import Chunk, chunks, held_out, pad, prefix_token
 from fastsae.data.shards import COLUMNS, Manifest, ShardWriter
-from fastsae.data.sites import Site, read, read_gradients, resolve
+from fastsae.models.chunks import Chunk, chunks, held_out, pad, prefix_token
+from fastsae.models.sites import Site, read, read_gradients, resolve
 
 
 def harvest(
@@ -47,7 +47,7 @@ def harvest(
         model: a causal language model of `transformers`; put into eval mode meanwhile.
         tokenizer: its tokenizer.
         texts: one string per document; may be a generator, is read once.
-        sites: one site or several, see `fastsae.data.sites`.
+        sites: one site or several, see `fastsae.models.sites`.
         out: folder to write; created if missing.
         context: tokens per chunk, the prefix included.
         batch_size: chunks per forward pass.

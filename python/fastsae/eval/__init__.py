@@ -3,7 +3,7 @@
 from fastsae.eval.cross_entropy import CrossEntropy, cross_entropy
 from fastsae.eval.evaluate import EvalResult, evaluate
 from fastsae.eval.metrics import FVU, firing_counts, fvu, norm_limit
-from fastsae.eval.splice import ablate, replace, splice
+from fastsae.models.splice import ablate, replace, splice
 
 __all__ = [
     "FVU",

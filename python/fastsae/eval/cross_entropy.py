@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastsae.data.chunks import pad
-from fastsae.data.sites import resolve
 from fastsae.eval.metrics import FVU
-from fastsae.eval.splice import ablate, replace, splice
+from fastsae.models.chunks import pad
+from fastsae.models.sites import resolve
+from fastsae.models.splice import ablate, replace, splice
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def cross_entropy(
 
     Args:
         model: a causal language model of `transformers`.
-        site: where the SAE belongs, see `fastsae.data.sites`.
+        site: where the SAE belongs, see `fastsae.models.sites`.
         sae: reconstructs `[n, d]`; in eval mode meanwhile.
         contexts: token lists, each with its prefix token first, e.g. `Chunk.ids`.
         mean: `[d]`, for the mean ablation; None takes the mean over these contexts.

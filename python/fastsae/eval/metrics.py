@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsae.reference import SparseActs
+from fastsae.types import SparseActs
 
 
 class FVU:

@@ -1,20 +1,20 @@
 """Sparse autoencoder modules: one class per file, weights feature-major, losses without units."""
 
+from fastsae.nn.average import average_saes
 from fastsae.nn.batch_topk import BatchTopKSAE, MutualChoiceSAE
 from fastsae.nn.crosscoder import CrossCoder, ReLUCrossCoder, TopKCrossCoder
 from fastsae.nn.feature_choice import FeatureChoiceSAE
 from fastsae.nn.gated import GatedSAE
 from fastsae.nn.gradient import GradientSAE
+from fastsae.nn.gradient_pursuit import gradient_pursuit
 from fastsae.nn.group_max import GroupMaxSAE
 from fastsae.nn.io import load
 from fastsae.nn.jumprelu import JumpReLUSAE
 from fastsae.nn.loss import SAEOutput
 from fastsae.nn.matryoshka import HierarchicalTopKSAE, MatryoshkaSAE
-from fastsae.nn.pursuit import pursue
 from fastsae.nn.relu import ReLUSAE
 from fastsae.nn.sae import SAE
 from fastsae.nn.sampled import SampledSAE
-from fastsae.nn.soup import soup
 from fastsae.nn.supervised_head import SupervisedHead
 from fastsae.nn.topk import TopKSAE
 from fastsae.nn.transcoder import (
@@ -47,7 +47,7 @@ __all__ = [
     "TopKCrossCoder",
     "TopKSAE",
     "Transcoder",
+    "average_saes",
+    "gradient_pursuit",
     "load",
-    "pursue",
-    "soup",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsae import ops
 from fastsae.nn.loss import unexplained_residual
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 DENSE_UP_TO = 1.5
 """Dead latents per selected one up to which dense products are cheaper than gathering rows. On 2

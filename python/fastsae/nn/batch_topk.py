@@ -16,7 +16,7 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.nn.sae import SAE
 from fastsae.nn.thresholds import threshold_room
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 
 class BatchTopKSAE(SAE):
@@ -93,9 +93,9 @@ class BatchTopKSAE(SAE):
         if self.training:
             return self._encode_batch(x).acts
         self._check_calibrated()
-        cap = threshold_room(x.shape[0], self.d_sae, self.k)
+        capacity = threshold_room(x.shape[0], self.d_sae, self.k)
         return ops.encode_threshold(
-            x, self._rows_enc(), self.b_enc, self.threshold, cap, b_dec=self._input_bias()
+            x, self._rows_enc(), self.b_enc, self.threshold, capacity, b_dec=self._input_bias()
         )
 
     def encode_for_loss(self, x: Tensor) -> SparseActs:
@@ -113,7 +113,7 @@ class BatchTopKSAE(SAE):
             self.k,
             b_dec=self._input_bias(),
             compute_dtype=self._product(),
-            hint=self.threshold,
+            threshold_guess=self.threshold,
         )
 
     @torch.no_grad()

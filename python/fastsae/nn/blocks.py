@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsae.nn.sae import SAE
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 
 class BlockwiseSAE(SAE, register=False):

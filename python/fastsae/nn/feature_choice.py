@@ -18,7 +18,7 @@ from fastsae import ops
 from fastsae.nn.sae import SAE
 from fastsae.nn.thresholds import factor_for_k, threshold_room
 from fastsae.nn.zipf import budgets, fit_zipf
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 SMALLEST_FIRES = 10
 """Tokens that a latent must have fired on, as far as the average remembers, to count in the fit."""
@@ -115,9 +115,9 @@ class FeatureChoiceSAE(SAE):
         if self.training:
             return self._encode_batch(x)
         self._check_thresholds()
-        cap = threshold_room(x.shape[0], self.d_sae, self.k)
+        capacity = threshold_room(x.shape[0], self.d_sae, self.k)
         return ops.encode_threshold(
-            x, self._rows_enc(), self.b_enc, self.threshold, cap, b_dec=self._input_bias()
+            x, self._rows_enc(), self.b_enc, self.threshold, capacity, b_dec=self._input_bias()
         )
 
     def _check_thresholds(self) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fastsae import ops
 from fastsae.nn.auxk import LatentRows
-from fastsae.nn.loss import SAEOutput, accumulate, unexplained
+from fastsae.nn.loss import SAEOutput, unexplained, upcast
 from fastsae.nn.penalized import PenalizedSAE, mean_over_tokens
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 
 class GatedSAE(PenalizedSAE):
@@ -72,10 +72,10 @@ class GatedSAE(PenalizedSAE):
         """See `SAE.loss_of`; `acts` is what `encode_for_loss` returned."""
         f = self._open(acts)
         self._follow(f.detach())
-        penalty = self._weigh(mean_over_tokens(acts.values, acts.n) / accumulate(self.unit))
+        penalty = self._weigh(mean_over_tokens(acts.values, acts.n) / upcast(self.unit))
         out = self._assemble(x, target, f, self.decode(f), self.sparsity_scale * penalty, dead)
         by_gate = ops.sparse_decode(acts, self.W_dec.detach(), self.b_dec.detach())
-        squared = (accumulate(target) - accumulate(by_gate)).square().sum()
+        squared = (upcast(target) - upcast(by_gate)).square().sum()
         out.loss = out.loss + unexplained(squared, target)
         return out
 

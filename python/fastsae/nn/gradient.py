@@ -16,7 +16,7 @@ from fastsae import ops
 from fastsae.nn.loss import SAEOutput
 from fastsae.nn.select import encode_selected
 from fastsae.nn.topk import TopKSAE
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 
 class GradientSAE(TopKSAE):

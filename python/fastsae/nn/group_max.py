@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsae.nn.sae import SAE
 from fastsae.nn.select import encode_selected
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 
 class GroupMaxSAE(SAE):

@@ -16,7 +16,7 @@ from fastsae.nn.auxk import LatentRows
 from fastsae.nn.loss import SAEOutput, variation
 from fastsae.nn.penalized import PenalizedSAE, mean_over_tokens
 from fastsae.nn.thresholds import factor_for_k
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 
 class JumpReLU(torch.autograd.Function):
@@ -70,7 +70,7 @@ class DecodeAll(torch.autograd.Function):
         grad, native = grads[0].contiguous(), torch.ops.fastsae
         ones = torch.ones_like(values)
         dvalues = native.sparse_decode_values_grad(grad, ones, indices, offsets, W_dec)
-        lists = native.transpose(values, indices, offsets, W_dec.shape[0])
+        lists = native.group_by_latent(values, indices, offsets, W_dec.shape[0])
         dW = native.sparse_weight_grad(values, *lists, grad)[0]
         return dvalues, None, None, dW, grad.sum(0)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 _FLOOR = 1e-20  # keeps a ratio finite where a batch has no variance
 
@@ -17,7 +17,7 @@ class SAEOutput:
     """What `SAE.loss` returns; every scalar is a tensor `[]` in float32 (float64 for float64)."""
 
     loss: Tensor
-    """`fvu + aux_alpha * aux_loss + sparsity_loss`: the number to call backward on."""
+    """`fvu + auxk_alpha * aux_loss + sparsity_loss`: the number to call backward on."""
     reconstruction: Tensor
     """x_hat, with the shape of the target."""
     acts: SparseActs
@@ -32,14 +32,14 @@ class SAEOutput:
     """What the code's size costs, weighted; 0 for classes whose selection bounds it."""
 
 
-def accumulate(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """Return `x` in the dtype that statistics are kept in: float32, or float64 for float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def variation(x: Tensor) -> Tensor:
     """Return sum (x - mean x)^2 over `x: [n, d]`, without a graph."""
-    x = accumulate(x.detach())
+    x = upcast(x.detach())
     return (x - x.mean(0)).square().sum()
 
 
@@ -55,5 +55,5 @@ def unexplained_residual(guess: Tensor, residual: Tensor) -> Tensor:
     """
     total = variation(residual)
     constant = total <= torch.finfo(residual.dtype).eps * residual.square().sum()
-    ratio = (accumulate(guess) - residual).square().sum() / total.clamp_min(_FLOOR)
+    ratio = (upcast(guess) - residual).square().sum() / total.clamp_min(_FLOOR)
     return torch.where(constant, 0.0, ratio)

@@ -18,16 +18,16 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.nn.auxk import LatentRows
 from fastsae.nn.batch_topk import BatchTopKSAE
-from fastsae.nn.loss import SAEOutput, accumulate, unexplained
+from fastsae.nn.loss import SAEOutput, unexplained, upcast
 from fastsae.nn.topk import TopKSAE
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 
 class MatryoshkaSAE(BatchTopKSAE):
     """BatchTopK sparse autoencoder whose first latents have to reconstruct without the others.
 
         x_hat_0 = b_dec,   x_hat_j = x_hat_(j-1) + f[:, group j] W_dec[group j]
-        loss    = 1 / (g + 1) sum_(j = 0..g) fvu(x_hat_j) + aux_alpha * aux_loss
+        loss    = 1 / (g + 1) sum_(j = 0..g) fvu(x_hat_j) + auxk_alpha * aux_loss
 
     One selection of k n entries over all latents makes f. `fvu` in the result is that of the full
     reconstruction. Setting `active_groups` to j at inference leaves out the latents of later groups
@@ -82,7 +82,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         """See `SAE.loss_of`."""
         x_hat = self.b_dec.expand(x.shape[0], -1)
         ends = [0, *running_sum(self.groups)]
-        total = accumulate(x_hat).new_zeros(())
+        total = upcast(x_hat).new_zeros(())
         for start, end in pairwise(ends):
             total = total + self._squared(target, x_hat)
             x_hat = x_hat + ops.sparse_decode(self._part(acts, start, end), self.W_dec)
@@ -93,7 +93,7 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     @staticmethod
     def _squared(target: Tensor, x_hat: Tensor) -> Tensor:
-        return (accumulate(target) - accumulate(x_hat)).square().sum()
+        return (upcast(target) - upcast(x_hat)).square().sum()
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
@@ -103,7 +103,7 @@ class MatryoshkaSAE(BatchTopKSAE):
 class HierarchicalTopKSAE(TopKSAE):
     """TopK sparse autoencoder that reconstructs at every number of latents up to k.
 
-        loss = 1 / k sum_(j = 1..k) fvu(x_hat_j) + aux_alpha * aux_loss
+        loss = 1 / k sum_(j = 1..k) fvu(x_hat_j) + auxk_alpha * aux_loss
         x_hat_j = b_dec + the j largest latents of the token
 
     So one SAE serves at every L0 up to k: set `k` to a smaller number at inference. `fvu` in the
@@ -143,8 +143,8 @@ class _PrefixErrors(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor
     ) -> Tensor:
-        W, f, latents = accumulate(W_dec), accumulate(values), indices.long()
-        e = accumulate(target) - b_dec
+        W, f, latents = upcast(W_dec), upcast(values), indices.long()
+        e = upcast(target) - b_dec
         total = e.new_zeros(())
         for j in range(f.shape[1]):
             e = torch.addcmul(e, f[:, j, None], W[latents[:, j]], value=-1)

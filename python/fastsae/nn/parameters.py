@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae.nn.check import check_rows
-from fastsae.nn.loss import accumulate
+from fastsae.nn.loss import upcast
 
 
 class Parameters(nn.Module):
@@ -47,7 +47,7 @@ class Parameters(nn.Module):
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
         """Scale every row of W_dec to norm 1; rows of zeros stay."""
-        norm = torch.linalg.vector_norm(accumulate(self.W_dec), dim=1, keepdim=True)
+        norm = torch.linalg.vector_norm(upcast(self.W_dec), dim=1, keepdim=True)
         self.W_dec.div_(torch.where(norm > 0, norm, 1.0))
 
     @torch.no_grad()

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fastsae import ops
-from fastsae.nn.loss import accumulate, variation
+from fastsae.nn.loss import upcast, variation
 from fastsae.nn.sae import SAE
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 
 class PenalizedSAE(SAE, register=False):
@@ -31,7 +31,7 @@ class PenalizedSAE(SAE, register=False):
     and everything with the unit of the activations is taken relative to it, so the coefficient and
     the bandwidth of a threshold fit activations of any model.
 
-    Dead latents are not revived unless aux_alpha is set; see `SAE` for the other arguments.
+    Dead latents are not revived unless auxk_alpha is set; see `SAE` for the other arguments.
 
     Args:
         d_in: width of the activations.
@@ -60,10 +60,10 @@ class PenalizedSAE(SAE, register=False):
         *,
         coefficient: float = 1.0,
         control_lr: float = 0.005,
-        aux_alpha: float = 0.0,
+        auxk_alpha: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(d_in, d_sae, aux_alpha=aux_alpha, **kwargs)
+        super().__init__(d_in, d_sae, auxk_alpha=auxk_alpha, **kwargs)
         if k is not None and not 0 < k <= d_sae:
             self._fail(f"0 < k <= d_sae = {d_sae} or None, got k = {k}")
         if not (0 <= coefficient < math.inf and control_lr >= 0):
@@ -146,4 +146,4 @@ class PenalizedSAE(SAE, register=False):
 
 def mean_over_tokens(values: Tensor, n: int) -> Tensor:
     """Return the sum of `values` of a code of n tokens, over n; in float32 or float64."""
-    return accumulate(values).sum() / max(n, 1)
+    return upcast(values).sum() / max(n, 1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsae.nn.penalized import PenalizedSAE, mean_over_tokens
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 PENALTIES = ("l1", "tanh", "p_anneal")
 

@@ -3,7 +3,7 @@
     z     = (x - b_dec) W_enc + b_enc          pre-activations, never held as [n, d_sae]
     f     = select(relu(z))                    what a subclass chooses
     x_hat = f W_dec + b_dec
-    loss  = fvu(x_hat, x) + aux_alpha * aux_loss(dead latents) + sparsity_loss(f)
+    loss  = fvu(x_hat, x) + auxk_alpha * aux_loss(dead latents) + sparsity_loss(f)
 
 Source: Gao et al. 2024 (arXiv 2406.04093), section 2 and appendix A.2.
 """
@@ -22,9 +22,9 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.nn.auxk import LatentRows, auxk_loss
 from fastsae.nn.init import center
-from fastsae.nn.loss import SAEOutput, accumulate, unexplained
+from fastsae.nn.loss import SAEOutput, unexplained, upcast
 from fastsae.nn.parameters import Parameters
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 
 class SAE(Parameters, ABC):
@@ -35,14 +35,14 @@ class SAE(Parameters, ABC):
         d_sae: number of latents.
         dtype: of the four parameters.
         device: of the four parameters.
-        aux_k: dead latents that reconstruct the residual of each token; None takes the power of
+        k_aux: dead latents that reconstruct the residual of each token; None takes the power of
             two closest to d_in / 2 (Gao et al. 2024, appendix B.1).
-        aux_alpha: weight of that auxiliary loss; 0 turns it off.
+        auxk_alpha: weight of that auxiliary loss; 0 turns it off.
         aux: whom it revives in training: `auxk`, the dead latents, or `zipf`, also those that fire
             far less than Zipf's law expects of their rank (`train.UnderusedLatents`).
 
     Raises:
-        ValueError: a size below 1, aux_k above d_sae, a negative aux_alpha, or another aux.
+        ValueError: a size below 1, k_aux above d_sae, a negative auxk_alpha, or another aux.
     """
 
     registry: ClassVar[dict[str, type[SAE]]] = {}
@@ -66,20 +66,20 @@ class SAE(Parameters, ABC):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-        aux_k: int | None = None,
-        aux_alpha: float = 1 / 32,
+        k_aux: int | None = None,
+        auxk_alpha: float = 1 / 32,
         aux: str = "auxk",
     ) -> None:
         super().__init__(d_in, d_sae, dtype, device)
-        if aux_k is None:
-            aux_k = min(d_sae, 2 ** max(0, round(math.log2(d_in / 2))))
-        if not 1 <= aux_k <= d_sae:
-            self._fail(f"1 <= aux_k <= d_sae = {d_sae}, got aux_k = {aux_k}")
-        if not aux_alpha >= 0:
-            self._fail(f"aux_alpha >= 0, got {aux_alpha}")
+        if k_aux is None:
+            k_aux = min(d_sae, 2 ** max(0, round(math.log2(d_in / 2))))
+        if not 1 <= k_aux <= d_sae:
+            self._fail(f"1 <= k_aux <= d_sae = {d_sae}, got k_aux = {k_aux}")
+        if not auxk_alpha >= 0:
+            self._fail(f"auxk_alpha >= 0, got {auxk_alpha}")
         if aux not in ("auxk", "zipf"):
             self._fail(f"aux to be auxk or zipf, got {aux!r}")
-        self.aux_k, self.aux_alpha, self.aux = aux_k, aux_alpha, aux
+        self.k_aux, self.auxk_alpha, self.aux = k_aux, auxk_alpha, aux
         self.compute_dtype: torch.dtype | None = None
         """What the encoder's product may round its factors to in training mode; see
         `ops.encode_topk`. Not saved: inference is exact."""
@@ -149,7 +149,7 @@ class SAE(Parameters, ABC):
             fvu      = sum |x - x_hat|^2 / sum |x - mean x|^2
             aux_loss = sum |e - e_hat|^2 / sum |e - mean e|^2,   e = x - x_hat, detached
 
-        e_hat decodes the `min(aux_k, number dead)` largest dead latents of each token, without a
+        e_hat decodes the `min(k_aux, number dead)` largest dead latents of each token, without a
         bias. The denominators are constants of the batch, so the loss has no unit and the step size
         that Adam needs does not depend on the scale of x.
 
@@ -187,7 +187,7 @@ class SAE(Parameters, ABC):
             return None
         if dead.shape != (self.d_sae,) or dead.dtype != torch.bool:
             self._fail(f"dead to be bool [{self.d_sae}], got {dead.dtype} {[*dead.shape]}")
-        latents = dead.nonzero().squeeze(1) if self.aux_alpha else dead.new_empty(0)
+        latents = dead.nonzero().squeeze(1) if self.auxk_alpha else dead.new_empty(0)
         if latents.numel() == 0:
             return None
         return LatentRows(
@@ -219,15 +219,15 @@ class SAE(Parameters, ABC):
         dead: LatentRows | None,
     ) -> SAEOutput:
         """Return the loss of a reconstruction that is already there."""
-        error = accumulate(target) - accumulate(reconstruction)
+        error = upcast(target) - upcast(reconstruction)
         squared = error.square().sum()
         fvu = unexplained(squared, target)
         loss, zero = fvu, fvu.new_zeros(())
         aux = zero
         if dead is not None:
-            k = min(self.aux_k, dead.latents.shape[0])
+            k = min(self.k_aux, dead.latents.shape[0])
             aux = auxk_loss(x, self._input_bias(), error.detach(), dead, k)
-            loss = loss + self.aux_alpha * aux
+            loss = loss + self.auxk_alpha * aux
         if sparsity is not None:
             loss = loss + sparsity
         return SAEOutput(
@@ -298,7 +298,7 @@ class SAE(Parameters, ABC):
         return [self._input_scale(block) for block in batch.split(self.data_widths, 1)]
 
     def _input_scale(self, block: Tensor) -> float:
-        x = accumulate(block)
+        x = upcast(block)
         spread = float((x - x.mean(0)).square().sum(1).mean())
         if spread == 0:
             self._fail("activations that vary, got equal rows")
@@ -320,7 +320,7 @@ class SAE(Parameters, ABC):
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
-        keys = ("d_in", "d_sae", "aux_k", "aux_alpha", "aux")
+        keys = ("d_in", "d_sae", "k_aux", "auxk_alpha", "aux")
         return {key: getattr(self, key) for key in keys}
 
     @abstractmethod

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastsae import ops
 from fastsae.nn.batch_topk import BatchTopKSAE
-from fastsae.nn.loss import accumulate
-from fastsae.ops import SparseActs
+from fastsae.nn.loss import upcast
+from fastsae.types import SparseActs
 
 CHUNK_BYTES = 1 << 26
 """Pre-activations held at once while columns are scored."""
@@ -115,12 +115,12 @@ class SampledSAE(BatchTopKSAE):
         The latter is that of the first chunk of `x: [n, d_in]`, +inf where it keeps nothing.
         """
         bias = self._input_bias()
-        total = accumulate(torch.zeros_like(self.b_enc))
+        total = upcast(torch.zeros_like(self.b_enc))
         other = torch.zeros_like(total)
         threshold = torch.full_like(total[0], torch.inf)
         for i, rows in enumerate(x.split(max(1, CHUNK_BYTES // (self.d_sae * total.itemsize)))):
             centred = rows if bias is None else rows - bias
-            a = accumulate(torch.addmm(self.b_enc, centred, self.W_enc)).relu_()
+            a = upcast(torch.addmm(self.b_enc, centred, self.W_enc)).relu_()
             if i == 0:
                 threshold = ops.batch_topk(a, self.k).threshold
             if self.score == "l2":

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.ops import SparseActs, _encode
+from fastsae.ops import _encode
+from fastsae.types import SparseActs
 
 CHUNK_BYTES = 1 << 26
 """Pre-activations that are held at a time."""

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsae import ops
-from fastsae.nn.loss import accumulate
-from fastsae.ops import SparseActs
-from fastsae.reference import accumulator_dtype
+from fastsae.nn.loss import upcast
+from fastsae.types import SparseActs, accumulator_dtype
 
 
 class SupervisedHead(nn.Module):
@@ -126,7 +125,7 @@ class SupervisedHead(nn.Module):
             ValueError: labels are not [n] or out of range, and as in `forward`. On a GPU, looking
                 waits for the device.
         """
-        logits = accumulate(self(acts, covariates))
+        logits = upcast(self(acts, covariates))
         self._check("labels", labels, (acts.n,), torch.int64)
         self._check_range(labels)
         if self.classes == 1:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fastsae import ops
 from fastsae.nn.auxk import LatentRows
-from fastsae.nn.loss import SAEOutput, accumulate, unexplained
+from fastsae.nn.loss import SAEOutput, unexplained, upcast
 from fastsae.nn.sae import SAE
 from fastsae.nn.select import encode_selected
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 
 class TopKSAE(SAE):
@@ -25,7 +25,7 @@ class TopKSAE(SAE):
     Selection is the same in training and inference. With `multi_topk` the loss also asks for a good
     reconstruction from 4 k latents, which keeps the code useful at other k:
 
-        loss = fvu(k) + fvu(4 k) / 8 + aux_alpha * aux_loss
+        loss = fvu(k) + fvu(4 k) / 8 + auxk_alpha * aux_loss
 
     See `SAE` for the other arguments.
 
@@ -69,7 +69,7 @@ class TopKSAE(SAE):
         out = super().loss_of(x, target, acts, dead)
         if self.multi_topk:
             wide = self.decode(self._largest(x, min(4 * self.k, self.d_sae)))
-            squared = (accumulate(target) - accumulate(wide)).square().sum()
+            squared = (upcast(target) - upcast(wide)).square().sum()
             out.loss = out.loss + unexplained(squared, target) / 8
         return out
 

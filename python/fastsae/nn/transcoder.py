@@ -23,7 +23,7 @@ from fastsae.nn.jumprelu import JumpReLUSAE
 from fastsae.nn.loss import SAEOutput
 from fastsae.nn.relu import ReLUSAE
 from fastsae.nn.topk import TopKSAE
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 
 class TranscoderRule(BlockwiseSAE, register=False):
@@ -135,7 +135,7 @@ class TranscoderRule(BlockwiseSAE, register=False):
             return
         self.b_enc.copy_(-(center(x, method).to(x.dtype) @ self.W_enc))
         values, indices = ops.encode_topk(x, self._rows_enc(), self.b_enc, min(32, self.d_sae))
-        lists = ops.transpose(SparseActs(values, indices, None, self.d_sae))
+        lists = ops.group_by_latent(SparseActs(values, indices, None, self.d_sae))
         rows = ops.sparse_weight_grad(values, lists, y - self.b_dec)[0]
         norm = rows.norm(dim=1, keepdim=True)
         self.W_dec.copy_(torch.where(norm > 0, rows / norm, self.W_dec))

@@ -9,16 +9,16 @@ from fastsae.ops.encode_feature_topk import encode_feature_topk
 from fastsae.ops.encode_threshold import encode_threshold
 from fastsae.ops.encode_topk import encode_topk
 from fastsae.ops.feature_topk import feature_topk
+from fastsae.ops.group_by_latent import group_by_latent
 from fastsae.ops.sparse_adam_step import sparse_adam_step_
 from fastsae.ops.sparse_decode import sparse_decode
 from fastsae.ops.sparse_weight_grad import sparse_weight_grad
 from fastsae.ops.threshold_select import threshold_select
 from fastsae.ops.topk import topk
-from fastsae.ops.transpose import transpose
-from fastsae.reference import (
+from fastsae.types import (
     BatchTopK,
-    FeatureLists,
     LatentGradients,
+    LatentLists,
     SparseActs,
     StepTensors,
     TopK,
@@ -26,8 +26,8 @@ from fastsae.reference import (
 
 __all__ = [
     "BatchTopK",
-    "FeatureLists",
     "LatentGradients",
+    "LatentLists",
     "SparseActs",
     "StepTensors",
     "TopK",
@@ -37,10 +37,10 @@ __all__ = [
     "encode_threshold",
     "encode_topk",
     "feature_topk",
+    "group_by_latent",
     "sparse_adam_step_",
     "sparse_decode",
     "sparse_weight_grad",
     "threshold_select",
     "topk",
-    "transpose",
 ]

@@ -41,10 +41,10 @@ def mean_k(op: str, k: float) -> None:
         raise ValueError(f"{op}: expected a finite k >= 0, got k = {k}")
 
 
-def hint(op: str, x: Tensor | None) -> None:
+def threshold_guess(op: str, x: Tensor | None) -> None:
     """Raise ValueError unless `x` is None or one number."""
     if x is not None and x.shape != ():
-        raise ValueError(f"{op}: expected hint to be [], got {list(x.shape)}")
+        raise ValueError(f"{op}: expected threshold_guess to be [], got {list(x.shape)}")
 
 
 def same(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:

@@ -98,7 +98,7 @@ def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_x:
         dx = torch.ops.fastsae.sparse_decode(grad, indices, offsets, W_enc, None)
     if need_W or need_b_enc or need_b_dec:
-        lists = torch.ops.fastsae.transpose(values, indices, offsets, W_enc.shape[0])
+        lists = torch.ops.fastsae.group_by_latent(values, indices, offsets, W_enc.shape[0])
         centred = x if b_dec is None else x - b_dec
         dW, db = torch.ops.fastsae.sparse_weight_grad(grad, *lists, centred)
         db_enc = db if need_b_enc and ctx.has_bias else None

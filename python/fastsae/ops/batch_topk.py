@@ -10,22 +10,22 @@ from torch import Tensor
 from fastsae import reference
 from fastsae._library import fake, fallback
 from fastsae.ops import _check
-from fastsae.reference import BatchTopK, SparseActs, accumulator_dtype
+from fastsae.types import BatchTopK, SparseActs, accumulator_dtype
 
 
-def batch_topk(x: Tensor, k: float, *, hint: Tensor | None = None) -> BatchTopK:
+def batch_topk(x: Tensor, k: float, *, threshold_guess: Tensor | None = None) -> BatchTopK:
     """Keep the `int(k * n)` largest positive entries of the whole matrix.
 
     Args:
         x: [..., d_sae], float32 | float64 | bfloat16 | float16. Leading dimensions are flattened to
             n rows first.
         k: mean number of entries per row, >= 0; may be fractional.
-        hint: [] or None: about what the threshold will be, for instance that of the last batch. It
+        threshold_guess: [] or None: about what the threshold will be, for instance that of the last batch. It
             changes the time, never the result. A GPU does without: it takes a sample each time.
 
     Returns:
         `BatchTopK(acts, threshold)`: `acts` in the variable layout with
-        `cap = min(int(k * n), n * d_sae)`, and the smallest kept value (float32, or float64 for
+        `capacity = min(int(k * n), n * d_sae)`, and the smallest kept value (float32, or float64 for
         float64 `x`; +inf when nothing is kept).
 
     Raises:
@@ -49,29 +49,31 @@ def batch_topk(x: Tensor, k: float, *, hint: Tensor | None = None) -> BatchTopK:
     _check.floating("batch_topk", "x", x)
     x = _check.rows("batch_topk", "x", x)
     _check.mean_k("batch_topk", k)
-    _check.hint("batch_topk", hint)
-    values, indices, offsets, threshold = torch.ops.fastsae.batch_topk(x, int(k * x.shape[0]), hint)
+    _check.threshold_guess("batch_topk", threshold_guess)
+    values, indices, offsets, threshold = torch.ops.fastsae.batch_topk(
+        x, int(k * x.shape[0]), threshold_guess
+    )
     return BatchTopK(SparseActs(values, indices, offsets, x.shape[1]), threshold)
 
 
 def fake_selection(x: Tensor, n: int, m: int, budget: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return empty (values, indices, offsets) of a selection among [n, m], shaped like the op's."""
-    cap = torch.sym_min(budget, n * m)
+    capacity = torch.sym_min(budget, n * m)
     return (
-        x.new_empty(cap),
-        x.new_empty(cap, dtype=torch.int32),
+        x.new_empty(capacity),
+        x.new_empty(capacity, dtype=torch.int32),
         x.new_empty(n + 1, dtype=torch.int32),
     )
 
 
 @fake("batch_topk")
-def _fake(x: Tensor, budget: int, hint: Tensor | None) -> tuple[Tensor, ...]:
+def _fake(x: Tensor, budget: int, threshold_guess: Tensor | None) -> tuple[Tensor, ...]:
     selection = fake_selection(x, x.shape[0], x.shape[1], budget)
     return *selection, x.new_empty((), dtype=accumulator_dtype(x.dtype))
 
 
 @fallback("batch_topk")
-def _plain(x: Tensor, budget: int, hint: Tensor | None) -> tuple[Tensor, ...]:
+def _plain(x: Tensor, budget: int, threshold_guess: Tensor | None) -> tuple[Tensor, ...]:
     acts, threshold = reference.keep_largest(x, x > 0, budget)
     assert acts.offsets is not None
     return acts.values, acts.indices, acts.offsets, threshold

@@ -11,7 +11,7 @@ from fastsae import reference
 from fastsae._library import fake, fallback
 from fastsae.ops import _check, _encode
 from fastsae.ops.batch_topk import fake_selection
-from fastsae.reference import BatchTopK, SparseActs, accumulator_dtype
+from fastsae.types import BatchTopK, SparseActs, accumulator_dtype
 
 
 def encode_batch_topk(
@@ -24,7 +24,7 @@ def encode_batch_topk(
     mask: Tensor | None = None,
     select_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
-    hint: Tensor | None = None,
+    threshold_guess: Tensor | None = None,
 ) -> BatchTopK:
     """Keep the `int(k * n)` largest positive entries of `(x - b_dec) W_enc^T + b_enc`.
 
@@ -38,7 +38,7 @@ def encode_batch_topk(
         mask: [d_sae] bool or None: only latents where it is true take part.
         select_dtype: as in `encode_topk`.
         compute_dtype: as in `encode_topk`.
-        hint: [] or None: about what the threshold will be, for instance that of the last batch. It
+        threshold_guess: [] or None: about what the threshold will be, for instance that of the last batch. It
             changes the time, never the result. A GPU does without: it takes a sample each time.
 
     Returns:
@@ -55,7 +55,7 @@ def encode_batch_topk(
         As `encode_topk`; the selection is that of `batch_topk` on the same pre-activations.
 
     Cost:
-        2 n d_in d_sae flops, without a hint 32 rows more, whose pre-activations tell what to look
+        2 n d_in d_sae flops, without a threshold_guess 32 rows more, whose pre-activations tell what to look
         for; a few budgets of candidates. A sample that misleads costs a second pass.
 
     Source:
@@ -65,9 +65,9 @@ def encode_batch_topk(
         "encode_batch_topk", x, W_enc, b_enc, b_dec, mask, select_dtype, compute_dtype
     )
     _check.mean_k("encode_batch_topk", k)
-    _check.hint("encode_batch_topk", hint)
+    _check.threshold_guess("encode_batch_topk", threshold_guess)
     values, indices, offsets, threshold = torch.ops.fastsae.encode_batch_topk(
-        a.x, a.W_enc, a.b_enc, a.b_dec, int(k * a.x.shape[0]), mask, a.bf16_product, hint
+        a.x, a.W_enc, a.b_enc, a.b_dec, int(k * a.x.shape[0]), mask, a.bf16_product, threshold_guess
     )
     return BatchTopK(SparseActs(values.to(x.dtype), indices, offsets, W_enc.shape[0]), threshold)
 
@@ -81,7 +81,7 @@ def _fake(
     budget: int,
     mask: Tensor | None,
     bf16_product: bool,
-    hint: Tensor | None,
+    threshold_guess: Tensor | None,
 ) -> tuple[Tensor, ...]:
     selection = fake_selection(x, x.shape[0], W_enc.shape[0], budget)
     return *selection, x.new_empty((), dtype=accumulator_dtype(x.dtype))
@@ -96,7 +96,7 @@ def _plain(
     budget: int,
     mask: Tensor | None,
     bf16_product: bool,
-    hint: Tensor | None,
+    threshold_guess: Tensor | None,
 ) -> tuple[Tensor, ...]:
     pre = reference.pre_activations(x, W_enc, b_enc, b_dec)
     eligible = pre > 0 if mask is None else (pre > 0) & mask

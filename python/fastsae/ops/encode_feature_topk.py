@@ -10,8 +10,8 @@ from torch import Tensor
 from fastsae.ops import _encode
 from fastsae.ops.batch_topk import fake_selection
 from fastsae.ops.feature_topk import check_lengths, lengths_as_int32
-from fastsae.ops.threshold_select import check_cap
-from fastsae.reference import SparseActs, accumulator_dtype
+from fastsae.ops.threshold_select import check_capacity
+from fastsae.types import SparseActs, accumulator_dtype
 
 BLOCK_BYTES = 1 << 26
 """Pre-activations held at once."""
@@ -22,7 +22,7 @@ def encode_feature_topk(
     W_enc: Tensor,
     b_enc: Tensor | None,
     m: Tensor,
-    cap: int,
+    capacity: int,
     *,
     b_dec: Tensor | None = None,
 ) -> SparseActs:
@@ -34,15 +34,15 @@ def encode_feature_topk(
         W_enc: [d_sae, d_in], the dtype of `x`; one row per latent.
         b_enc: [d_sae] or None.
         m: [d_sae], integers >= 0: entries to keep of each latent.
-        cap: room for entries, at least the sum of min(m, n).
+        capacity: room for entries, at least the sum of min(m, n).
         b_dec: [d_in] or None, subtracted from `x` first.
 
     Returns:
-        `SparseActs` in the variable layout with `min(cap, n * d_sae)` places.
+        `SparseActs` in the variable layout with `min(capacity, n * d_sae)` places.
 
     Raises:
         TypeError: an argument is not a floating tensor, dtypes differ, or `m` is no integer tensor.
-        ValueError: a shape, a device or `cap` is not as stated.
+        ValueError: a shape, a device or `capacity` is not as stated.
 
     Gradients:
         In `x`, `W_enc`, `b_enc` and `b_dec`, from the kept entries only.
@@ -61,19 +61,19 @@ def encode_feature_topk(
     op = "encode_feature_topk"
     a = _encode.check(op, x, W_enc, b_enc, b_dec, None, None, None)
     check_lengths(op, m, W_enc.shape[0], a.x.device)
-    check_cap(op, cap)
+    check_capacity(op, capacity)
     values, indices, offsets = _encode_feature_topk(
-        a.x, a.W_enc, a.b_enc, a.b_dec, lengths_as_int32(m, a.x.shape[0]), cap
+        a.x, a.W_enc, a.b_enc, a.b_dec, lengths_as_int32(m, a.x.shape[0]), capacity
     )
     return SparseActs(values, indices, offsets, W_enc.shape[0])
 
 
 @torch.library.custom_op("fastsae::encode_feature_topk", mutates_args=())
 def _encode_feature_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, m: Tensor, cap: int
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, m: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, d_sae = x.shape[0], W_enc.shape[0]
-    cap = min(cap, n * d_sae)
+    capacity = min(capacity, n * d_sae)
     wide = accumulator_dtype(x.dtype)
     centred = (x if b_dec is None else x - b_dec).to(wide)
     width = max(64, BLOCK_BYTES // max(1, n * wide.itemsize))
@@ -84,35 +84,35 @@ def _encode_feature_topk(
         pre = centred @ W_enc[block].to(wide).t()
         if b_enc is not None:
             pre += b_enc[block].to(wide)
-        found = torch.ops.fastsae.feature_topk(pre, m[block], _room(m[block], n, cap))
+        found = torch.ops.fastsae.feature_topk(pre, m[block], _room(m[block], n, capacity))
         places = torch.arange(found[0].shape[0], device=x.device, dtype=torch.int32)
         row = torch.searchsorted(found[2][1:], places, right=True)  # n for padding
         keys.append(row * d_sae + found[1] + first)
         values.append(found[0])
         offsets += found[2]
     if not keys:
-        return x.new_zeros(cap), offsets.new_zeros(cap), offsets
+        return x.new_zeros(capacity), offsets.new_zeros(capacity), offsets
     key, order = torch.cat(keys).sort()
-    kept = torch.cat(values)[order][:cap].to(x.dtype)
-    index = (key % max(d_sae, 1))[:cap].int()
-    padding = cap - kept.shape[0]
+    kept = torch.cat(values)[order][:capacity].to(x.dtype)
+    index = (key % max(d_sae, 1))[:capacity].int()
+    padding = capacity - kept.shape[0]
     if padding:
         kept, index = (torch.nn.functional.pad(t, (0, padding)) for t in (kept, index))
     return kept, torch.where(kept != 0, index, 0), offsets
 
 
-def _room(m: Tensor, n: int, cap: int) -> int:
+def _room(m: Tensor, n: int, capacity: int) -> int:
     """Return enough places for a block; exact where `m` may be looked into for free."""
     if m.device.type == "cpu":
         return int(m.long().clamp(0, n).sum())
-    return min(cap, n * m.shape[0])
+    return min(capacity, n * m.shape[0])
 
 
 @_encode_feature_topk.register_fake
 def _fake(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, m: Tensor, cap: int
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, m: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_selection(x, x.shape[0], W_enc.shape[0], cap)
+    return fake_selection(x, x.shape[0], W_enc.shape[0], capacity)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

@@ -11,43 +11,43 @@ from fastsae import reference
 from fastsae._library import fake, fallback
 from fastsae.ops import _encode
 from fastsae.ops.batch_topk import fake_selection
-from fastsae.ops.threshold_select import check_cap, check_theta
-from fastsae.reference import SparseActs
+from fastsae.ops.threshold_select import check_capacity, check_threshold
+from fastsae.types import SparseActs
 
 
 def encode_threshold(
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor | None,
-    theta: Tensor,
-    cap: int,
+    threshold: Tensor,
+    capacity: int,
     *,
     b_dec: Tensor | None = None,
     select_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> SparseActs:
-    """Keep the entries of `(x - b_dec) W_enc^T + b_enc` that are above `theta`.
+    """Keep the entries of `(x - b_dec) W_enc^T + b_enc` that are above `threshold`.
 
     Args:
         x: [..., d_in], float32 | float64 | bfloat16 | float16; leading dimensions are flattened to
             n rows first.
         W_enc: [d_sae, d_in], the dtype of `x`; one row per latent, contiguous.
         b_enc: [d_sae] or None.
-        theta: [] or [d_sae], floating: one threshold for all latents, or one for each. Strict.
-        cap: room for entries, >= 0. When more are above `theta`, the `cap` largest are kept.
+        threshold: [] or [d_sae], floating: one threshold for all latents, or one for each. Strict.
+        capacity: room for entries, >= 0. When more are above `threshold`, the `capacity` largest are kept.
         b_dec: [d_in] or None, subtracted from `x` first.
         select_dtype: as in `encode_topk`.
         compute_dtype: as in `encode_topk`.
 
     Returns:
-        `SparseActs` in the variable layout with `min(cap, n * d_sae)` places.
+        `SparseActs` in the variable layout with `min(capacity, n * d_sae)` places.
 
     Raises:
         TypeError: an argument is not a floating tensor, or dtypes differ.
-        ValueError: a shape, a device or `cap` is not as stated.
+        ValueError: a shape, a device or `capacity` is not as stated.
 
     Gradients:
-        In `x`, `W_enc`, `b_enc` and `b_dec`, from the kept entries only; none in `theta`.
+        In `x`, `W_enc`, `b_enc` and `b_dec`, from the kept entries only; none in `threshold`.
 
     Numerics:
         As `encode_topk`; compared in float32 (float64 for float64 `x`).
@@ -59,10 +59,10 @@ def encode_threshold(
         BatchTopK (arXiv 2412.06410, section 3), the inference rule; JumpReLU (arXiv 2407.14435).
     """
     a = _encode.check("encode_threshold", x, W_enc, b_enc, b_dec, None, select_dtype, compute_dtype)
-    theta = check_theta("encode_threshold", theta, a.x, W_enc.shape[0])
-    check_cap("encode_threshold", cap)
+    threshold = check_threshold("encode_threshold", threshold, a.x, W_enc.shape[0])
+    check_capacity("encode_threshold", capacity)
     values, indices, offsets = torch.ops.fastsae.encode_threshold(
-        a.x, a.W_enc, a.b_enc, a.b_dec, theta, cap, a.bf16_product
+        a.x, a.W_enc, a.b_enc, a.b_dec, threshold, capacity, a.bf16_product
     )
     return SparseActs(values.to(x.dtype), indices, offsets, W_enc.shape[0])
 
@@ -73,11 +73,11 @@ def _fake(
     W_enc: Tensor,
     b_enc: Tensor | None,
     b_dec: Tensor | None,
-    theta: Tensor,
-    cap: int,
+    threshold: Tensor,
+    capacity: int,
     bf16_product: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_selection(x, x.shape[0], W_enc.shape[0], cap)
+    return fake_selection(x, x.shape[0], W_enc.shape[0], capacity)
 
 
 @fallback("encode_threshold")
@@ -86,11 +86,11 @@ def _plain(
     W_enc: Tensor,
     b_enc: Tensor | None,
     b_dec: Tensor | None,
-    theta: Tensor,
-    cap: int,
+    threshold: Tensor,
+    capacity: int,
     bf16_product: bool,
 ) -> tuple[Tensor, ...]:
-    acts = reference.encode_threshold(x, W_enc, b_enc, theta, cap, b_dec=b_dec)
+    acts = reference.encode_threshold(x, W_enc, b_enc, threshold, capacity, b_dec=b_dec)
     assert acts.offsets is not None
     return acts.values, acts.indices, acts.offsets
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastsae import reference
 from fastsae._library import fake, fallback
 from fastsae.ops import _check, _encode
-from fastsae.reference import TopK
+from fastsae.types import TopK
 
 
 def encode_topk(

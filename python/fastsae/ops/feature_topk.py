@@ -11,13 +11,13 @@ from fastsae import reference
 from fastsae._library import fake, fallback
 from fastsae.ops import _check
 from fastsae.ops.batch_topk import dense_gradient, fake_selection, setup_context
-from fastsae.ops.threshold_select import check_cap
-from fastsae.reference import SparseActs
+from fastsae.ops.threshold_select import check_capacity
+from fastsae.types import SparseActs
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
-def feature_topk(x: Tensor, m: int | Tensor, *, cap: int | None = None) -> SparseActs:
+def feature_topk(x: Tensor, m: int | Tensor, *, capacity: int | None = None) -> SparseActs:
     """Keep the `m[j]` largest positive entries of every column j.
 
     Args:
@@ -25,19 +25,19 @@ def feature_topk(x: Tensor, m: int | Tensor, *, cap: int | None = None) -> Spars
             n rows first.
         m: number of entries to keep, >= 0: an int for all columns, or one for each, an integer
             tensor [d_sae]. More than n means every positive entry.
-        cap: room for entries, at least the sum of min(m, n); None means as many as needed. A tensor
+        capacity: room for entries, at least the sum of min(m, n); None means as many as needed. A tensor
             `m` is only looked into where that costs nothing, on the CPU and outside of
             `torch.compile`. Elsewhere None means n * d_sae, so pass the sum if you know it.
 
     Returns:
-        `SparseActs` in the variable layout with `min(cap, n * d_sae)` places.
+        `SparseActs` in the variable layout with `min(capacity, n * d_sae)` places.
 
     Raises:
         TypeError: `x` is not a floating tensor, or `m` neither an int nor an integer tensor.
-        ValueError: `m` has another shape or device or is negative, `cap` is too small, or `x` has
+        ValueError: `m` has another shape or device or is negative, `capacity` is too small, or `x` has
             no dimension. For a tensor `m` that is not looked into, the CPU kernel raises
-            RuntimeError; other devices count a negative number as 0, and where `cap` is too small
-            keep the `cap` largest entries.
+            RuntimeError; other devices count a negative number as 0, and where `capacity` is too small
+            keep the `capacity` largest entries.
 
     Gradients:
         In `x`, dense: the gradient of the kept values at their places, 0 elsewhere.
@@ -73,14 +73,14 @@ def feature_topk(x: Tensor, m: int | Tensor, *, cap: int | None = None) -> Spars
         raise TypeError(
             f"feature_topk: expected m to be an int or an integer Tensor, got {type(m).__name__}"
         )
-    if cap is None:
-        cap = n * d_sae if needed is None else needed
-    check_cap("feature_topk", cap)
-    if needed is not None and cap < needed:
+    if capacity is None:
+        capacity = n * d_sae if needed is None else needed
+    check_capacity("feature_topk", capacity)
+    if needed is not None and capacity < needed:
         raise ValueError(
-            f"feature_topk: expected cap >= the sum of min(m, n) = {needed}, got cap = {cap}"
+            f"feature_topk: expected capacity >= the sum of min(m, n) = {needed}, got capacity = {capacity}"
         )
-    values, indices, offsets = torch.ops.fastsae.feature_topk(x, lengths, cap)
+    values, indices, offsets = torch.ops.fastsae.feature_topk(x, lengths, capacity)
     return SparseActs(values, indices, offsets, d_sae)
 
 
@@ -99,13 +99,13 @@ def lengths_as_int32(m: Tensor, n: int) -> Tensor:
 
 
 @fake("feature_topk")
-def _fake(x: Tensor, m: Tensor, cap: int) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_selection(x, x.shape[0], x.shape[1], cap)
+def _fake(x: Tensor, m: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_selection(x, x.shape[0], x.shape[1], capacity)
 
 
 @fallback("feature_topk")
-def _plain(x: Tensor, m: Tensor, cap: int) -> tuple[Tensor, ...]:
-    acts = reference.feature_topk(x, m, cap)
+def _plain(x: Tensor, m: Tensor, capacity: int) -> tuple[Tensor, ...]:
+    acts = reference.feature_topk(x, m, capacity)
     assert acts.offsets is not None
     return acts.values, acts.indices, acts.offsets
 

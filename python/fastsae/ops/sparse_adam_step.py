@@ -10,7 +10,7 @@ from torch import Tensor
 from fastsae import reference
 from fastsae._library import fake, fallback
 from fastsae.ops import _check
-from fastsae.reference import LatentGradients, SparseActs, StepTensors
+from fastsae.types import LatentGradients, SparseActs, StepTensors
 
 _OP = "sparse_adam_step_"
 
@@ -23,7 +23,7 @@ def sparse_adam_step_(
     acts: SparseActs,
     grad_values: Tensor,
     x: Tensor,
-    error: Tensor,
+    grad_output: Tensor,
     *,
     lr: float,
     step: int,
@@ -31,14 +31,14 @@ def sparse_adam_step_(
     eps: float = 1e-8,
     clip_grad_norm: float | None = None,
     unit_norm: bool = True,
-    added: LatentGradients | None = None,
+    extra_grads: LatentGradients | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> None:
     """Do one Adam step on all four parameters of an SAE, in place, latent by latent.
 
-        g_dec[f] = sum over the entries of f of value * error[row]
+        g_dec[f] = sum over the entries of f of value * grad_output[row]
         g_enc[f] = sum of g (x - b_dec)[row],   g_b_enc[f] = sum of g,   g = grad_values
-        g_b_dec  = sum of error's rows - W_enc^T g_b_enc
+        g_b_dec  = sum of grad_output's rows - W_enc^T g_b_enc
         g_dec[f] -= (g_dec[f] . d) d,   d = W_dec[f] / |W_dec[f]|
 
     then clipping, Adam with dense gradients (rows without entries take a step with gradient 0), and
@@ -52,7 +52,7 @@ def sparse_adam_step_(
         acts: the sparse code of the n tokens of x, values in the dtype of the parameters.
         grad_values: the gradient of the loss in `acts.values`, same shape.
         x: [n, d_in], what was encoded (b_dec not subtracted).
-        error: [n, d_in], the gradient of the loss in the reconstruction.
+        grad_output: [n, d_in], the gradient of the loss in the reconstruction.
         lr: learning rate.
         step: number of this step, from 1, for Adam's bias corrections.
         betas: decay rates of the averages.
@@ -60,15 +60,15 @@ def sparse_adam_step_(
         clip_grad_norm: largest norm of the whole gradient; None does not clip. Costs a second pass
             over the entries, no memory.
         unit_norm: scale rows of W_dec to norm 1 at the end; rows of zeros stay.
-        added: gradients of some latents from another loss, added to the above.
-        compute_dtype: `torch.bfloat16` rounds the rows of error and of x - b_dec that g_dec and
+        extra_grads: gradients of some latents from another loss, added to the above.
+        compute_dtype: `torch.bfloat16` rounds the rows of grad_output and of x - b_dec that g_dec and
             g_enc are sums of, where that is faster (CUDA, float32 parameters); sums and everything
             else keep their precision.
 
     Raises:
         TypeError: a dtype is not as stated.
         ValueError: a shape, `step` or `compute_dtype` is not as stated.
-        RuntimeError: a tensor is not contiguous; an index is out of range or a latent of `added`
+        RuntimeError: a tensor is not contiguous; an index is out of range or a latent of `extra_grads`
             comes twice (CPU; on CUDA such an entry takes no part, and the last such row counts).
 
     Numerics:
@@ -104,7 +104,7 @@ def sparse_adam_step_(
     _check.same(_OP, "acts.values", acts.values, "W_enc", W_enc)
     _check.shape(_OP, "grad_values", grad_values, tuple(acts.values.shape), "like acts.values")
     _check.same(_OP, "grad_values", grad_values, "W_enc", W_enc)
-    for name, tensor in (("x", x), ("error", error)):
+    for name, tensor in (("x", x), ("grad_output", grad_output)):
         _check.shape(_OP, name, tensor, (acts.n, d_in), "[n, d_in]")
         _check.same(_OP, name, tensor, "W_enc", W_enc)
     if step < 1:
@@ -121,8 +121,8 @@ def sparse_adam_step_(
         acts.indices,
         acts.offsets,
         x,
-        error,
-        *(added or (None, None, None, None)),
+        grad_output,
+        *(extra_grads or (None, None, None, None)),
         lr,
         *betas,
         eps,
@@ -142,7 +142,7 @@ def _fake(*_: object) -> None:
 def _plain(*arguments: object) -> None:
     tensors, (lr, beta1, beta2, eps, step, max_norm, unit_norm) = arguments[:22], arguments[22:29]
     parameters, exp_avg, exp_avg_sq = (StepTensors(*tensors[i : i + 4]) for i in (0, 4, 8))  # type: ignore[arg-type]
-    values, grad_values, indices, offsets, x, error, *rows = tensors[12:]
+    values, grad_values, indices, offsets, x, grad_output, *rows = tensors[12:]
     reference.sparse_adam_step_(
         parameters,
         exp_avg,
@@ -150,12 +150,12 @@ def _plain(*arguments: object) -> None:
         SparseActs(values, indices, offsets, parameters.W_enc.shape[0]),  # type: ignore[arg-type]
         grad_values,  # type: ignore[arg-type]
         x,  # type: ignore[arg-type]
-        error,  # type: ignore[arg-type]
+        grad_output,  # type: ignore[arg-type]
         lr=lr,  # type: ignore[arg-type]
         step=step,  # type: ignore[arg-type]
         betas=(beta1, beta2),  # type: ignore[arg-type]
         eps=eps,  # type: ignore[arg-type]
         clip_grad_norm=None if max_norm == math.inf else max_norm,  # type: ignore[arg-type]
         unit_norm=unit_norm,  # type: ignore[arg-type]
-        added=None if rows[0] is None else LatentGradients(*rows),  # type: ignore[arg-type]
+        extra_grads=None if rows[0] is None else LatentGradients(*rows),  # type: ignore[arg-type]
     )

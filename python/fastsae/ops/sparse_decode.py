@@ -10,7 +10,7 @@ from torch import Tensor
 from fastsae import reference
 from fastsae._library import fake, fallback
 from fastsae.ops import _check
-from fastsae.reference import SparseActs, accumulator_dtype
+from fastsae.types import SparseActs, accumulator_dtype
 
 
 def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
@@ -111,7 +111,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_values:
         dvalues = torch.ops.fastsae.sparse_decode_values_grad(grad, values, indices, offsets, W_dec)
     if need_W:
-        lists = torch.ops.fastsae.transpose(values, indices, offsets, W_dec.shape[0])
+        lists = torch.ops.fastsae.group_by_latent(values, indices, offsets, W_dec.shape[0])
         dW = torch.ops.fastsae.sparse_weight_grad(values, *lists, grad)[0]
     if need_b:
         db = grad.sum(0)

@@ -8,10 +8,10 @@ from torch import Tensor
 from fastsae import reference
 from fastsae._library import fake, fallback
 from fastsae.ops import _check
-from fastsae.reference import FeatureLists, accumulator_dtype
+from fastsae.types import LatentLists, accumulator_dtype
 
 
-def sparse_weight_grad(values: Tensor, lists: FeatureLists, x: Tensor) -> tuple[Tensor, Tensor]:
+def sparse_weight_grad(values: Tensor, lists: LatentLists, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return `weight[f] = sum values[slot] x[row]` and `bias[f] = sum values[slot]` over f's list.
 
     With the activations as `values` and the gradient of the output as `x` this is the gradient of
@@ -21,7 +21,7 @@ def sparse_weight_grad(values: Tensor, lists: FeatureLists, x: Tensor) -> tuple[
     Args:
         values: any shape, in the dtype of `x` or float32 for a 16-bit `x`; `lists.slots` index
             into it flattened.
-        lists: from `transpose`.
+        lists: from `group_by_latent`.
         x: [n, d], float32 | float64 | bfloat16 | float16.
 
     Returns:
@@ -41,9 +41,9 @@ def sparse_weight_grad(values: Tensor, lists: FeatureLists, x: Tensor) -> tuple[
     """
     _check.floating("sparse_weight_grad", "x", x)
     _check.floating("sparse_weight_grad", "values", values)
-    if not isinstance(lists, FeatureLists):
+    if not isinstance(lists, LatentLists):
         raise TypeError(
-            f"sparse_weight_grad: expected lists to be FeatureLists, got {type(lists).__name__}"
+            f"sparse_weight_grad: expected lists to be LatentLists, got {type(lists).__name__}"
         )
     if x.ndim != 2:
         raise ValueError(f"sparse_weight_grad: expected x to be [n, d], got {list(x.shape)}")
@@ -73,4 +73,4 @@ def _fake(
 def _plain(
     values: Tensor, offsets: Tensor, rows: Tensor, slots: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return reference.sparse_weight_grad(values, FeatureLists(offsets, rows, slots), x)
+    return reference.sparse_weight_grad(values, LatentLists(offsets, rows, slots), x)

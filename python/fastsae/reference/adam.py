@@ -3,39 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsae.reference.decode import sparse_weight_grad, transpose
-from fastsae.reference.sparse_acts import SparseActs
-
-
-class StepTensors(NamedTuple):
-    """The parameters of an SAE as the ops take them, or one of Adam's averages of them."""
-
-    W_enc: Tensor
-    """[d_sae, d_in]"""
-    W_dec: Tensor
-    """[d_sae, d_in]"""
-    b_enc: Tensor
-    """[d_sae]"""
-    b_dec: Tensor
-    """[d_in]"""
-
-
-class LatentGradients(NamedTuple):
-    """Gradients of some latents only: what an auxiliary loss of dead latents leaves."""
-
-    latents: Tensor
-    """[e] int32, all different"""
-    W_enc: Tensor
-    """[e, d_in]"""
-    W_dec: Tensor
-    """[e, d_in]"""
-    b_enc: Tensor
-    """[e]"""
+from fastsae.reference.decode import group_by_latent, sparse_weight_grad
+from fastsae.types import LatentGradients, SparseActs, StepTensors
 
 
 def sparse_adam_step_(
@@ -45,7 +18,7 @@ def sparse_adam_step_(
     acts: SparseActs,
     grad_values: Tensor,
     x: Tensor,
-    error: Tensor,
+    grad_output: Tensor,
     *,
     lr: float,
     step: int,
@@ -53,20 +26,20 @@ def sparse_adam_step_(
     eps: float = 1e-8,
     clip_grad_norm: float | None = None,
     unit_norm: bool = True,
-    added: LatentGradients | None = None,
+    extra_grads: LatentGradients | None = None,
 ) -> None:
     """See `fastsae.ops.sparse_adam_step_`."""
     W_enc, W_dec, _, b_dec = parameters
-    lists = transpose(acts)
+    lists = group_by_latent(acts)
     active = torch.where(acts.values != 0, grad_values, 0)
-    g_dec, _ = sparse_weight_grad(acts.values, lists, error)
+    g_dec, _ = sparse_weight_grad(acts.values, lists, grad_output)
     g_enc, g_b = sparse_weight_grad(active, lists, x - b_dec)
-    if added is not None:
-        latents = added.latents.long()
-        g_enc = g_enc.index_add(0, latents, added.W_enc)
-        g_dec = g_dec.index_add(0, latents, added.W_dec)
-        g_b = g_b.index_add(0, latents, added.b_enc)
-    g_b_dec = error.sum(0) - g_b @ W_enc
+    if extra_grads is not None:
+        latents = extra_grads.latents.long()
+        g_enc = g_enc.index_add(0, latents, extra_grads.W_enc)
+        g_dec = g_dec.index_add(0, latents, extra_grads.W_dec)
+        g_b = g_b.index_add(0, latents, extra_grads.b_enc)
+    g_b_dec = grad_output.sum(0) - g_b @ W_enc
     squared = W_dec.square().sum(1, keepdim=True)
     along = (g_dec * W_dec).sum(1, keepdim=True)
     g_dec = g_dec - torch.where(squared > 0, along / squared, 0) * W_dec

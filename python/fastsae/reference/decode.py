@@ -2,30 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from fastsae.reference.select import accumulator_dtype
-from fastsae.reference.sparse_acts import SparseActs
-
-
-class FeatureLists(NamedTuple):
-    """The active entries of a `SparseActs`, grouped by latent, rows ascending inside each.
-
-    Latent f owns entries `offsets[f] : offsets[f + 1]` of `rows` and `slots`: the tokens, and the
-    positions in the flattened `values` of the source. `offsets: [d_sae + 1]`, `rows, slots: [cap]`,
-    all int32; entries at or past `offsets[-1]` are 0.
-    """
-
-    offsets: Tensor
-    rows: Tensor
-    slots: Tensor
-
-    def counts(self) -> Tensor:
-        """Return how often each latent fired: int32 `[d_sae]`."""
-        return self.offsets.diff()
+from fastsae.types import LatentLists, SparseActs, accumulator_dtype
 
 
 def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
@@ -34,8 +14,8 @@ def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) 
     return out if b_dec is None else out + b_dec
 
 
-def transpose(acts: SparseActs) -> FeatureLists:
-    """See `fastsae.ops.transpose`."""
+def group_by_latent(acts: SparseActs) -> LatentLists:
+    """See `fastsae.ops.group_by_latent`."""
     values, indices, rows = acts.values.flatten(), acts.indices.flatten(), acts.rows().flatten()
     active = (values != 0) & (rows < acts.n)
     key = torch.where(active, indices, acts.d_sae).long()
@@ -46,16 +26,16 @@ def transpose(acts: SparseActs) -> FeatureLists:
     offsets[1:] = counts[:-1].cumsum(0)
     kept = active[slots]
     zero = torch.zeros_like(slots)
-    return FeatureLists(
+    return LatentLists(
         offsets, torch.where(kept, rows[slots], zero).int(), torch.where(kept, slots, zero).int()
     )
 
 
-def sparse_weight_grad(values: Tensor, lists: FeatureLists, x: Tensor) -> tuple[Tensor, Tensor]:
+def sparse_weight_grad(values: Tensor, lists: LatentLists, x: Tensor) -> tuple[Tensor, Tensor]:
     """See `fastsae.ops.sparse_weight_grad`."""
     acc = accumulator_dtype(x.dtype)
-    d_sae, cap = lists.offsets.shape[0] - 1, lists.rows.shape[0]
-    entry = torch.arange(cap, device=x.device, dtype=torch.int32)
+    d_sae, capacity = lists.offsets.shape[0] - 1, lists.rows.shape[0]
+    entry = torch.arange(capacity, device=x.device, dtype=torch.int32)
     latent = torch.searchsorted(lists.offsets[1:], entry, right=True)
     v = values.flatten().to(acc)[lists.slots.long()]
     weight = torch.zeros(d_sae + 1, x.shape[1], dtype=acc, device=x.device)

@@ -5,15 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsae.reference.select import (
-    BatchTopK,
-    TopK,
-    accumulator_dtype,
-    batch_topk,
-    threshold_select,
-    topk,
-)
-from fastsae.reference.sparse_acts import SparseActs
+from fastsae.reference.select import batch_topk, threshold_select, topk
+from fastsae.types import BatchTopK, SparseActs, TopK, accumulator_dtype
 
 
 def pre_activations(
@@ -79,12 +72,12 @@ def encode_threshold(
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor | None,
-    theta: Tensor,
-    cap: int,
+    threshold: Tensor,
+    capacity: int,
     *,
     b_dec: Tensor | None = None,
     select_dtype: torch.dtype | None = None,
 ) -> SparseActs:
     """See `fastsae.ops.encode_threshold`."""
     pre = pre_activations(x, W_enc, b_enc, b_dec, select_dtype)
-    return threshold_select(pre, theta, cap).to(x.dtype)
+    return threshold_select(pre, threshold, capacity).to(x.dtype)

@@ -7,31 +7,11 @@ Order of values everywhere: NaN is the largest, -0 equals +0, and among equal va
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastsae.reference.sparse_acts import SparseActs
-
-
-class TopK(NamedTuple):
-    """The k largest entries of each row: `values [..., k]`, `indices [..., k]` int32."""
-
-    values: Tensor
-    indices: Tensor
-
-
-class BatchTopK(NamedTuple):
-    """A matrix-wide selection and the smallest kept value (float32 or float64, `[]`)."""
-
-    acts: SparseActs
-    threshold: Tensor
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that sums and thresholds of `dtype` inputs are kept in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from fastsae.types import BatchTopK, SparseActs, TopK, accumulator_dtype
 
 
 def topk(x: Tensor, k: int, *, sorted: bool = False) -> TopK:
@@ -46,14 +26,14 @@ def topk(x: Tensor, k: int, *, sorted: bool = False) -> TopK:
 def keep_largest(x: Tensor, eligible: Tensor, budget: int) -> tuple[SparseActs, Tensor]:
     """Keep the `budget` largest eligible entries of `x: [n, m]`; also the smallest kept value."""
     n, m = x.shape
-    cap = min(budget, n * m)
+    capacity = min(budget, n * m)
     flat, ok = x.flatten(), eligible.flatten()
     key = torch.where(ok, flat.detach(), -torch.inf)
-    order = torch.sort(key, descending=True, stable=True).indices[:cap]
+    order = torch.sort(key, descending=True, stable=True).indices[:capacity]
     keep = torch.zeros_like(ok)
     keep[order] = ok[order]
     # Kept entries in (row, column) order, then padding.
-    place = torch.argsort(~keep, stable=True)[:cap]
+    place = torch.argsort(~keep, stable=True)[:capacity]
     kept = keep[place]
     values = torch.where(kept, flat[place], torch.zeros_like(flat[place]))
     columns = torch.where(kept, place % max(m, 1), torch.zeros_like(place))
@@ -71,15 +51,15 @@ def batch_topk(x: Tensor, k: float) -> BatchTopK:
     return BatchTopK(*keep_largest(x, x > 0, int(k * x.shape[0])))
 
 
-def threshold_select(x: Tensor, theta: Tensor, cap: int) -> SparseActs:
+def threshold_select(x: Tensor, threshold: Tensor, capacity: int) -> SparseActs:
     """See `fastsae.ops.threshold_select`."""
     x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    above = x.to(accumulator_dtype(x.dtype)) > theta
-    return keep_largest(x, above, cap)[0]
+    above = x.to(accumulator_dtype(x.dtype)) > threshold
+    return keep_largest(x, above, capacity)[0]
 
 
-def feature_topk(x: Tensor, m: int | Tensor, cap: int | None = None) -> SparseActs:
-    """See `fastsae.ops.feature_topk`; where `cap` is too small, the `cap` largest stay."""
+def feature_topk(x: Tensor, m: int | Tensor, capacity: int | None = None) -> SparseActs:
+    """See `fastsae.ops.feature_topk`; where `capacity` is too small, the `capacity` largest stay."""
     x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     n, d_sae = x.shape
     lengths = torch.as_tensor(m, device=x.device).long().expand(d_sae)
@@ -87,6 +67,6 @@ def feature_topk(x: Tensor, m: int | Tensor, cap: int | None = None) -> SparseAc
     # The place of every entry in its column, largest first, the lowest row first among equals.
     key = torch.where(positive, x.detach(), 0)
     place = key.sort(dim=0, descending=True, stable=True).indices.argsort(dim=0)
-    if cap is None:
-        cap = int(lengths.clamp(0, n).sum())
-    return keep_largest(x, positive & (place < lengths), cap)[0]
+    if capacity is None:
+        capacity = int(lengths.clamp(0, n).sum())
+    return keep_largest(x, positive & (place < lengths), capacity)[0]

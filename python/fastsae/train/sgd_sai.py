@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fastsae.nn.loss import accumulate
+from fastsae.nn.loss import upcast
 
 
 class SGDSaI(torch.optim.Optimizer):
@@ -137,5 +137,5 @@ class SGDSaI(torch.optim.Optimizer):
 
 def gsnr(g: Tensor, eps: float = 1e-8) -> float:
     """Return |g| / (std(g) + eps) over all entries of `g`, at least two."""
-    g = accumulate(g)
+    g = upcast(g)
     return float(torch.linalg.vector_norm(g) / (g.std() + eps))

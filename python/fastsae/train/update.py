@@ -14,9 +14,9 @@ from torch import Tensor
 from fastsae import _library, ops
 from fastsae.nn import SAE, SAEOutput
 from fastsae.nn.auxk import LatentRows
-from fastsae.ops import LatentGradients, SparseActs, StepTensors
 from fastsae.train.config import TrainConfig
 from fastsae.train.sgd_sai import SGDSaI
+from fastsae.types import LatentGradients, SparseActs, StepTensors
 
 
 def make_optimizer(sae: SAE, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
@@ -123,7 +123,7 @@ def fused_update(
         betas=group["betas"],
         eps=group["eps"],
         clip_grad_norm=config.clip_grad_norm,
-        added=None if rows is None else _added(rows, grads[2:]),
+        extra_grads=None if rows is None else _added(rows, grads[2:]),
         compute_dtype=sae.compute_dtype,
     )
     return out

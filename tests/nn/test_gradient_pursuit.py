@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastsae.nn import BatchTopKSAE, TopKSAE
-from fastsae.nn.pursuit import pursue
+from fastsae.nn.gradient_pursuit import gradient_pursuit
 from tests.properties import given, settings, st
 
 
@@ -55,13 +55,13 @@ def test_three_steps_find_three_latents_of_an_orthonormal_dictionary():
     place = torch.rand(50, 24).topk(3, 1).indices
     planted.scatter_(1, place, torch.rand(50, 3).double() + 0.5)
     x = planted @ sae.W_dec.detach() + sae.b_dec.detach()
-    acts = pursue(sae, x, 3)
+    acts = gradient_pursuit(sae, x, 3)
     assert acts.values.shape == acts.indices.shape == (50, 3)
     assert acts.indices.dtype == torch.int32
     torch.testing.assert_close(acts.to_dense(), planted, rtol=0, atol=1e-12)
-    assert (pursue(sae, x, 2).row_counts() == 2).all()
+    assert (gradient_pursuit(sae, x, 2).row_counts() == 2).all()
     # More steps than latents: what is left over is rounding.
-    torch.testing.assert_close(pursue(sae, x, 6).to_dense(), planted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient_pursuit(sae, x, 6).to_dense(), planted, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=30, deadline=None)
@@ -74,7 +74,7 @@ def test_codes_equal_those_of_a_dense_reference(n, d_in, seed):
     k = torch.randint(0, 9, (n,))
     with torch.no_grad():
         want = dense_pursuit(x, sae.W_dec, sae.b_dec, k)
-    acts = pursue(sae, x, k)
+    acts = gradient_pursuit(sae, x, k)
     torch.testing.assert_close(acts.to_dense(), want, rtol=1e-9, atol=1e-9)
     assert (acts.row_counts() <= k).all()
     assert not (acts.values < 0).any()
@@ -88,11 +88,11 @@ def test_a_weight_that_reaches_zero_leaves_the_code(isa):
     sae = with_decoder(rows)
     D, b_dec = sae.W_dec.detach(), sae.b_dec.detach()
     x = b_dec + 3 * torch.randn(500, 3).double()
-    codes = [pursue(sae, x, k).to_dense() for k in range(20)]
+    codes = [gradient_pursuit(sae, x, k).to_dense() for k in range(20)]
     for k, code in enumerate(codes):
         want = dense_pursuit(x, D, b_dec, torch.full((500,), k), only_positive=True)
         torch.testing.assert_close(code, want, rtol=0, atol=1e-9)
-    acts = pursue(sae, x, 19)
+    acts = gradient_pursuit(sae, x, 19)
     assert not acts.indices[acts.values == 0].any()
     left = [(before > 0) & (after == 0) for before, after in pairwise(codes)]
     assert torch.stack(left).any(2).sum() > 20
@@ -106,10 +106,10 @@ def test_the_error_does_not_grow_with_the_steps():
     sae = with_decoder(unit(96, 12))
     x = 3 * torch.randn(200, 12).double()
     clamped = torch.zeros(200, dtype=torch.bool)
-    before = error(sae, x, pursue(sae, x, 0))
+    before = error(sae, x, gradient_pursuit(sae, x, 0))
     codes = torch.zeros(200, 96).double()
     for k in range(1, 8):
-        acts = pursue(sae, x, k)
+        acts = gradient_pursuit(sae, x, k)
         after, dense = error(sae, x, acts), acts.to_dense()
         clamped |= ((codes > 0) & (dense == 0)).any(1)
         assert (after <= before + 1e-12)[~clamped].all()
@@ -122,26 +122,26 @@ def test_every_token_takes_its_own_number_of_steps():
     sae = with_decoder(unit(64, 8))
     x = torch.randn(6, 8).double()
     k = torch.tensor([2, 0, 5, 1, 5, 3])
-    acts = pursue(sae, x, k)
+    acts = gradient_pursuit(sae, x, k)
     assert acts.values.shape == (6, 5)
     for row, steps in enumerate(k.tolist()):
-        alone = pursue(sae, x[row : row + 1], steps).to_dense()
+        alone = gradient_pursuit(sae, x[row : row + 1], steps).to_dense()
         torch.testing.assert_close(acts.to_dense()[row : row + 1], alone, rtol=0, atol=1e-12)
     assert acts.row_counts()[1] == 0
-    assert torch.equal(pursue(sae, x, k.int()).to_dense(), acts.to_dense())
-    three = pursue(sae, x.reshape(2, 3, 8), 3)
-    assert torch.equal(three.to_dense(), pursue(sae, x, torch.full((6,), 3)).to_dense())
-    nothing = pursue(sae, x, 0)
+    assert torch.equal(gradient_pursuit(sae, x, k.int()).to_dense(), acts.to_dense())
+    three = gradient_pursuit(sae, x.reshape(2, 3, 8), 3)
+    assert torch.equal(three.to_dense(), gradient_pursuit(sae, x, torch.full((6,), 3)).to_dense())
+    nothing = gradient_pursuit(sae, x, 0)
     assert nothing.values.shape == (6, 0)
     assert torch.equal(sae.decode(nothing), sae.b_dec.expand(6, 8))
-    assert pursue(sae, x[:0], 4).shape == (0, 64)
+    assert gradient_pursuit(sae, x[:0], 4).shape == (0, 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pursuit_reconstructs_better_than_the_encoder(device, isa, dtype):
     sae = TopKSAE(16, 96, 6, dtype=dtype, device=device)
     x = torch.randn(300, 16, dtype=dtype, device=device)
-    acts = pursue(sae, x, sae.encode_sparse(x).row_counts())
+    acts = gradient_pursuit(sae, x, sae.encode_sparse(x).row_counts())
     assert acts.values.dtype == dtype
     assert not acts.values.requires_grad
     encoded = error(sae, x, sae.encode_sparse(x))
@@ -154,7 +154,7 @@ def test_steps_that_an_sae_with_uneven_codes_asks_for():
     x = torch.randn(80, 16) * torch.rand(80, 1)
     counts = sae.encode_sparse(x).row_counts()
     assert counts.unique().numel() > 3
-    acts = pursue(sae, x, counts)
+    acts = gradient_pursuit(sae, x, counts)
     assert acts.values.shape == (80, int(counts.max()))
     assert (acts.row_counts() <= counts).all()
 
@@ -167,35 +167,53 @@ def test_a_token_that_nothing_points_towards_stays(isa):
     offsets[1, :3] = -1
     offsets[3, 1] = 1e-200
     offsets[4, 0] = torch.nan
-    acts = pursue(sae, 1 + offsets, 3)
+    acts = gradient_pursuit(sae, 1 + offsets, 3)
     assert torch.equal(acts.values, torch.zeros(5, 3).double())
     assert torch.equal(acts.indices, torch.zeros(5, 3).int())
     sae.b_dec = torch.zeros(6)
-    tiny = pursue(sae, offsets[3:4], 2).to_dense()  # its square is 0
+    tiny = gradient_pursuit(sae, offsets[3:4], 2).to_dense()  # its square is 0
     assert tiny.isfinite().all()
     mixed = torch.tensor([[-1.0, 2, -3, 0, 0, 5]]).double()
-    assert pursue(sae, mixed, 3).to_dense().tolist() == [[0, 2, 0]]
+    assert gradient_pursuit(sae, mixed, 3).to_dense().tolist() == [[0, 2, 0]]
 
 
 def test_errors():
     sae, x = TopKSAE(4, 8, 2), torch.randn(3, 4)
     cases = [
-        (-1, ValueError, "pursue: expected 0 <= k <= d_sae = 8, got k = -1"),
-        (9, ValueError, "pursue: expected 0 <= k <= d_sae = 8, got k = 9"),
+        (-1, ValueError, "gradient_pursuit: expected 0 <= k <= d_sae = 8, got k = -1"),
+        (9, ValueError, "gradient_pursuit: expected 0 <= k <= d_sae = 8, got k = 9"),
         (torch.tensor([1, -2, 9]), ValueError, "d_sae = 8, got k = -2"),
         (torch.tensor([1, 2, 9]), ValueError, "d_sae = 8, got k = 9"),
-        (torch.ones(2).int(), ValueError, r"pursue: expected k to be \[n\] with n = 3, got \[2\]"),
-        (torch.ones(3), TypeError, "pursue: expected k to hold integers, got torch.float32"),
-        (torch.ones(3).bool(), TypeError, "pursue: expected k to hold integers, got torch.bool"),
-        (2.0, TypeError, "pursue: expected k to be an int or a Tensor, got float"),
-        (True, TypeError, "pursue: expected k to be an int or a Tensor, got bool"),
+        (
+            torch.ones(2).int(),
+            ValueError,
+            r"gradient_pursuit: expected k to be \[n\] with n = 3, got \[2\]",
+        ),
+        (
+            torch.ones(3),
+            TypeError,
+            "gradient_pursuit: expected k to hold integers, got torch.float32",
+        ),
+        (
+            torch.ones(3).bool(),
+            TypeError,
+            "gradient_pursuit: expected k to hold integers, got torch.bool",
+        ),
+        (2.0, TypeError, "gradient_pursuit: expected k to be an int or a Tensor, got float"),
+        (True, TypeError, "gradient_pursuit: expected k to be an int or a Tensor, got bool"),
     ]
     for k, error_type, message in cases:
         with pytest.raises(error_type, match=message):
-            pursue(sae, x, k)
-    with pytest.raises(ValueError, match=r"pursue: expected x to be \[..., d_in\] with d_in = 4"):
-        pursue(sae, torch.randn(3, 5), 1)
-    with pytest.raises(TypeError, match=r"pursue: expected x to be torch.float32 like the param"):
-        pursue(sae, x.double(), 1)
-    with pytest.raises(TypeError, match="pursue: expected parameters in float32 or float64, got"):
-        pursue(sae.bfloat16(), x.bfloat16(), 1)
+            gradient_pursuit(sae, x, k)
+    with pytest.raises(
+        ValueError, match=r"gradient_pursuit: expected x to be \[..., d_in\] with d_in = 4"
+    ):
+        gradient_pursuit(sae, torch.randn(3, 5), 1)
+    with pytest.raises(
+        TypeError, match=r"gradient_pursuit: expected x to be torch.float32 like the param"
+    ):
+        gradient_pursuit(sae, x.double(), 1)
+    with pytest.raises(
+        TypeError, match="gradient_pursuit: expected parameters in float32 or float64, got"
+    ):
+        gradient_pursuit(sae.bfloat16(), x.bfloat16(), 1)

@@ -1,9 +1,9 @@
-"""The sparse activation format: every op's input or output, and its exact meaning."""
+"""The types that ops and their references share: sparse activations and small records of tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ class SparseActs:
     """Sparse activations of `n` tokens over `d_sae` latents, in one of two layouts.
 
     - fixed k (TopK): `values: [n, k]`, `indices: [n, k]`, `offsets = None`.
-    - variable (batch-wise selection, thresholds): `values: [cap]`, `indices: [cap]`,
+    - variable (batch-wise selection, thresholds): `values: [capacity]`, `indices: [capacity]`,
       `offsets: [n + 1]`, rows ascending. Row i owns entries `offsets[i] : offsets[i + 1]`;
       entries at or past `offsets[-1]` are padding (value 0, index 0) and take part in nothing.
-      `cap` follows from shapes alone, so no op has to ask the device how many there are.
+      `capacity` follows from shapes alone, so no op has to ask the device how many there are.
 
     An entry whose value is exactly 0 is inactive: it decodes to nothing, gets no gradient and does
     not count as firing.
@@ -134,3 +134,65 @@ def _unflatten(leaves: Any, d_sae: Any) -> SparseActs:
 pytree.register_pytree_node(
     SparseActs, _flatten, _unflatten, serialized_type_name="fastsae.SparseActs"
 )
+
+
+class TopK(NamedTuple):
+    """The k largest entries of each row: `values [..., k]`, `indices [..., k]` int32."""
+
+    values: Tensor
+    indices: Tensor
+
+
+class BatchTopK(NamedTuple):
+    """A matrix-wide selection and the smallest kept value (float32 or float64, `[]`)."""
+
+    acts: SparseActs
+    threshold: Tensor
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that sums and thresholds of `dtype` inputs are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class LatentLists(NamedTuple):
+    """The active entries of a `SparseActs`, grouped by latent, rows ascending inside each.
+
+    Latent f owns entries `offsets[f] : offsets[f + 1]` of `rows` and `slots`: the tokens, and the
+    positions in the flattened `values` of the source. `offsets: [d_sae + 1]`, `rows, slots: [capacity]`,
+    all int32; entries at or past `offsets[-1]` are 0.
+    """
+
+    offsets: Tensor
+    rows: Tensor
+    slots: Tensor
+
+    def counts(self) -> Tensor:
+        """Return how often each latent fired: int32 `[d_sae]`."""
+        return self.offsets.diff()
+
+
+class StepTensors(NamedTuple):
+    """The parameters of an SAE as the ops take them, or one of Adam's averages of them."""
+
+    W_enc: Tensor
+    """[d_sae, d_in]"""
+    W_dec: Tensor
+    """[d_sae, d_in]"""
+    b_enc: Tensor
+    """[d_sae]"""
+    b_dec: Tensor
+    """[d_in]"""
+
+
+class LatentGradients(NamedTuple):
+    """Gradients of some latents only: what an auxiliary loss of dead latents leaves."""
+
+    latents: Tensor
+    """[e] int32, all different"""
+    W_enc: Tensor
+    """[e, d_in]"""
+    W_dec: Tensor
+    """[e, d_in]"""
+    b_enc: Tensor
+    """[e]"""

@@ -13,7 +13,7 @@
 #pragma once
 
 #include "cuda/gather.cuh"
-#include "cuda/transpose.h"
+#include "cuda/group_by_latent.h"
 
 namespace fastsae::cuda {
 
@@ -24,7 +24,7 @@ constexpr int kMostBits = 10, kMostBins = 1 << kMostBits;
 
 // One pass, and the entries that a block owns.
 struct SortPass {
-  int cap, per_block;  // per_block: a multiple of kTile
+  int capacity, per_block;  // per_block: a multiple of kTile
   int shift, bins;
   __device__ __forceinline__ unsigned digit(uint32_t key) const {
     return key >> shift & static_cast<unsigned>(bins - 1);

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
-from fastsae.analysis.contexts import Context, Latent
+from fastsae.analysis.examples import Context, Latent
 
 
 def table_rows(rows: Sequence[tuple[str, ...]]) -> str:

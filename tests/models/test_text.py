@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastsae.cli.text import clean, pieces, python_topics, read_files
+from fastsae.models.text import clean, pieces, python_topics, read_files
 
 
 def test_one_document_per_file_or_per_line(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastsae.data.sites import describe, find_blocks, read, read_gradients, resolve
-from tests.data.tiny import FAMILIES, LAYERS, VOCAB, tiny_model
+from fastsae.models.sites import describe, find_blocks, read, read_gradients, resolve
+from tests.models.tiny import FAMILIES, LAYERS, VOCAB, tiny_model
 
 TOKENS = torch.arange(14).view(2, 7) % VOCAB
 BY_HAND = {

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastsae.data.sites import read, resolve
 from fastsae.eval import CrossEntropy, ablate, cross_entropy, replace, splice
-from tests.data.tiny import FAMILIES, VOCAB, D, tiny_model
+from fastsae.models.sites import read, resolve
+from tests.models.tiny import FAMILIES, VOCAB, D, tiny_model
 
 SITES = ("resid_post.1", "mlp_in.0", "mlp_out.2", "attn_z.1")
 TOKENS = torch.arange(24).view(2, 12) * 7 % VOCAB

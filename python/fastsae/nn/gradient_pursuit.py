@@ -20,11 +20,11 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.nn.check import check_rows
 from fastsae.nn.sae import SAE
-from fastsae.ops import SparseActs
+from fastsae.types import SparseActs
 
 
 @torch.no_grad()
-def pursue(sae: SAE, x: Tensor, k: int | Tensor) -> SparseActs:
+def gradient_pursuit(sae: SAE, x: Tensor, k: int | Tensor) -> SparseActs:
     """Return non-negative codes of `x` in the dictionary of `sae`, found in k steps each.
 
     A step adds the latent with the largest inner product with the residual, which is not divided by
@@ -56,9 +56,11 @@ def pursue(sae: SAE, x: Tensor, k: int | Tensor) -> SparseActs:
     of W_dec per token each.
     Source: Blumensath and Davies 2008; Engels et al. 2024.
     """
-    x = check_rows("pursue", x, "x", like=sae.W_dec.t())
+    x = check_rows("gradient_pursuit", x, "x", like=sae.W_dec.t())
     if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"pursue: expected parameters in float32 or float64, got {x.dtype}")
+        raise TypeError(
+            f"gradient_pursuit: expected parameters in float32 or float64, got {x.dtype}"
+        )
     # Tokens with the most steps come first: those that still run are the first rows.
     steps, order = _steps(k, x, sae.d_sae).sort(descending=True, stable=True)
     goal = (x - sae.b_dec)[order]
@@ -78,18 +80,24 @@ def _steps(k: int | Tensor, x: Tensor, d_sae: int) -> Tensor:
     n = x.shape[0]
     if isinstance(k, Tensor):
         if k.is_floating_point() or k.is_complex() or k.dtype == torch.bool:
-            raise TypeError(f"pursue: expected k to hold integers, got {k.dtype}")
+            raise TypeError(f"gradient_pursuit: expected k to hold integers, got {k.dtype}")
         if k.shape != (n,):
-            raise ValueError(f"pursue: expected k to be [n] with n = {n}, got {[*k.shape]}")
+            raise ValueError(
+                f"gradient_pursuit: expected k to be [n] with n = {n}, got {[*k.shape]}"
+            )
         if k.device != x.device:
-            raise ValueError(f"pursue: expected k on the device of x, {x.device}, got {k.device}")
+            raise ValueError(
+                f"gradient_pursuit: expected k on the device of x, {x.device}, got {k.device}"
+            )
     elif not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"pursue: expected k to be an int or a Tensor, got {type(k).__name__}")
+        raise TypeError(
+            f"gradient_pursuit: expected k to be an int or a Tensor, got {type(k).__name__}"
+        )
     steps = torch.as_tensor(k, dtype=torch.int64, device=x.device)
     lowest, highest = torch.aminmax(steps) if steps.numel() else (0, 0)
     if lowest < 0 or highest > d_sae:
         got = int(lowest if lowest < 0 else highest)
-        raise ValueError(f"pursue: expected 0 <= k <= d_sae = {d_sae}, got k = {got}")
+        raise ValueError(f"gradient_pursuit: expected 0 <= k <= d_sae = {d_sae}, got k = {got}")
     return steps.expand(n)
 
 

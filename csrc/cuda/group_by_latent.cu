@@ -1,9 +1,9 @@
-// Launches of the transpose kernels. No torch header.
-#include "cuda/transpose.h"
+// Launches of the group_by_latent kernels. No torch header.
+#include "cuda/group_by_latent.h"
 
 #include <algorithm>
 
-#include "cuda/transpose_kernel.cuh"
+#include "cuda/group_by_latent_kernel.cuh"
 
 namespace fastsae::cuda {
 namespace {
@@ -31,7 +31,7 @@ struct Sort {
 };
 
 template <class F>
-void launch(const TransposeParams& p, cudaStream_t stream) {
+void launch(const GroupByLatentParams& p, cudaStream_t stream) {
   const EntriesParams& e = p.entries;
   const Sort sort(e);
   char* space = static_cast<char*>(p.scratch);
@@ -64,11 +64,11 @@ void launch(const TransposeParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t transpose_scratch(const EntriesParams& entries) {
+int64_t group_by_latent_scratch(const EntriesParams& entries) {
   return Sort(entries).bytes();
 }
 
-const char* launch_transpose(const TransposeParams& params, Format format, void* stream) {
+const char* launch_group_by_latent(const GroupByLatentParams& params, Format format, void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   with_format(format, [&](auto f) { launch<decltype(f)>(params, on); });
   return launch_error();

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastsae.nn.loss import accumulate
+from fastsae.nn.loss import upcast
 from fastsae.nn.sae import SAE
 
 NEAR = 0.5
@@ -20,7 +20,7 @@ NEAR = 0.5
 of independent runs have a mean cosine near 0, those of fine-tunes one near 1."""
 
 
-def soup(saes: Sequence[SAE]) -> SAE:
+def average_saes(saes: Sequence[SAE]) -> SAE:
     """Return the average of fine-tunes of one checkpoint, with decoder rows of norm 1.
 
         p = mean_i p_i for every parameter;   W_dec <- W_dec / |rows of W_dec|
@@ -59,7 +59,7 @@ def soup(saes: Sequence[SAE]) -> SAE:
 
 def _mean(tensors: list[Tensor]) -> Tensor:
     """Return the mean of tensors of one shape, on the device of the first."""
-    total = accumulate(torch.zeros_like(tensors[0]))
+    total = upcast(torch.zeros_like(tensors[0]))
     for t in tensors:
         total += t.to(total.device)
     return total / len(tensors)
@@ -67,26 +67,28 @@ def _mean(tensors: list[Tensor]) -> Tensor:
 
 def _check(saes: Sequence[SAE]) -> None:
     if len(saes) == 0:
-        raise ValueError("soup: expected at least one SAE, got none")
+        raise ValueError("average_saes: expected at least one SAE, got none")
     for sae in saes:
         if not isinstance(sae, SAE):
-            raise TypeError(f"soup: expected every item to be an SAE, got {type(sae).__name__}")
+            raise TypeError(
+                f"average_saes: expected every item to be an SAE, got {type(sae).__name__}"
+            )
     first, config = saes[0], saes[0].config()
     for i, sae in enumerate(saes[1:], start=1):
         if type(sae) is not type(first):
             raise ValueError(
-                f"soup: expected SAEs of one class, {type(first).__name__}, "
+                f"average_saes: expected SAEs of one class, {type(first).__name__}, "
                 f"got {type(sae).__name__} for saes[{i}]"
             )
         for key, value in sae.config().items():
             if value != config[key]:
                 raise ValueError(
-                    f"soup: expected SAEs of one config, {key} = {config[key]!r}, "
+                    f"average_saes: expected SAEs of one config, {key} = {config[key]!r}, "
                     f"got {value!r} for saes[{i}]"
                 )
         if not (cosine := _mean_cosine(first.W_dec, sae.W_dec)) > NEAR:
             raise ValueError(
-                "soup: expected fine-tunes of one checkpoint, with a mean cosine of matching rows "
+                "average_saes: expected fine-tunes of one checkpoint, with a mean cosine of matching rows "
                 f"of W_dec > {NEAR}, got {cosine:.3f} for saes[{i}]; independent runs have their "
                 "latents in another order"
             )
@@ -95,5 +97,5 @@ def _check(saes: Sequence[SAE]) -> None:
 @torch.no_grad()
 def _mean_cosine(a: Tensor, b: Tensor) -> float:
     """Return the mean cosine of row i of `a: [d_sae, d_in]` with row i of `b`."""
-    a, b = accumulate(a), accumulate(b).to(a.device)
+    a, b = upcast(a), upcast(b).to(a.device)
     return float(torch.cosine_similarity(a, b, dim=1).mean())

@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import nn
 
-from fastsae.analysis import sections
-from fastsae.analysis.contexts import Firings
-from fastsae.analysis.html import latent_section, table_rows
+from fastsae.analysis.examples import Firings
 from fastsae.analysis.lens import promoted_tokens
 from fastsae.data import ActivationStore
 from fastsae.data.shards import write_atomic
 from fastsae.eval import CrossEntropy, EvalResult
 from fastsae.nn import SAE
+from fastsae.report import sections
+from fastsae.report.html import latent_section, table_rows
 
 
 def write_report(

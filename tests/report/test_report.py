@@ -7,14 +7,14 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from fastsae.analysis.contexts import Firings
+from fastsae.analysis.examples import Firings
 from fastsae.analysis.lens import promoted_tokens
-from fastsae.analysis.report import write_report
 from fastsae.data import ActivationStore
 from fastsae.data.shards import Manifest, ShardWriter
 from fastsae.eval import CrossEntropy, evaluate
 from fastsae.nn import TopKSAE
-from tests.data.tiny import FAMILIES, VOCAB, D, tiny_model
+from fastsae.report.write import write_report
+from tests.models.tiny import FAMILIES, VOCAB, D, tiny_model
 
 ROWS, DOC = 2000, 100
 

@@ -7,17 +7,17 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.reference import FeatureLists, SparseActs
+from fastsae.types import LatentLists, SparseActs
 
 
-def transpose(acts: SparseActs) -> FeatureLists:
+def group_by_latent(acts: SparseActs) -> LatentLists:
     """Group the active entries by latent, tokens ascending inside each.
 
     Args:
         acts: sparse activations; padding and entries of value 0 are left out.
 
     Returns:
-        `FeatureLists(offsets [d_sae + 1], rows [cap], slots [cap])`, int32; `cap` is the number of
+        `LatentLists(offsets [d_sae + 1], rows [capacity], slots [capacity])`, int32; `capacity` is the number of
         places of `acts.values`. `counts()` of it says how often each latent fired.
 
     Raises:
@@ -31,29 +31,33 @@ def transpose(acts: SparseActs) -> FeatureLists:
         Exact and deterministic: a stable counting sort.
 
     Cost:
-        O(cap + d_sae), about 24 bytes per entry.
+        O(capacity + d_sae), about 24 bytes per entry.
     """
     if not isinstance(acts, SparseActs):
-        raise TypeError(f"transpose: expected acts to be SparseActs, got {type(acts).__name__}")
-    return FeatureLists(
-        *torch.ops.fastsae.transpose(acts.values.detach(), acts.indices, acts.offsets, acts.d_sae)
+        raise TypeError(
+            f"group_by_latent: expected acts to be SparseActs, got {type(acts).__name__}"
+        )
+    return LatentLists(
+        *torch.ops.fastsae.group_by_latent(
+            acts.values.detach(), acts.indices, acts.offsets, acts.d_sae
+        )
     )
 
 
-@fake("transpose")
+@fake("group_by_latent")
 def _fake(
     values: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    cap = values.numel()
+    capacity = values.numel()
     return (
         indices.new_empty(d_sae + 1),
-        indices.new_empty(cap),
-        indices.new_empty(cap),
+        indices.new_empty(capacity),
+        indices.new_empty(capacity),
     )
 
 
-@fallback("transpose")
+@fallback("group_by_latent")
 def _plain(
     values: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
 ) -> tuple[Tensor, ...]:
-    return tuple(reference.transpose(SparseActs(values, indices, offsets, d_sae)))
+    return tuple(reference.group_by_latent(SparseActs(values, indices, offsets, d_sae)))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from fastsae.analysis.contexts import Latent
-from fastsae.analysis.html import table_rows
-from fastsae.analysis.plots import alignment, firing_frequency, training_curve
+from fastsae.analysis.examples import Latent
 from fastsae.data import ActivationStore
-from fastsae.data.sites import describe
 from fastsae.eval import CrossEntropy, EvalResult
+from fastsae.models.sites import describe
 from fastsae.nn import SAE
+from fastsae.report.html import table_rows
+from fastsae.report.plots import alignment, firing_frequency, training_curve
 
 
 def lead(sae: SAE, store: ActivationStore) -> str:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastsae.data.sites import Site, resolve
+from fastsae.models.sites import Site, resolve
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def replace(
 
     Args:
         model: a causal language model of `transformers`.
-        site: see `fastsae.data.sites`.
+        site: see `fastsae.models.sites`.
         fn: takes the rows to replace, `[n, d]`, and returns theirs, in any floating dtype.
         keep: bool `[batch, t]`, True where the activation passes through untouched.
         drop_prefix: positions at the start of each context that pass through.
@@ -69,7 +69,7 @@ def splice(
 ) -> Iterator[None]:
     """Replace the activation at `site` by the SAE's reconstruction inside the block.
 
-        with fastsae.eval.splice(model, "resid_post.15", sae):
+        with fastsae.models.splice(model, "resid_post.15", sae):
             logits = model(tokens).logits
 
     The SAE is in eval mode inside the block, so a batch-wise selection uses its thresholds and one
@@ -107,7 +107,7 @@ def ablate(
 
     Args:
         model: a causal language model of `transformers`.
-        site: see `fastsae.data.sites`.
+        site: see `fastsae.models.sites`.
         how: "mean" | "zero".
         mean: `[d]`, what "mean" puts in every row.
         keep: as in `replace`, like the two below.

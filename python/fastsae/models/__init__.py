@@ -1,0 +1,1 @@
+"""Somebody's language model: load it, find its sites, read, replace, splice."""
