@@ -13,14 +13,14 @@ struct AdamCall {
       v_b_dec;  // changed in place
   Tensor values, grad_values, indices;
   std::optional<Tensor> offsets;
-  Tensor x, error;
-  std::optional<Tensor> rows, rows_W_enc, rows_W_dec, rows_b_enc;
+  Tensor x, grad_output;
+  std::optional<Tensor> extra_latents, extra_W_enc, extra_W_dec, extra_b_enc;
   double lr, beta1, beta2, eps;
   int64_t step;
   double max_norm;
   bool unit_norm;
-  bool bf16_rows;  // x - b_dec and error are rounded to bfloat16 for the matrices where that is
-                   // faster
+  bool bf16_rows;  // x - b_dec and grad_output are rounded to bfloat16 for the matrices where that
+                   // is faster
 
   static constexpr const char* kOp = "sparse_adam_step_";
 
@@ -66,19 +66,19 @@ struct AdamCall {
                       grad_values.scalar_type() == values.scalar_type(),
                   kOp, ": expected grad_values to be like values, got ", shape_of(grad_values));
     check_rows("x", x, n);
-    check_rows("grad_output", error, n);
+    check_rows("grad_output", grad_output, n);
     FASTSAE_CHECK(step >= 1, kOp, ": expected step >= 1, got ", step);
-    if (!rows) return;
-    FASTSAE_CHECK(rows_W_enc && rows_W_dec && rows_b_enc, kOp,
-                  ": expected rows_W_enc, rows_W_dec and rows_b_enc with rows");
-    check_int32(kOp, "extra_latents", *rows);
-    const int64_t count = rows->numel();
-    check_vector(kOp, "extra_latents", *rows, count);
-    check_rows("extra_W_enc", *rows_W_enc, count);
-    check_rows("extra_W_dec", *rows_W_dec, count);
-    check_vector(kOp, "extra_b_enc", *rows_b_enc, count);
-    FASTSAE_CHECK(rows_b_enc->scalar_type() == W_enc.scalar_type(), kOp,
-                  ": expected rows_b_enc to have the dtype of W_enc");
+    if (!extra_latents) return;
+    FASTSAE_CHECK(extra_W_enc && extra_W_dec && extra_b_enc, kOp,
+                  ": expected extra_W_enc, extra_W_dec and extra_b_enc with extra_latents");
+    check_int32(kOp, "extra_latents", *extra_latents);
+    const int64_t count = extra_latents->numel();
+    check_vector(kOp, "extra_latents", *extra_latents, count);
+    check_rows("extra_W_enc", *extra_W_enc, count);
+    check_rows("extra_W_dec", *extra_W_dec, count);
+    check_vector(kOp, "extra_b_enc", *extra_b_enc, count);
+    FASTSAE_CHECK(extra_b_enc->scalar_type() == W_enc.scalar_type(), kOp,
+                  ": expected extra_b_enc to have the dtype of W_enc");
   }
 
  private:
@@ -102,14 +102,15 @@ void sparse_adam_step(Tensor W_enc, Tensor W_dec, Tensor b_enc, Tensor b_dec, Te
                       Tensor m_W_dec, Tensor m_b_enc, Tensor m_b_dec, Tensor v_W_enc,
                       Tensor v_W_dec, Tensor v_b_enc, Tensor v_b_dec, Tensor values,
                       Tensor grad_values, Tensor indices, std::optional<Tensor> offsets, Tensor x,
-                      Tensor grad_output, std::optional<Tensor> rows,
-                      std::optional<Tensor> rows_W_enc, std::optional<Tensor> rows_W_dec,
-                      std::optional<Tensor> rows_b_enc, double lr, double beta1, double beta2,
+                      Tensor grad_output, std::optional<Tensor> extra_latents,
+                      std::optional<Tensor> extra_W_enc, std::optional<Tensor> extra_W_dec,
+                      std::optional<Tensor> extra_b_enc, double lr, double beta1, double beta2,
                       double eps, int64_t step, double max_norm, bool unit_norm, bool bf16_rows) {
-  AdamCall call{W_enc,   W_dec,   b_enc,   b_dec,      m_W_enc,    m_W_dec,     m_b_enc, m_b_dec,
-                v_W_enc, v_W_dec, v_b_enc, v_b_dec,    values,     grad_values, indices, offsets,
-                x,       error,   rows,    rows_W_enc, rows_W_dec, rows_b_enc,  lr,      beta1,
-                beta2,   eps,     step,    max_norm,   unit_norm,  bf16_rows};
+  AdamCall call{W_enc,         W_dec,       b_enc,       b_dec,       m_W_enc,   m_W_dec,
+                m_b_enc,       m_b_dec,     v_W_enc,     v_W_dec,     v_b_enc,   v_b_dec,
+                values,        grad_values, indices,     offsets,     x,         grad_output,
+                extra_latents, extra_W_enc, extra_W_dec, extra_b_enc, lr,        beta1,
+                beta2,         eps,         step,        max_norm,    unit_norm, bf16_rows};
   call.check();
   run(call);
 }

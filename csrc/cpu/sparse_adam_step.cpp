@@ -164,14 +164,14 @@ struct Step {
 void run(AdamCall& c) {
   const int64_t d_sae = c.W_enc.size(0), d = c.W_enc.size(1);
   const Entries e = checked_entries(kOp, c.values, c.indices, c.offsets, d_sae);
-  const Tensor grad = as_contiguous(c.grad_values), error = as_contiguous(c.error);
+  const Tensor grad = as_contiguous(c.grad_values), error = as_contiguous(c.grad_output);
   const Tensor centred = as_contiguous(torch::stable::subtract(c.x, c.b_dec));
 
   std::vector<int32_t> extra;
   Tensor extra_enc = c.W_enc, extra_dec = c.W_enc, extra_b = c.b_enc;
-  if (c.rows) {
+  if (c.extra_latents) {
     extra.assign(static_cast<size_t>(d_sae), -1);
-    const Tensor list = as_contiguous(*c.rows);
+    const Tensor list = as_contiguous(*c.extra_latents);
     for (int64_t j = 0; j < list.numel(); ++j) {
       const int32_t f = data_of<int32_t>(list)[j];
       FASTSAE_CHECK(f >= 0 && f < d_sae, kOp, ": expected 0 <= rows < d_sae = ", d_sae, ", got ",
@@ -179,9 +179,9 @@ void run(AdamCall& c) {
       FASTSAE_CHECK(extra[f] < 0, kOp, ": expected different rows, got ", f, " twice");
       extra[f] = static_cast<int32_t>(j);
     }
-    extra_enc = as_contiguous(*c.rows_W_enc);
-    extra_dec = as_contiguous(*c.rows_W_dec);
-    extra_b = as_contiguous(*c.rows_b_enc);
+    extra_enc = as_contiguous(*c.extra_W_enc);
+    extra_dec = as_contiguous(*c.extra_W_dec);
+    extra_b = as_contiguous(*c.extra_b_enc);
   }
 
   const auto run = [&](auto type) {
@@ -207,7 +207,7 @@ void run(AdamCall& c) {
                       slots,
                       data_of<A>(centred),
                       data_of<A>(error),
-                      c.rows ? extra.data() : nullptr,
+                      c.extra_latents ? extra.data() : nullptr,
                       data_of<A>(extra_enc),
                       data_of<A>(extra_dec),
                       data_of<A>(extra_b),

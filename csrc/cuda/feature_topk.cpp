@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> feature_topk(const Tensor& x_in, const Tensor
   Tensor values = new_empty(x, {cap}, x.scalar_type());
   Tensor indices = new_empty(x, {cap}, ScalarType::Int);
   Tensor offsets = new_empty(x, {n + 1}, ScalarType::Int);
-  Tensor threshold = new_empty(x, {columns}, accumulator_type(x));
+  Tensor theta = new_empty(x, {columns}, accumulator_type(x));
   Tensor tie_row = new_empty(x, {columns}, ScalarType::Int);
   ColumnBoundParams bounds{.x = x.const_data_ptr(),
                            .n = n,

@@ -15,8 +15,9 @@ void run(AdamCall& c) {
   }
   check_device(op, "grad_values", c.grad_values, c.W_enc, "W_enc");
   check_device(op, "x", c.x, c.W_enc, "W_enc");
-  check_device(op, "grad_output", c.error, c.W_enc, "W_enc");
-  for (const std::optional<Tensor>* t : {&c.rows, &c.rows_W_enc, &c.rows_W_dec, &c.rows_b_enc}) {
+  check_device(op, "grad_output", c.grad_output, c.W_enc, "W_enc");
+  for (const std::optional<Tensor>* t :
+       {&c.extra_latents, &c.extra_W_enc, &c.extra_W_dec, &c.extra_b_enc}) {
     if (*t) check_device(op, "rows and their gradients", **t, c.W_enc, "W_enc");
   }
   FASTSAE_CHECK(c.W_enc.size(0) < INT32_MAX, op, ": expected d_sae < 2^31 - 1, got ",
@@ -25,7 +26,7 @@ void run(AdamCall& c) {
   const Format format = format_of(op, "W_enc", c.W_enc);
   const Entries e = checked_entries(op, c.values, c.indices, c.offsets, c.W_enc.size(0),
                                     c.W_enc.scalar_type(), "W_enc", c.W_enc);
-  const Tensor grad = as_contiguous(c.grad_values), error = as_contiguous(c.error);
+  const Tensor grad = as_contiguous(c.grad_values), error = as_contiguous(c.grad_output);
   const auto moving = [](Tensor& p, Tensor& m, Tensor& v) {
     return MovingParams{p.mutable_data_ptr(), m.mutable_data_ptr(), v.mutable_data_ptr()};
   };
@@ -49,11 +50,11 @@ void run(AdamCall& c) {
                     c.unit_norm,
                     false};
   Tensor added = c.W_enc, added_enc = c.W_enc, added_dec = c.W_enc, added_b = c.W_enc;
-  if (c.rows) {
-    added = as_contiguous(*c.rows);
-    added_enc = as_contiguous(*c.rows_W_enc);
-    added_dec = as_contiguous(*c.rows_W_dec);
-    added_b = as_contiguous(*c.rows_b_enc);
+  if (c.extra_latents) {
+    added = as_contiguous(*c.extra_latents);
+    added_enc = as_contiguous(*c.extra_W_enc);
+    added_dec = as_contiguous(*c.extra_W_dec);
+    added_b = as_contiguous(*c.extra_b_enc);
     params.added = data_of<int32_t>(added);
     params.added_W_enc = added_enc.const_data_ptr();
     params.added_W_dec = added_dec.const_data_ptr();
