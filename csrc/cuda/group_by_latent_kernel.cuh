@@ -24,7 +24,7 @@ constexpr int kMostBits = 10, kMostBins = 1 << kMostBits;
 
 // One pass, and the entries that a block owns.
 struct SortPass {
-  int capacity, per_block;  // per_block: a multiple of kTile
+  int cap, per_block;  // per_block: a multiple of kTile
   int shift, bins;
   __device__ __forceinline__ unsigned digit(uint32_t key) const {
     return key >> shift & static_cast<unsigned>(bins - 1);
@@ -32,7 +32,7 @@ struct SortPass {
   __device__ __forceinline__ int first() const { return static_cast<int>(blockIdx.x) * per_block; }
   // Tiles of this block that hold entries.
   __device__ __forceinline__ int tiles() const {
-    return (min(per_block, capacity - first()) + kTile - 1) / kTile;
+    return (min(per_block, cap - first()) + kTile - 1) / kTile;
   }
 };
 
@@ -44,7 +44,7 @@ __device__ __forceinline__ void count_range(const SortPass& pass, unsigned* tabl
   __syncthreads();  // zeroed before anyone counts
   for (int i = 0; i < pass.tiles() * kSortItems; ++i) {
     const int64_t j = pass.first() + int64_t{i} * kSortThreads + tid;
-    const bool inside = j < pass.capacity;
+    const bool inside = j < pass.cap;
     count_digit(histogram, inside ? pass.digit(key(static_cast<int>(j))) : 0, inside, lane);
   }
   __syncthreads();  // counted before it is written
@@ -57,7 +57,7 @@ __device__ __forceinline__ void count_range(const SortPass& pass, unsigned* tabl
 template <class F>
 __global__ void __launch_bounds__(kSortThreads)
     first_count_kernel(EntriesView<F> entries, SortPass pass, uint32_t* keys, unsigned* table) {
-  const int total = entries.p.offsets ? entries.end(entries.p.n - 1) : entries.p.capacity;
+  const int total = entries.p.offsets ? entries.end(entries.p.n - 1) : entries.p.cap;
   count_range(pass, table, [&](int j) {
     uint32_t key = static_cast<uint32_t>(entries.p.d_sae);
     if (j < total) {
@@ -129,11 +129,11 @@ __global__ void __launch_bounds__(kSortThreads)
     unsigned rank[kSortItems];
 #pragma unroll
     for (int i = 0; i < kSortItems; ++i) {
-      key[i] = first + 32 * i < pass.capacity ? keys[first + 32 * i] : 0;
+      key[i] = first + 32 * i < pass.cap ? keys[first + 32 * i] : 0;
     }
 #pragma unroll
     for (int i = 0; i < kSortItems; ++i) {
-      const bool inside = first + 32 * i < pass.capacity;
+      const bool inside = first + 32 * i < pass.cap;
       const unsigned digit = pass.digit(key[i]);
       const unsigned peers = __match_any_sync(kFullWarp, inside ? digit : ~0u);
       const unsigned seen = counts[warp][digit];
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kSortThreads)
 #pragma unroll
     for (int i = 0; i < kSortItems; ++i) {
       const int64_t j = first + 32 * i;
-      if (j >= pass.capacity) continue;
+      if (j >= pass.cap) continue;
       const unsigned to = counts[warp][pass.digit(key[i])] + rank[i];
       keys_out[to] = key[i];
       slots_out[to] = slots ? slots[j] : static_cast<int32_t>(j);
@@ -174,11 +174,11 @@ __global__ void __launch_bounds__(kSortThreads)
                  const int32_t* __restrict__ slots, int32_t* __restrict__ offsets,
                  int32_t* __restrict__ rows, int32_t* __restrict__ slots_out) {
   const EntriesParams& p = entries.p;
-  const int64_t most = max(static_cast<int64_t>(p.capacity), static_cast<int64_t>(p.d_sae) + 1);
+  const int64_t most = max(static_cast<int64_t>(p.cap), static_cast<int64_t>(p.d_sae) + 1);
   int64_t i = static_cast<int64_t>(blockIdx.x) * kSortThreads + threadIdx.x;
   for (; i < most; i += static_cast<int64_t>(gridDim.x) * kSortThreads) {
     if (i <= p.d_sae) {
-      int low = 0, high = p.capacity;  // the first key that is not below i
+      int low = 0, high = p.cap;  // the first key that is not below i
       while (low < high) {
         const int middle = low + (high - low) / 2;
         if (keys[middle] < static_cast<uint32_t>(i)) low = middle + 1;
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kSortThreads)
       }
       offsets[i] = low;
     }
-    if (i < p.capacity) {
+    if (i < p.cap) {
       const bool active = keys[i] < static_cast<uint32_t>(p.d_sae);
       const int slot = active ? slots[i] : 0;
       int64_t row = 0;
