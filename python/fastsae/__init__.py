@@ -1,6 +1,7 @@
 """fastsae: sparse autoencoders over handwritten C++ and CUDA ops."""
 
-from fastsae import data, eval, nn, ops, reference, train
+from fastsae import data, eval, interop, models, nn, ops, reference, train
+from fastsae.interop import load, save
 from fastsae.nn import (
     SAE,
     BatchTopKSAE,
@@ -20,13 +21,13 @@ from fastsae.nn import (
     ReLUTranscoder,
     SAEOutput,
     SampledSAE,
+    StepContext,
     SupervisedHead,
     TopKCrossCoder,
     TopKSAE,
     Transcoder,
     average_saes,
     gradient_pursuit,
-    load,
 )
 from fastsae.train import TrainConfig, Trainer
 from fastsae.types import SparseActs
@@ -52,6 +53,7 @@ __all__ = [
     "SAEOutput",
     "SampledSAE",
     "SparseActs",
+    "StepContext",
     "SupervisedHead",
     "TopKCrossCoder",
     "TopKSAE",
@@ -62,9 +64,12 @@ __all__ = [
     "data",
     "eval",
     "gradient_pursuit",
+    "interop",
     "load",
+    "models",
     "nn",
     "ops",
     "reference",
+    "save",
     "train",
 ]

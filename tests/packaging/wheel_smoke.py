@@ -22,7 +22,7 @@ for _ in range(50):
 assert sae.loss(x).fvu.item() < 0.8 * first
 
 with tempfile.TemporaryDirectory() as folder:
-    sae.save(Path(folder) / "sae")
+    fastsae.save(sae, Path(folder) / "sae")
     again = fastsae.load(Path(folder) / "sae")
 assert torch.equal(again(x), sae(x))
 print("wheel ok:", _host.build_info(), _host.isa())

@@ -53,7 +53,7 @@ def error_anatomy(
         sae: any SAE, in any dtype.
         fit: `[n, d_in]`, rows to fit on; n should be many times d_in, since n rows of pure noise
             give an R^2 of d_in / n on themselves and about minus that on others. Columns as in
-            training, see `SAE.data_widths`.
+            training, see `SAE.columns`.
         held_out: the same, other rows.
         batch_size: rows at a time.
 
@@ -66,7 +66,7 @@ def error_anatomy(
     Cost: beside the SAE's, 2 d_in (d_in + d_out) flops per row to fit and 2 d_in d_out per row held
     out; memory for [d_in, d_in + d_out] in float64.
     """
-    width = sum(sae.data_widths)
+    width = sum(sae.columns.widths)
     for name, rows, least in (("fit", fit, sae.d_in), ("held_out", held_out, 1)):
         if rows.ndim != 2 or rows.shape[1] != width or len(rows) < least:
             raise ValueError(
@@ -102,7 +102,7 @@ def _reconstructions(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield what is encoded, what is reconstructed and the reconstruction, in float64."""
     for batch in rows.split(batch_size):
-        x, y = sae.split(batch.to(sae.W_enc))
+        x, y, _ = sae.columns.split(batch.to(sae.W_enc_rows))
         yield x.double(), y.double(), sae.reconstruct(x, sae.encode_sparse(x)).double()
 
 

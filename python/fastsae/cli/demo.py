@@ -66,7 +66,7 @@ def add_to(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run all phases; print a summary."""
-    from fastsae.data.shards import write_json
+    from fastsae._files import write_json
     from fastsae.eval import evaluate
     from fastsae.report.write import write_report
 
@@ -167,7 +167,7 @@ def _train(
     """Train, or continue (or take) the run of the same settings in `folder`."""
     import torch
 
-    from fastsae.data.shards import write_json
+    from fastsae._files import write_json
     from fastsae.nn import TopKSAE
     from fastsae.train import TrainConfig, Trainer
 

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     from fastsae.data import ActivationStore
     from fastsae.data.shards import Manifest
     from fastsae.eval import evaluate
-    from fastsae.nn import load
+    from fastsae.interop import load
 
     sae = load(args.sae, device=args.device)
     trained_on = str(sae.metadata.get("hook_name", "")).split("+")

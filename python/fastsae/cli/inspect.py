@@ -57,7 +57,7 @@ def _store(path: Path) -> dict[str, Any]:
 def _sae(path: Path) -> dict[str, Any]:
     import torch
 
-    from fastsae.nn import load
+    from fastsae.interop import load
 
     sae = load(path)
     encoder, decoder = sae.W_enc.detach().t().float(), sae.W_dec.detach().float()

@@ -69,7 +69,7 @@ def add_to(subparsers: Any) -> None:
     parser.add_argument("--steps", type=positive, help="updates, instead of --epochs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--optimizer", default="adam", choices=("adam", "sgd_sai"))
-    parser.add_argument("--update", default="fused", choices=("fused", "autograd"))
+    parser.add_argument("--update", default="auto", choices=("auto", "fused", "autograd"))
     parser.add_argument(
         "--compute-dtype",
         default="auto",

@@ -1,6 +1,7 @@
-"""Activations: harvest them from a language model, store them, read them back shuffled."""
+"""Activations: sources of rows, and harvests of a language model on disk."""
 
 from fastsae.data.harvest import harvest
+from fastsae.data.source import ActivationSource, IterableSource, TensorSource
 from fastsae.data.store import ActivationStore
 
-__all__ = ["ActivationStore", "harvest"]
+__all__ = ["ActivationSource", "ActivationStore", "IterableSource", "TensorSource", "harvest"]

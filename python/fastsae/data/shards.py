@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,29 +20,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from fastsae._files import write_atomic, write_json
+
 FORMAT = "fastsae-activations"
 VERSION = 1
 COLUMNS = ("token_ids", "doc_ids", "positions")
-
-
-def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Write a file so that it is either the old one or the whole new one, never a part."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a value as a JSON file, atomically."""
-    write_atomic(path, json.dumps(value, indent=1) + "\n")
 
 
 @dataclass

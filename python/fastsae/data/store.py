@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastsae.data.shards import COLUMNS, Manifest, Shard
+from fastsae.data.source import EpochBatches
 
 
 class ActivationStore:
@@ -79,23 +80,44 @@ class ActivationStore:
         """Rows of a larger norm, at the first site, were not stored; None: nothing was filtered."""
         return self.manifest.max_norm.get(self.sites[0])
 
-    def batches(
+    def batches(self, batch_size: int, *, seed: int | None = 0) -> Iterator[Tensor]:
+        """Yield rows in batches, shuffled epoch after epoch, or once in the order of the text.
+
+        Args:
+            batch_size: rows per batch.
+            seed: of the shuffle; None: one pass in order, with all rows.
+
+        Yields:
+            `[batch_size, d_in]`, float32; in order, at most as many rows.
+
+        With a seed, the iterator has a state: a run continues exactly where it was, without reading
+        what it has seen.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batches: expected batch_size >= 1, got {batch_size}")
+        if seed is None:
+            return self._in_order(batch_size)
+        return EpochBatches(
+            lambda epoch, start: self.epoch(batch_size, seed, epoch, start),
+            len(self) // batch_size,
+        )
+
+    def _in_order(self, batch_size: int) -> Iterator[Tensor]:
+        for shard in self.shards:
+            for part in self._acts(shard).split(batch_size):
+                yield part.float()
+
+    def epoch(
         self, batch_size: int, seed: int = 0, epoch: int = 0, start: int = 0
     ) -> Iterator[Tensor]:
         """Yield the rows of one epoch, shuffled.
 
         Args:
-            batch_size: rows per batch; the last batch of an epoch may be smaller.
+            batch_size: rows per batch; the last batch may be smaller.
             seed: of the shuffle.
             epoch: number of the epoch; each has its own order.
-            start: batches to skip. `batches(b, s, e, start=i)` continues exactly where the first
-                i batches of `batches(b, s, e)` ended, without reading what was skipped.
-
-        Yields:
-            `[batch_size, d_in]`, float32.
+            start: batches to skip, without reading what is skipped.
         """
-        if batch_size < 1:
-            raise ValueError(f"batches: expected batch_size >= 1, got {batch_size}")
         skip = start * batch_size
         rest = torch.empty(0, self.d_in)
         for number, group in enumerate(self._groups(seed, epoch)):

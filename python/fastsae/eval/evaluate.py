@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fastsae.data.source import ActivationSource, as_source, sample_rows, source_len
 from fastsae.eval.metrics import FVU, firing_counts, norm_limit
 from fastsae.nn import SAE
-
-
-class Rows(Protocol):
-    """Where rows come from: a `fastsae.data.ActivationStore`, or anything like it."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-
-    def batches(
-        self, batch_size: int, seed: int = 0, epoch: int = 0, start: int = 0
-    ) -> Iterable[Tensor]:
-        """Yield the rows as `[b, d_in]`."""
-
-    def sample(self, n: int, seed: int = 0) -> Tensor:
-        """Return up to n rows drawn from all."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +41,7 @@ class EvalResult:
 @torch.no_grad()
 def evaluate(
     sae: SAE,
-    data: Tensor | Rows,
+    data: Tensor | ActivationSource,
     *,
     batch_size: int = 4096,
     max_rows: int | None = None,
@@ -67,8 +52,8 @@ def evaluate(
 
     Args:
         sae: any `fastsae` SAE: `encode_sparse`, `decode`, `d_sae`.
-        data: `[n, d_in]`, or an `ActivationStore`; use rows that were not trained on. Columns as in
-            training, see `SAE.data_widths`.
+        data: `[n, d_in]`, an `ActivationStore` or another source; use rows that were not trained
+            on. Columns as in training, see `SAE.columns`.
         batch_size: rows at a time.
         max_rows: stop after this many; None takes all.
         outlier_ratio: rows above this many times the median norm (of up to 16,384 sampled rows) are
@@ -78,18 +63,20 @@ def evaluate(
     Raises:
         ValueError: no rows.
     """
-    if not len(data):
+    source = as_source("evaluate", "data", data)
+    if source_len(source) == 0:
         raise ValueError("evaluate: expected at least one row, got none")
-    rows = _TensorRows(data) if isinstance(data, Tensor) else data
-    limit = norm_limit(sae.split(rows.sample(16384))[1], outlier_ratio)
+    columns = sae.columns
+    sample = sample_rows(source, 16384, batch_size)
+    limit = norm_limit(columns.split(sample).target, outlier_ratio)
     every, inliers = FVU(), FVU()
-    counts = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
+    counts = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc_rows.device)
     training = sae.training
     sae.eval()
     try:
-        for x in rows.batches(batch_size):
-            batch = x[: None if max_rows is None else max_rows - every.rows].to(sae.W_enc)
-            given, x = sae.split(batch)
+        for x in source.batches(batch_size, seed=None):
+            batch = x[: None if max_rows is None else max_rows - every.rows].to(sae.W_enc_rows)
+            given, x, _ = columns.split(batch)
             acts = sae.encode_sparse(given)
             x_hat = sae.reconstruct(given, acts)
             counts += firing_counts(acts)
@@ -114,23 +101,3 @@ def evaluate(
         d_sae=sae.d_sae,
         frequency=(counts.double() / every.rows).cpu(),
     )
-
-
-class _TensorRows:
-    """A tensor `[n, d]` in the shape of `Rows`, in its own order."""
-
-    def __init__(self, x: Tensor) -> None:
-        if x.ndim != 2:
-            raise ValueError(f"evaluate: expected data to be [n, d_in], got {[*x.shape]}")
-        self.x = x
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def batches(
-        self, batch_size: int, seed: int = 0, epoch: int = 0, start: int = 0
-    ) -> Iterator[Tensor]:
-        yield from self.x.split(batch_size)
-
-    def sample(self, n: int, seed: int = 0) -> Tensor:
-        return self.x[torch.linspace(0, len(self.x) - 1, min(n, len(self.x))).long()]

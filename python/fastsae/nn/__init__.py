@@ -2,19 +2,20 @@
 
 from fastsae.nn.average import average_saes
 from fastsae.nn.batch_topk import BatchTopKSAE, MutualChoiceSAE
+from fastsae.nn.context import StepContext, group_reduce
 from fastsae.nn.crosscoder import CrossCoder, ReLUCrossCoder, TopKCrossCoder
 from fastsae.nn.feature_choice import FeatureChoiceSAE
 from fastsae.nn.gated import GatedSAE
 from fastsae.nn.gradient import GradientSAE
 from fastsae.nn.gradient_pursuit import gradient_pursuit
 from fastsae.nn.group_max import GroupMaxSAE
-from fastsae.nn.io import load
 from fastsae.nn.jumprelu import JumpReLUSAE
 from fastsae.nn.loss import SAEOutput
 from fastsae.nn.matryoshka import HierarchicalTopKSAE, MatryoshkaSAE
 from fastsae.nn.relu import ReLUSAE
 from fastsae.nn.sae import SAE
 from fastsae.nn.sampled import SampledSAE
+from fastsae.nn.scaler import ActivationScaler, Columns
 from fastsae.nn.supervised_head import SupervisedHead
 from fastsae.nn.topk import TopKSAE
 from fastsae.nn.transcoder import (
@@ -26,8 +27,10 @@ from fastsae.nn.transcoder import (
 
 __all__ = [
     "SAE",
+    "ActivationScaler",
     "BatchTopKSAE",
     "BatchTopKTranscoder",
+    "Columns",
     "CrossCoder",
     "FeatureChoiceSAE",
     "GatedSAE",
@@ -43,11 +46,12 @@ __all__ = [
     "ReLUTranscoder",
     "SAEOutput",
     "SampledSAE",
+    "StepContext",
     "SupervisedHead",
     "TopKCrossCoder",
     "TopKSAE",
     "Transcoder",
     "average_saes",
     "gradient_pursuit",
-    "load",
+    "group_reduce",
 ]

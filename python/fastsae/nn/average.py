@@ -30,7 +30,7 @@ def average_saes(saes: Sequence[SAE]) -> SAE:
 
     Floating-point buffers (thresholds, densities) are averaged too, and stay +inf where any is; all
     else is that of the first SAE. The average of thresholds is not the threshold of the average:
-    for classes that choose batch-wise call `settle_` on training batches, or `calibrate_` on
+    for classes that choose batch-wise call `estimate_threshold_` on training batches, or `calibrate_` on
     held-out tokens, before using the result.
 
     Args:

@@ -7,22 +7,27 @@ from torch import Tensor
 
 
 def check_rows(owner: str, x: Tensor, name: str, *, like: Tensor, width: str = "d_in") -> Tensor:
-    """Check `x: [..., d_in]` against a parameter `like: [d_in, d_sae]` and return it as [n, d_in].
+    """Check `x: [..., d_in]` against a parameter `like: [d_sae, d_in]` and return it as [n, d_in].
 
-    Messages call the last dimension `width`.
+    Messages call the last dimension `width`. Under autocast any floating dtype is right: the ops
+    cast it, as they cast the parameters.
 
     Raises:
-        TypeError: not a tensor, or not the dtype of the parameters.
+        TypeError: not a dense tensor, or not the dtype of the parameters.
         ValueError: the last dimension is not d_in, or another device.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{owner}: expected {name} to be a torch.Tensor, got {type(x).__name__}")
-    d_in = like.shape[0]
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested tensor" if x.is_nested else str(x.layout)
+        raise TypeError(f"{owner}: expected {name} to be a dense tensor, got {kind}")
+    d_in = like.shape[1]
     if x.ndim == 0 or x.shape[-1] != d_in:
         raise ValueError(
             f"{owner}: expected {name} to be [..., {width}] with {width} = {d_in}, got {[*x.shape]}"
         )
-    if x.dtype != like.dtype:
+    autocast = x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
+    if x.dtype != like.dtype and not autocast:
         raise TypeError(
             f"{owner}: expected {name} to be {like.dtype} like the parameters, got {x.dtype}"
         )

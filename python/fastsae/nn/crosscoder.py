@@ -6,21 +6,21 @@ Transformer Circuits, October update.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsae.nn.batch_topk import BatchTopKSAE
-from fastsae.nn.blocks import BlockwiseSAE
+from fastsae.nn.parameters import plain
 from fastsae.nn.relu import ReLUSAE
+from fastsae.nn.sae import SAE
+from fastsae.nn.scaler import Columns
 from fastsae.nn.topk import TopKSAE
 
 
-class CrossCoderRule(BlockwiseSAE, register=False):
-    """What turns an SAE class into a crosscoder: put it before the class that selects.
+class CrossCoderMixin(SAE, register=False):
+    """Mixin that turns an SAE class into a crosscoder; list it before the class that selects.
 
         z = sum_l (x_l - b_dec_l) W_enc_l + b_enc,   f = select(z),   x_hat_l = f W_dec_l + b_dec_l
 
@@ -45,13 +45,13 @@ class CrossCoderRule(BlockwiseSAE, register=False):
     ) -> None:
         if n_layers < 1:
             self._fail(f"n_layers >= 1, got {n_layers}")
-        super().__init__(d_layer * n_layers, d_sae, k, **kwargs)
-        self.d_layer, self.n_layers = d_layer, n_layers
+        super().__init__(d_layer * n_layers, d_sae, k, **kwargs)  # type: ignore[call-arg,arg-type]
+        self.d_layer, self.n_layers = plain(d_layer), plain(n_layers)
 
     @property
-    def data_widths(self) -> tuple[int, ...]:
+    def columns(self) -> Columns:
         """The column blocks of a training batch: the layers."""
-        return (self.d_layer,) * self.n_layers
+        return Columns((self.d_layer,) * self.n_layers)
 
     def layers(self, x: Tensor) -> Tensor:
         """Return `x: [..., n_layers * d_layer]` as `[..., n_layers, d_layer]`: a view."""
@@ -67,24 +67,6 @@ class CrossCoderRule(BlockwiseSAE, register=False):
         """
         return self.layers(self.W_dec).square().sum(2).sqrt()
 
-    def _fold(self, scales: Sequence[float]) -> None:
-        """Turn a crosscoder of `scales[l] * x_l` into one of x_l, with the same code.
-
-        A common factor is divided out as in `fold_input_scale_`; what layers differ by goes into
-        their rows, which then have other norms than while training.
-        """
-        common = math.prod(scales) ** (1 / len(scales))
-        self.fold_input_scale_(common)
-        own = torch.tensor([scale / common for scale in scales], dtype=self.b_dec.dtype)
-        own = own.to(self.b_dec.device).repeat_interleave(self.d_layer)
-        self.W_enc.mul_(own[:, None])
-        self.W_dec.div_(own)
-        self.b_dec.div_(own)
-
-    def error_scale(self, scales: Sequence[float]) -> float:
-        """Return 1: the error is that of the scaled layers."""
-        return 1.0
-
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
         config = super().config()
@@ -92,16 +74,16 @@ class CrossCoderRule(BlockwiseSAE, register=False):
         return {"d_layer": self.d_layer, "n_layers": self.n_layers, **config}
 
 
-class CrossCoder(CrossCoderRule, BatchTopKSAE):
-    """BatchTopK crosscoder: `CrossCoder(d_layer, n_layers, d_sae, k)`; see `CrossCoderRule`."""
+class CrossCoder(CrossCoderMixin, BatchTopKSAE):
+    """BatchTopK crosscoder: `CrossCoder(d_layer, n_layers, d_sae, k)`; see `CrossCoderMixin`."""
 
 
-class TopKCrossCoder(CrossCoderRule, TopKSAE):
-    """TopK crosscoder; see `CrossCoderRule`."""
+class TopKCrossCoder(CrossCoderMixin, TopKSAE):
+    """TopK crosscoder; see `CrossCoderMixin`."""
 
 
-class ReLUCrossCoder(CrossCoderRule, ReLUSAE):
-    """ReLU crosscoder with a sparsity penalty; see `CrossCoderRule` and `ReLUSAE`.
+class ReLUCrossCoder(CrossCoderMixin, ReLUSAE):
+    """ReLU crosscoder with a sparsity penalty; see `CrossCoderMixin` and `ReLUSAE`.
 
     The penalty weighs a latent by its norm over all layers together, which is 1, not by the sum of
     its norms by layer as in the paper.

@@ -2,29 +2,27 @@
 
 Source: Ayonrinde 2024, "Adaptive sparse allocation with mutual choice & feature choice sparse
 autoencoders" (arXiv 2411.02124). The paper's algorithm for the budgets is not public; budgets,
-their schedule and the thresholds of inference are our reconstruction.
+their schedule and the thresholds of inference are a reconstruction.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastsae import ops
-from fastsae.nn.sae import SAE
-from fastsae.nn.thresholds import factor_for_k, threshold_room
-from fastsae.nn.zipf import budgets, fit_zipf
+from fastsae.nn.context import STEP, StepContext, updates_statistics
+from fastsae.nn.parameters import plain
+from fastsae.nn.threshold_sae import ThresholdSAE, factor_for_k, running_average
+from fastsae.nn.zipf import SMALLEST_FIRES, budgets, fit_zipf
 from fastsae.types import SparseActs
 
-SMALLEST_FIRES = 10
-"""Tokens that a latent must have fired on, as far as the average remembers, to count in the fit."""
 
-
-class FeatureChoiceSAE(SAE):
+class FeatureChoiceSAE(ThresholdSAE):
     """Sparse autoencoder in which latent j is active on m_j tokens of a batch, its strongest.
 
         training:   f_j = the m_j largest positive entries of z_j: [n],   sum_j m_j = int(k n)
@@ -59,9 +57,8 @@ class FeatureChoiceSAE(SAE):
         RuntimeError: encoding in eval mode before any training batch.
     """
 
-    feature_major_update = True
+    FLOAT32: ClassVar[tuple[str, ...]] = ("threshold", "density")
 
-    threshold: Tensor
     density: Tensor
     batches_seen: Tensor
     budget: Tensor
@@ -78,9 +75,7 @@ class FeatureChoiceSAE(SAE):
         density_lr: float = 0.02,
         **kwargs: Any,
     ) -> None:
-        super().__init__(d_in, d_sae, **kwargs)
-        if not 0 < k <= d_sae:
-            self._fail(f"0 < k <= d_sae = {d_sae}, got k = {k}")
+        super().__init__(d_in, d_sae, k, shape=(plain(d_sae),), **kwargs)
         if allocation not in ("uniform", "zipf"):
             self._fail(f"allocation to be uniform or zipf, got {allocation!r}")
         if mutual_choice_batches < 0 or refresh < 1:
@@ -90,12 +85,10 @@ class FeatureChoiceSAE(SAE):
             )
         if not 0 < density_lr <= 1:
             self._fail(f"0 < density_lr <= 1, got {density_lr}")
-        self.k, self.allocation = k, allocation
-        self.mutual_choice_batches, self.refresh = mutual_choice_batches, refresh
-        self.density_lr = density_lr
+        self.allocation, self.density_lr = allocation, plain(density_lr)
+        self.mutual_choice_batches, self.refresh = plain(mutual_choice_batches), plain(refresh)
         device = self.b_enc.device
-        self.register_buffer("threshold", torch.full((d_sae,), math.inf, device=device))
-        self.register_buffer("density", torch.zeros(d_sae, device=device))
+        self.register_buffer("density", torch.zeros_like(self.threshold))
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("budget", torch.zeros(d_sae, dtype=torch.int64, device=device))
         self._total: int | None = None  # the sum of `budget`
@@ -111,35 +104,22 @@ class FeatureChoiceSAE(SAE):
             share[fit.order] = fit.expected
         return budgets(share, int(self.k * n), n)
 
-    def _encode(self, x: Tensor) -> SparseActs:
-        if self.training:
-            return self._encode_batch(x)
-        self._check_thresholds()
-        capacity = threshold_room(x.shape[0], self.d_sae, self.k)
-        return ops.encode_threshold(
-            x, self._rows_enc(), self.b_enc, self.threshold, capacity, b_dec=self._input_bias()
-        )
+    def _encode(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
+        return self._encode_batch(x, context) if self.training else self._encode_above_threshold(x)
 
-    def _check_thresholds(self) -> None:
-        if not bool(self.threshold.isfinite().any()):
-            raise RuntimeError(
-                f"{type(self).__name__}: expected thresholds in eval mode, got none yet; call "
-                "loss() on a batch in training mode, or select batch-wise with sae.train()"
-            )
-
-    def _encode_batch(self, x: Tensor) -> SparseActs:
+    def _encode_batch(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
         if int(self.batches_seen) < self.mutual_choice_batches:
             return ops.encode_batch_topk(
                 x,
-                self._rows_enc(),
+                self.W_enc_rows,
                 self.b_enc,
                 self.k,
                 b_dec=self._input_bias(),
-                compute_dtype=self._product(),
+                compute_dtype=context.compute_dtype,
             ).acts
         return ops.encode_feature_topk(
             x,
-            self._rows_enc(),
+            self.W_enc_rows,
             self.b_enc,
             self._current_budget(x.shape[0]),
             int(self.k * x.shape[0]),
@@ -156,24 +136,23 @@ class FeatureChoiceSAE(SAE):
             self._total = int(self.k * n)
         return self.budget
 
-    def encode_for_loss(self, x: Tensor) -> SparseActs:
-        if not self.training:
-            return self._encode(x)
-        acts = self._encode_batch(x)
-        self._learn(acts.detach())
+    def encode_for_training(self, x: Tensor, context: StepContext) -> SparseActs:
+        """See `SAE.encode_for_training`: averages densities and thresholds."""
+        learns = updates_statistics(self, loss_depends=True)
+        acts = self._encode(x, context)
+        if learns and acts.n:
+            self._update_averages(acts.detach(), context)
         return acts
 
     @torch.no_grad()
-    def _learn(self, acts: SparseActs) -> None:
+    def _update_averages(self, acts: SparseActs, context: StepContext) -> None:
         """Average in the densities and the smallest kept values of a training batch."""
-        if acts.n == 0:
-            return
         counts, smallest = self._columns(acts)
         first = int(self.batches_seen) == 0
-        self.density.lerp_(counts / acts.n, 1.0 if first else self.density_lr)
-        moved = self.threshold + self.density_lr * (smallest - self.threshold)
-        moved = torch.where(self.threshold.isfinite(), moved, smallest)
-        self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+        density = context.reduced(counts / acts.n, "mean")
+        self.density.lerp_(density, 1.0 if first else self.density_lr)
+        smallest = context.reduced(smallest, "min")
+        self.threshold.copy_(running_average(self.threshold, smallest, self.density_lr))
         self.batches_seen += 1
 
     def _columns(self, acts: SparseActs) -> tuple[Tensor, Tensor]:
@@ -189,7 +168,7 @@ class FeatureChoiceSAE(SAE):
         return counts, smallest
 
     @torch.no_grad()
-    def settle_(self, batches: Iterable[Tensor]) -> None:
+    def estimate_threshold_(self, batches: Iterable[Tensor]) -> None:
         """Set the thresholds to their mean over training batches, for the weights as they are."""
         total, seen = torch.zeros_like(self.threshold), torch.zeros_like(self.threshold)
         for x in batches:
@@ -210,42 +189,16 @@ class FeatureChoiceSAE(SAE):
             RuntimeError: there are no thresholds yet.
             ValueError: nothing in x is positive.
         """
-        self._check_thresholds()
+        self._check_threshold()
         rows = self._rows(x, "x")
         factor = factor_for_k(
-            rows, self._rows_enc(), self.b_enc, self._input_bias(), self.threshold, self.k
+            rows, self.W_enc_rows, self.b_enc, self._input_bias(), self.threshold, self.k
         )
         if not bool(factor.isfinite()):
             self._fail("x to have positive pre-activations, got none")
         self.threshold.mul_(factor)
 
-    @torch.no_grad()
-    def fold_input_scale_(self, scale: float) -> None:
-        """See `SAE.fold_input_scale_`; the thresholds are divided as well."""
-        super().fold_input_scale_(scale)
-        self.threshold.div_(scale)
-
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
-        own = ("k", "allocation", "mutual_choice_batches", "refresh", "density_lr")
+        own = ("allocation", "mutual_choice_batches", "refresh", "density_lr")
         return {**super().config(), **{key: getattr(self, key) for key in own}}
-
-    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return SAELens' `jumprelu` with a threshold for every latent: the eval mode."""
-        return {"architecture": "jumprelu"}, {"threshold": self.threshold.clone()}
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor], learned: dict[str, Any]) -> None:
-        """Take the thresholds from a saved file; densities start anew."""
-        self.threshold.copy_(tensors["threshold"])
-        self.density.zero_()
-        self.batches_seen.fill_(self.mutual_choice_batches)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureChoiceSAE:
-        # `.to(torch.bfloat16)` must not round what is measured.
-        exact = {name: getattr(self, name) for name in ("threshold", "density")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in exact.items():
-            if not tensor.is_meta:
-                setattr(self, name, tensor.to(getattr(self, name).device))
-        return self

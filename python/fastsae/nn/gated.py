@@ -6,15 +6,18 @@ Source: Rajamanoharan et al. 2024, "Improving dictionary learning with gated spa
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastsae import ops
 from fastsae.nn.auxk import LatentRows
-from fastsae.nn.loss import SAEOutput, unexplained, upcast
+from fastsae.nn.context import STEP, StepContext
+from fastsae.nn.loss import SAEOutput, fvu, squared_error, upcast
+from fastsae.nn.objective import total_loss
 from fastsae.nn.penalized import PenalizedSAE, mean_over_tokens
+from fastsae.nn.scaler import ActivationScaler
 from fastsae.types import SparseActs
 
 
@@ -34,10 +37,8 @@ class GatedSAE(PenalizedSAE):
     Args:
         d_in: width of the activations.
         d_sae: number of latents.
-        k: wanted mean active latents per token; None keeps the coefficient as it is.
+        k: target mean number of active latents per token; None keeps the coefficient fixed.
     """
-
-    FILE_NAMES: ClassVar[dict[str, str]] = {"b_enc": "b_gate"}
 
     r_mag: Tensor
     b_mag: Tensor
@@ -47,9 +48,9 @@ class GatedSAE(PenalizedSAE):
         self.r_mag = nn.Parameter(torch.zeros_like(self.b_enc))
         self.b_mag = nn.Parameter(torch.zeros_like(self.b_enc))
 
-    def _gate(self, x: Tensor) -> SparseActs:
+    def _gate(self, x: Tensor, context: StepContext) -> SparseActs:
         """Return relu(pi)."""
-        return self._above(x, self.b_enc.new_zeros(()))
+        return self._above(x, self.b_enc.new_zeros(()), context)
 
     def _open(self, gate: SparseActs) -> SparseActs:
         """Return f where the gate is open: the same entries with the other path's values."""
@@ -58,40 +59,33 @@ class GatedSAE(PenalizedSAE):
         values = torch.where(gate.values > 0, magnitude.relu(), 0)
         return SparseActs(values, gate.indices, gate.offsets, gate.d_sae)
 
-    def _encode(self, x: Tensor) -> SparseActs:
-        return self._open(self._gate(x))
+    def _encode(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
+        return self._open(self._gate(x, context))
 
-    def encode_for_loss(self, x: Tensor) -> SparseActs:
-        """Return relu(pi), from which `loss_of` takes both paths."""
-        self._see(x)
-        return self._gate(x)
+    def encode_for_training(self, x: Tensor, context: StepContext) -> SparseActs:
+        """Return relu(pi), from which `loss_of` takes both paths; measures the unit."""
+        self._measure_unit(x, context)
+        return self._gate(x, context)
 
     def loss_of(
-        self, x: Tensor, target: Tensor, acts: SparseActs, dead: LatentRows | None
+        self,
+        x: Tensor,
+        target: Tensor,
+        acts: SparseActs,
+        dead: LatentRows | None,
+        context: StepContext,
     ) -> SAEOutput:
-        """See `SAE.loss_of`; `acts` is what `encode_for_loss` returned."""
+        """See `SAE.loss_of`; `acts` is what `encode_for_training` returned."""
         f = self._open(acts)
-        self._follow(f.detach())
+        self._adjust_coefficient(f.detach(), context)
         penalty = self._weigh(mean_over_tokens(acts.values, acts.n) / upcast(self.unit))
-        out = self._assemble(x, target, f, self.decode(f), self.sparsity_scale * penalty, dead)
+        penalty = context.sparsity_scale * penalty
+        out = total_loss(self, x, target, f, self.reconstruct(x, f), penalty, dead)
         by_gate = ops.sparse_decode(acts, self.W_dec.detach(), self.b_dec.detach())
-        squared = (upcast(target) - upcast(by_gate)).square().sum()
-        out.loss = out.loss + unexplained(squared, target)
+        out.loss = out.loss + fvu(squared_error(target, by_gate), target)
         return out
 
-    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return SAELens' `gated`."""
-        return {"architecture": "gated"}, {"r_mag": self.r_mag, "b_mag": self.b_mag}
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor], learned: dict[str, Any]) -> None:
-        """Take the second path from a saved file."""
-        super().restore(tensors, learned)
-        self.r_mag.copy_(tensors["r_mag"])
-        self.b_mag.copy_(tensors["b_mag"])
-
-    @torch.no_grad()
-    def fold_input_scale_(self, scale: float) -> None:
-        """See `SAE.fold_input_scale_`; b_mag is divided as well."""
-        super().fold_input_scale_(scale)
-        self.b_mag.div_(scale)
+    def rescale_code_(self, scaler: ActivationScaler) -> None:
+        """See `SAE.rescale_code_`: b_mag is in units of the code."""
+        super().rescale_code_(scaler)
+        self.b_mag.div_(scaler.code_scale)

@@ -2,7 +2,7 @@
 
 Source: Olmo et al. 2024, "Features that make a difference: leveraging gradients for improved
 dictionary learning" (arXiv 2411.10397). The paper's code is not public: the formula of the score is
-theirs, its normalisation ours.
+theirs, its normalization is our addition.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from fastsae import ops
+from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.loss import SAEOutput
+from fastsae.nn.objective import dead_rows
+from fastsae.nn.parameters import plain
+from fastsae.nn.scaler import Columns
 from fastsae.nn.select import encode_selected
 from fastsae.nn.topk import TopKSAE
 from fastsae.types import SparseActs
@@ -60,30 +64,17 @@ class GradientSAE(TopKSAE):
             self._fail(f"0 <= beta < inf, got {beta}")
         if normalize not in ("token", "none"):
             self._fail(f"normalize to be token or none, got {normalize!r}")
-        self.beta, self.normalize = beta, normalize
-        self.feature_major_update = False  # the fused update encodes without the gradient
+        self.beta, self.normalize = plain(beta), normalize
 
     @property
-    def data_widths(self) -> tuple[int, ...]:
+    def columns(self) -> Columns:
         """The column blocks of a training batch: x and g."""
-        return self.d_in, self.d_in
+        return Columns((self.d_in,), extra=(self.d_in,))
 
-    def split(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x twice: what is encoded and what is reconstructed."""
-        x = batch[:, : self.d_in].contiguous()
-        return x, x
-
-    def start_(self, batch: Tensor, method: str) -> None:
-        """Set b_dec from x."""
-        self.init_b_dec(self.split(batch)[0], method)
-
-    def input_scales(self, batch: Tensor) -> list[float]:
-        """Return the scale of x, as in `SAE`, and 1 for g."""
-        return [self._input_scale(self.split(batch)[0]), 1.0]
-
-    def batch_loss(self, batch: Tensor, dead: Tensor | None) -> SAEOutput:
-        """Return the loss of x and g side by side."""
-        return self.loss(self.split(batch)[0], dead=dead, grad=batch[:, self.d_in :])
+    def training_loss(self, batch: Tensor, context: StepContext = STEP) -> SAEOutput:
+        """Return the loss of x and g side by side, `[n, 2 d_in]`."""
+        x, _, grad = self.columns.split(batch)
+        return self.loss(x, grad=grad, context=context)
 
     def encode_sparse(self, x: Tensor, *, grad: Tensor | None = None) -> SparseActs:
         """Return the sparse code of `x: [..., d_in]`, leading dimensions flattened to rows.
@@ -93,29 +84,31 @@ class GradientSAE(TopKSAE):
             grad: dL/dx in the shape and dtype of x, or None for the selection by value alone.
         """
         rows = self._rows(x, "x")
-        return self._largest(rows, self.k) if grad is None else self._scored(rows, grad)
+        return self._scored(rows, grad)
 
     def loss(
         self,
         x: Tensor,
         target: Tensor | None = None,
         *,
-        dead: Tensor | None = None,
+        context: StepContext = STEP,
         grad: Tensor | None = None,
     ) -> SAEOutput:
         """Compute the loss of `SAE.loss` with the code that `encode_sparse(x, grad=grad)` gives."""
-        rows = self._rows(x, "x")
-        goal = rows if target is None else self._goal(target)
-        out = self.loss_of(rows, goal, self.encode_sparse(x, grad=grad), self.dead_rows(dead))
-        out.reconstruction = out.reconstruction.reshape((x if target is None else target).shape)
-        return out
+        rows, target = self._rows(x, "x"), x if target is None else target
+        if (n := self._target_rows(target).shape[0]) != rows.shape[0]:
+            self._fail(f"target to have {rows.shape[0]} rows like x, got {n}")
+        acts = self._scored(rows, grad, context)
+        return self.loss_of(rows, target, acts, dead_rows(self, context.dead), context)
 
-    def _scored(self, x: Tensor, grad: Tensor) -> SparseActs:
+    def _scored(self, x: Tensor, grad: Tensor | None, context: StepContext = STEP) -> SparseActs:
+        if grad is None:
+            return self._largest(x, self.k, context)
         g = self._rows(grad, "grad")
         if g.shape != x.shape:
             self._fail(f"grad to have {x.shape[0]} rows like x, got {g.shape[0]}")
         if self.beta == 0:
-            return self._largest(x, self.k)
+            return self._largest(x, self.k, context)
         g, W_dec = g.detach(), self.W_dec.detach()
 
         def select(z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -127,7 +120,7 @@ class GradientSAE(TopKSAE):
             indices = ops.topk(score, self.k).indices
             return values.gather(1, indices.long()), indices
 
-        return encode_selected(x, self._rows_enc(), self.b_enc, self._input_bias(), select)
+        return encode_selected(x, self.W_enc_rows, self.b_enc, self._input_bias(), select)
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""

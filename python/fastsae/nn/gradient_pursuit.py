@@ -56,7 +56,7 @@ def gradient_pursuit(sae: SAE, x: Tensor, k: int | Tensor) -> SparseActs:
     of W_dec per token each.
     Source: Blumensath and Davies 2008; Engels et al. 2024.
     """
-    x = check_rows("gradient_pursuit", x, "x", like=sae.W_dec.t())
+    x = check_rows("gradient_pursuit", x, "x", like=sae.W_dec)
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"gradient_pursuit: expected parameters in float32 or float64, got {x.dtype}"

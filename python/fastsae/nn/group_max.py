@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.sae import SAE
 from fastsae.nn.select import encode_selected
 from fastsae.types import SparseActs
@@ -34,17 +35,15 @@ class GroupMaxSAE(SAE):
         ValueError: k is not an integer that divides d_sae.
     """
 
-    feature_major_update = True
-
     def __init__(self, d_in: int, d_sae: int, k: int, **kwargs: Any) -> None:
         super().__init__(d_in, d_sae, **kwargs)
         if int(k) != k or not 1 <= k <= d_sae or d_sae % k:
             self._fail(f"k to be an integer that divides d_sae = {d_sae}, got k = {k}")
         self.k = int(k)
 
-    def _encode(self, x: Tensor) -> SparseActs:
+    def _encode(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
         return encode_selected(
-            x, self._rows_enc(), self.b_enc, self._input_bias(), self._largest_of_groups
+            x, self.W_enc_rows, self.b_enc, self._input_bias(), self._largest_of_groups
         )
 
     def _largest_of_groups(self, z: Tensor, _: slice) -> tuple[Tensor, Tensor]:
@@ -56,7 +55,3 @@ class GroupMaxSAE(SAE):
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
         return {**super().config(), "k": self.k}
-
-    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return an architecture that SAELens does not know, rather than a wrong one."""
-        return {"architecture": "groupmax", "k": self.k}, {}

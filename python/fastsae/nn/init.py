@@ -1,4 +1,4 @@
-"""Where the decoder bias starts: the centre of a sample of activations."""
+"""Where the decoder bias starts: the center of a sample of activations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def center(x: Tensor, method: str) -> Tensor:
-    """Return the centre `[d]` of the rows of `x: [n, d]`, in float32 (float64 for float64).
+    """Return the center `[d]` of the rows of `x: [n, d]`, in float32 (float64 for float64).
 
     Args:
         x: floating point.
@@ -18,17 +18,17 @@ def center(x: Tensor, method: str) -> Tensor:
     """
     x = x if x.dtype == torch.float64 else x.float()
     if x.shape[0] == 0:
-        raise ValueError("init_b_dec: expected at least one row, got none")
+        raise ValueError("initialize_b_dec_: expected at least one row, got none")
     bad = int((~x.isfinite().all(1)).sum())
     if bad:
         raise ValueError(
-            f"init_b_dec: expected finite rows, got {bad} of {x.shape[0]} with NaN or Inf"
+            f"initialize_b_dec_: expected finite rows, got {bad} of {x.shape[0]} with NaN or Inf"
         )
     if method == "mean":
         return x.mean(0)
     if method == "geometric_median":
         return geometric_median(x)
-    raise ValueError(f"init_b_dec: expected method geometric_median or mean, got {method!r}")
+    raise ValueError(f"initialize_b_dec_: expected method geometric_median or mean, got {method!r}")
 
 
 def geometric_median(x: Tensor, *, tolerance: float = 1e-6, max_iterations: int = 200) -> Tensor:

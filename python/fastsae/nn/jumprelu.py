@@ -6,54 +6,87 @@ Source: Rajamanoharan et al. 2024, "Jumping ahead" (arXiv 2407.14435), sections 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastsae import ops
 from fastsae.nn.auxk import LatentRows
-from fastsae.nn.loss import SAEOutput, variation
+from fastsae.nn.context import STEP, StepContext
+from fastsae.nn.loss import SAEOutput, total_variance
+from fastsae.nn.objective import total_loss
+from fastsae.nn.parameters import plain
 from fastsae.nn.penalized import PenalizedSAE, mean_over_tokens
-from fastsae.nn.thresholds import factor_for_k
+from fastsae.nn.threshold_sae import factor_for_k
 from fastsae.types import SparseActs
 
 
-class JumpReLU(torch.autograd.Function):
-    """z H(z - theta) elementwise, with the paper's gradients (eq. 11 and 12).
+class _Elementwise(torch.autograd.Function):
+    """An elementwise function of (z, threshold, eps) whose derivatives are those of a rule."""
 
-    d/dz     = H(z - theta)
-    d/dtheta = -(theta / eps) K((z - theta) / eps),   K(u) = 1 where |u| < 1/2
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+
+class JumpReLU(_Elementwise):
+    """z H(z - threshold) elementwise, with the paper's gradients (eq. 11 and 12).
+
+    d/dz         = H(z - threshold)
+    d/dthreshold = -(threshold / eps) K((z - threshold) / eps),   K(u) = 1 where |u| < 1/2
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, theta: Tensor, eps: Tensor) -> Tensor:
-        ctx.save_for_backward(z, theta, eps)
-        return torch.where(z > theta, z, 0)
+    def forward(z: Tensor, threshold: Tensor, eps: Tensor) -> Tensor:
+        return torch.where(z > threshold, z, 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        z, theta, eps = ctx.saved_tensors
-        near = (z - theta).abs() < eps / 2
-        return torch.where(z > theta, grads[0], 0), -grads[0] * near * theta / eps, None
-
-
-class Step(torch.autograd.Function):
-    """H(z - theta) elementwise: d/dz = 0, d/dtheta = -(1 / eps) K((z - theta) / eps)."""
+        z, threshold, eps = ctx.saved_tensors
+        near = (z - threshold).abs() < eps / 2
+        return torch.where(z > threshold, grads[0], 0), -grads[0] * near * threshold / eps, None
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, theta: Tensor, eps: Tensor) -> Tensor:
-        ctx.save_for_backward(z, theta, eps)
-        return (z > theta).to(z.dtype)
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        z, threshold, eps = ctx.saved_tensors
+        dz, dt = (torch.zeros_like(z) if t is None else t for t in tangents[:2])
+        near = (z - threshold).abs() < eps / 2
+        moved: Tensor = dt * near * threshold / eps
+        return torch.where(z > threshold, dz, 0) - moved.to(z.dtype)
+
+
+class Step(_Elementwise):
+    """H(z - threshold) elementwise: d/dz = 0, d/dthreshold = -(1 / eps) K((z - threshold) / eps)."""
+
+    @staticmethod
+    def forward(z: Tensor, threshold: Tensor, eps: Tensor) -> Tensor:
+        return (z > threshold).to(z.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        z, theta, eps = ctx.saved_tensors
-        near = (z - theta).abs() < eps / 2
+        z, threshold, eps = ctx.saved_tensors
+        near = (z - threshold).abs() < eps / 2
         return None, -grads[0] * near / eps, None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        z, threshold, eps = ctx.saved_tensors
+        dt = torch.zeros_like(threshold) if tangents[1] is None else tangents[1]
+        near = (z - threshold).abs() < eps / 2
+        moved: Tensor = -dt * near / eps
+        return moved.to(z.dtype)
 
-class DecodeAll(torch.autograd.Function):
+
+def _apply(function: type[_Elementwise], *inputs: Tensor) -> Tensor:
+    out: Tensor = function.apply(*inputs)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _DecodeAll(torch.autograd.Function):
     """`ops.sparse_decode` whose entries of value 0 get a gradient as well."""
 
     @staticmethod
@@ -65,6 +98,7 @@ class DecodeAll(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, indices, offsets, W_dec = ctx.saved_tensors
         grad, native = grads[0].contiguous(), torch.ops.fastsae
@@ -75,36 +109,35 @@ class DecodeAll(torch.autograd.Function):
         return dvalues, None, None, dW, grad.sum(0)
 
 
-def _apply(function: type[torch.autograd.Function], *inputs: Tensor) -> Tensor:
-    out: Tensor = function.apply(*inputs)
-    return out
-
-
 class JumpReLUSAE(PenalizedSAE):
     """Sparse autoencoder with a trained threshold for every latent.
 
-        f    = z H(z - theta),   z = (x - b_dec) W_enc + b_enc,   theta = unit exp(log_threshold)
-        loss = fvu + coefficient * sum_j H(z_j - theta_j) / d_in
+        f    = z H(z - threshold),   z = (x - b_dec) W_enc + b_enc
+        loss = fvu + coefficient * sum_j H(z_j - threshold_j) / d_in
+        threshold = unit exp(log_threshold)
 
-    The step has no gradient, so theta gets a straight-through estimate from the pre-activations
-    within half a bandwidth of it, on both sides; z gets none from the penalty. Only those entries
-    and the active ones are ever kept. The paper does not subtract b_dec from x; here it is, as in
-    all classes, and b_enc can undo it. See `PenalizedSAE` for k, `unit` and the other arguments.
+    The step has no gradient, so the threshold gets a straight-through estimate from the
+    pre-activations within half a bandwidth of it, on both sides; z gets none from the penalty. Only
+    those entries and the active ones are ever kept. `log_threshold` is float32 whatever the dtype
+    of the other parameters, and gets its estimate in training mode from `forward` too. The paper
+    does not subtract b_dec from x; here it is, as in all classes, and b_enc can undo it. See `PenalizedSAE` for k, `unit` and the other arguments.
 
     Args:
         d_in: width of the activations.
         d_sae: number of latents.
-        k: wanted mean active latents per token; None keeps the coefficient as it is.
+        k: target mean number of active latents per token; None keeps the coefficient fixed.
         bandwidth: of the estimate, in units of `unit`; a wider one averages over more entries and
             is more biased.
-        threshold: where thresholds start, in units of `unit`, > 0. None starts them at one value
-            with which the first training batch keeps k entries per token (ours: Adam moves
-            log_threshold by lr a step, too little to cross the way up in a short run), or at 0.1
-            without k.
+        threshold: initial thresholds, in units of `unit`, > 0. None starts them at one value with
+            which the first data seen (`initialize_from_data_`, or the first training batch) keep k
+            entries per token (our addition: Adam moves log_threshold by lr a step, too little to
+            cross the way up in a short run), or at 0.1 without k.
 
     Raises:
         ValueError: bandwidth or threshold is not above 0.
     """
+
+    FLOAT32: ClassVar[tuple[str, ...]] = (*PenalizedSAE.FLOAT32, "log_threshold")
 
     log_threshold: Tensor
 
@@ -122,59 +155,94 @@ class JumpReLUSAE(PenalizedSAE):
         start = 0.1 if threshold is None else threshold
         if not (0 < bandwidth < math.inf and 0 < start < math.inf):
             self._fail(f"bandwidth > 0 and threshold > 0, got {bandwidth} and {threshold}")
-        self.bandwidth, self.initial_threshold = bandwidth, threshold
-        self.log_threshold = nn.Parameter(torch.full_like(self.b_enc, math.log(start)))
+        self.bandwidth, self.initial_threshold = plain(bandwidth), plain(threshold)
+        logs = torch.full_like(self.b_enc, math.log(start), dtype=torch.float32)
+        self.log_threshold = nn.Parameter(logs)
         self._started = threshold is not None or k is None
 
     @property
     def threshold(self) -> Tensor:
-        """theta: [d_sae], in the unit of the activations."""
-        return self.unit.to(self.log_threshold.dtype) * self.log_threshold.exp()
+        """[d_sae], float32, in the unit of the activations."""
+        return self.unit * self.log_threshold.exp()
 
-    def _encode(self, x: Tensor) -> SparseActs:
-        return self._above(x, self.threshold)
+    @property
+    def _eps(self) -> Tensor:
+        eps: Tensor = self.bandwidth * self.unit
+        return eps
 
-    def encode_for_loss(self, x: Tensor) -> SparseActs:
-        """Return the entries that take part in the loss: z above theta - bandwidth / 2."""
+    def _encode(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
+        if self.training and torch.is_grad_enabled():
+            return self._open(self._above(x, self.threshold - self._eps / 2, context))
+        return self._above(x, self.threshold, context)
+
+    def _open(self, acts: SparseActs) -> SparseActs:
+        """Return f from the pre-activations near and above the thresholds."""
+        z, threshold = self._inside(acts)
+        values = _apply(JumpReLU, z, threshold, self._eps)
+        return SparseActs(values, acts.indices, acts.offsets, self.d_sae)
+
+    def _inside(self, acts: SparseActs) -> tuple[Tensor, Tensor]:
+        """Return pre-activations, out of every threshold's reach where padding is, and thresholds."""
+        assert acts.offsets is not None
+        entry = torch.arange(acts.values.shape[0], device=acts.values.device)
+        z = torch.where(entry < acts.offsets[-1], acts.values, -math.inf)
+        return z, self.threshold[acts.indices.long()]
+
+    def decode(self, acts: Tensor | SparseActs) -> Tensor:
+        """See `SAE.decode`; entries of value 0 get gradients, which estimates need."""
+        if isinstance(acts, SparseActs) and acts.offsets is not None and acts.values.requires_grad:
+            out: Tensor = _DecodeAll.apply(  # type: ignore[no-untyped-call]
+                acts.values, acts.indices, acts.offsets, self.W_dec, self.b_dec
+            )
+            return out
+        return super().decode(acts)
+
+    def encode_for_training(self, x: Tensor, context: StepContext) -> SparseActs:
+        """Return the entries that the loss needs: z above threshold - bandwidth / 2."""
         if self.training and not self._started and len(x):
-            self._start_threshold(x)
-        self._see(x)
-        return self._above(x, self.threshold - self._eps() / 2)
+            self._start_threshold(x, context)
+        self._measure_unit(x, context)
+        return self._above(x, self.threshold - self._eps / 2, context)
 
     @torch.no_grad()
-    def _start_threshold(self, x: Tensor) -> None:
-        """Start all thresholds where the first batch `x: [n, d_in]` keeps k entries per token."""
-        self._started = True
-        if int(self.batches_seen) or self.k is None:
-            return
-        smallest = ops.encode_batch_topk(
-            x, self._rows_enc(), self.b_enc, self.k, b_dec=self._input_bias()
-        ).threshold
-        unit = (variation(x) / x.numel()).sqrt()
-        start = (smallest / unit).log()
-        if bool(start.isfinite()):
-            self.log_threshold.fill_(start)
+    def initialize_from_data_(self, batch: Tensor, method: str = "geometric_median") -> None:
+        """See `SAE.initialize_from_data_`; starts the thresholds too, unless they were given."""
+        super().initialize_from_data_(batch, method)
+        if not self._started:
+            self._start_threshold(self.columns.split(batch).x, STEP)
 
-    def _eps(self) -> Tensor:
-        return self.bandwidth * self.unit.to(self.b_enc.dtype)
+    @torch.no_grad()
+    def _start_threshold(self, x: Tensor, context: StepContext) -> None:
+        """Start all thresholds where the first rows `x: [n, d_in]` keep k entries per token."""
+        assert self.k is not None
+        if any(cls.__name__ == "FSDPModule" for cls in type(self).__mro__):
+            raise RuntimeError(
+                f"{type(self).__name__}: expected thresholds that are started before fully_shard; "
+                "call initialize_from_data_(batch) first, or give threshold="
+            )
+        self._started = True
+        smallest = ops.encode_batch_topk(
+            x, self.W_enc_rows, self.b_enc, self.k, b_dec=self._input_bias()
+        ).threshold
+        unit = (total_variance(x) / x.numel()).sqrt()
+        start = (context.reduced(smallest, "mean") / context.reduced(unit, "mean")).log()
+        fresh = (self.batches_seen == 0) & start.isfinite()
+        self.log_threshold.copy_(torch.where(fresh, start.float(), self.log_threshold))
 
     def loss_of(
-        self, x: Tensor, target: Tensor, acts: SparseActs, dead: LatentRows | None
+        self,
+        x: Tensor,
+        target: Tensor,
+        acts: SparseActs,
+        dead: LatentRows | None,
+        context: StepContext,
     ) -> SAEOutput:
-        """See `SAE.loss_of`; `acts` is what `encode_for_loss` returned."""
-        z, eps = acts.values, self._eps()
-        assert acts.offsets is not None
-        theta = self.threshold[acts.indices.long()]
-        # Padding lies beyond every threshold's reach.
-        entry = torch.arange(z.shape[0], device=z.device)
-        inside = entry < acts.offsets[-1]
-        z = torch.where(inside, z, -math.inf)
-        values = _apply(JumpReLU, z, theta, eps)
-        f = SparseActs(values, acts.indices, acts.offsets, self.d_sae)
-        self._follow(f.detach())
-        penalty = self._weigh(mean_over_tokens(_apply(Step, z, theta, eps), acts.n))
-        out = _apply(DecodeAll, values, acts.indices, acts.offsets, self.W_dec, self.b_dec)
-        return self._assemble(x, target, f, out, self.sparsity_scale * penalty, dead)
+        """See `SAE.loss_of`; `acts` is what `encode_for_training` returned."""
+        f = self._open(acts)
+        self._adjust_coefficient(f.detach(), context)
+        active = _apply(Step, *self._inside(acts), self._eps)
+        penalty = context.sparsity_scale * self._weigh(mean_over_tokens(active, acts.n))
+        return total_loss(self, x, target, f, self.reconstruct(x, f), penalty, dead)
 
     @torch.no_grad()
     def calibrate_(self, x: Tensor) -> None:
@@ -186,9 +254,11 @@ class JumpReLUSAE(PenalizedSAE):
             ValueError: k is None, or nothing in x is positive.
         """
         if self.k is None:
-            self._fail("a wanted k, got None")
-        rows, theta = self._rows(x, "x"), self.threshold
-        factor = factor_for_k(rows, self._rows_enc(), self.b_enc, self._input_bias(), theta, self.k)
+            self._fail("a target k, got None")
+        rows = self._rows(x, "x")
+        factor = factor_for_k(
+            rows, self.W_enc_rows, self.b_enc, self._input_bias(), self.threshold, self.k
+        )
         if not bool(factor.isfinite()):
             self._fail("x to have positive pre-activations, got none")
         self.log_threshold.add_(factor.log())
@@ -197,13 +267,3 @@ class JumpReLUSAE(PenalizedSAE):
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
         own = {"bandwidth": self.bandwidth, "threshold": self.initial_threshold}
         return {**super().config(), **own}
-
-    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return SAELens' `jumprelu`."""
-        return {"architecture": "jumprelu"}, {"threshold": self.threshold.detach()}
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor], learned: dict[str, Any]) -> None:
-        """Take the thresholds from a saved file."""
-        super().restore(tensors, learned)
-        self.log_threshold.copy_((tensors["threshold"] / self.unit).log())

@@ -1,11 +1,13 @@
-"""The pieces of the training loss: what a forward returns, and ratios of squared errors."""
+"""The pieces of the training loss: what a step returns, and ratios of squared errors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fastsae.types import SparseActs
 
@@ -19,7 +21,7 @@ class SAEOutput:
     loss: Tensor
     """`fvu + auxk_alpha * aux_loss + sparsity_loss`: the number to call backward on."""
     reconstruction: Tensor
-    """x_hat, with the shape of the target."""
+    """x_hat, with the shape of the target; `loss` depends on it in the graph."""
     acts: SparseActs
     """The sparse code of the batch, leading dimensions flattened; carries the graph."""
     fvu: Tensor
@@ -27,9 +29,22 @@ class SAEOutput:
     mse: Tensor
     """Squared error summed over d_in, mean over tokens; in squared units of x. Detached."""
     aux_loss: Tensor
-    """Share of the residual's variance that dead latents leave; 0 where there are none."""
+    """Fraction of the residual's variance that dead latents leave; 0 where there are none."""
     sparsity_loss: Tensor
-    """What the code's size costs, weighted; 0 for classes whose selection bounds it."""
+    """The weighted penalty on the code; 0 for classes whose selection bounds its size."""
+
+
+def _flatten(out: SAEOutput) -> tuple[list[Any], None]:
+    return [getattr(out, field.name) for field in fields(out)], None
+
+
+def _unflatten(leaves: Any, _: None) -> SAEOutput:
+    return SAEOutput(*leaves)
+
+
+pytree.register_pytree_node(
+    SAEOutput, _flatten, _unflatten, serialized_type_name="fastsae.SAEOutput"
+)
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -37,23 +52,28 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def variation(x: Tensor) -> Tensor:
-    """Return sum (x - mean x)^2 over `x: [n, d]`, without a graph."""
-    x = upcast(x.detach())
+def total_variance(x: Tensor) -> Tensor:
+    """Return sum (x - mean x)^2 over the rows of `x: [..., d]`, without a graph."""
+    x = upcast(x.detach()).reshape(-1, x.shape[-1])
     return (x - x.mean(0)).square().sum()
 
 
-def unexplained(squared_error: Tensor, goal: Tensor) -> Tensor:
-    """Return sum error^2 / sum (goal - mean goal)^2; huge where all rows of `goal` are equal."""
-    return squared_error / variation(goal).clamp_min(_FLOOR)
+def squared_error(target: Tensor, prediction: Tensor) -> Tensor:
+    """Return the sum of (target - prediction)^2, in float32 or float64."""
+    return (upcast(target) - upcast(prediction).reshape(target.shape)).square().sum()
 
 
-def unexplained_residual(guess: Tensor, residual: Tensor) -> Tensor:
-    """Return the same for a `guess` of the `residual: [n, d]`, which carries no graph.
+def fvu(squared: Tensor, target: Tensor) -> Tensor:
+    """Return `squared` error over the total variance of `target`; huge where all rows are equal."""
+    return squared / total_variance(target).clamp_min(_FLOOR)
+
+
+def fvu_of_residual(prediction: Tensor, residual: Tensor) -> Tensor:
+    """Return the same for a `prediction` of the `residual: [n, d]`, which carries no graph.
 
     A residual that is the same for every token (up to rounding) has nothing to explain: 0.
     """
-    total = variation(residual)
+    total = total_variance(residual)
     constant = total <= torch.finfo(residual.dtype).eps * residual.square().sum()
-    ratio = (upcast(guess) - residual).square().sum() / total.clamp_min(_FLOOR)
+    ratio = squared_error(residual, prediction) / total.clamp_min(_FLOOR)
     return torch.where(constant, 0.0, ratio)

@@ -8,8 +8,7 @@ budgets" (arXiv 2505.24473), HierarchicalTopK.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate as running_sum
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -18,7 +17,9 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.nn.auxk import LatentRows
 from fastsae.nn.batch_topk import BatchTopKSAE
-from fastsae.nn.loss import SAEOutput, unexplained, upcast
+from fastsae.nn.context import STEP, StepContext
+from fastsae.nn.loss import SAEOutput, fvu, squared_error, upcast
+from fastsae.nn.objective import total_loss
 from fastsae.nn.topk import TopKSAE
 from fastsae.types import SparseActs
 
@@ -43,8 +44,6 @@ class MatryoshkaSAE(BatchTopKSAE):
         ValueError: a group without latents, or another sum.
     """
 
-    feature_major_update = False
-
     def __init__(
         self,
         d_in: int,
@@ -64,8 +63,8 @@ class MatryoshkaSAE(BatchTopKSAE):
         self.active_groups = len(self.groups)
         """How many groups inference uses; not saved."""
 
-    def _encode(self, x: Tensor) -> SparseActs:
-        acts = super()._encode(x)
+    def _encode(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
+        acts = super()._encode(x, context)
         if self.training or self.active_groups == len(self.groups):
             return acts
         return self._part(acts, 0, sum(self.groups[: self.active_groups]))
@@ -77,23 +76,24 @@ class MatryoshkaSAE(BatchTopKSAE):
         return SparseActs(values, acts.indices, acts.offsets, acts.d_sae)
 
     def loss_of(
-        self, x: Tensor, target: Tensor, acts: SparseActs, dead: LatentRows | None
+        self,
+        x: Tensor,
+        target: Tensor,
+        acts: SparseActs,
+        dead: LatentRows | None,
+        context: StepContext,
     ) -> SAEOutput:
         """See `SAE.loss_of`."""
         x_hat = self.b_dec.expand(x.shape[0], -1)
-        ends = [0, *running_sum(self.groups)]
+        ends = [0, *accumulate(self.groups)]
         total = upcast(x_hat).new_zeros(())
         for start, end in pairwise(ends):
-            total = total + self._squared(target, x_hat)
+            total = total + squared_error(target, x_hat)
             x_hat = x_hat + ops.sparse_decode(self._part(acts, start, end), self.W_dec)
-        out = self._assemble(x, target, acts, x_hat, None, dead)
-        prefixes = out.fvu + unexplained(total, target)
+        out = total_loss(self, x, target, acts, x_hat, None, dead)
+        prefixes = out.fvu + fvu(total, target)
         out.loss = out.loss - out.fvu + prefixes / (len(self.groups) + 1)
         return out
-
-    @staticmethod
-    def _squared(target: Tensor, x_hat: Tensor) -> Tensor:
-        return (upcast(target) - upcast(x_hat)).square().sum()
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
@@ -115,19 +115,22 @@ class HierarchicalTopKSAE(TopKSAE):
         k: active latents per token.
     """
 
-    def __init__(self, d_in: int, d_sae: int, k: int, **kwargs: Any) -> None:
-        super().__init__(d_in, d_sae, k, **kwargs)
-        self.feature_major_update = False
-
     def loss_of(
-        self, x: Tensor, target: Tensor, acts: SparseActs, dead: LatentRows | None
+        self,
+        x: Tensor,
+        target: Tensor,
+        acts: SparseActs,
+        dead: LatentRows | None,
+        context: StepContext,
     ) -> SAEOutput:
         """See `SAE.loss_of`."""
-        out = super().loss_of(x, target, acts, dead)
+        out = super().loss_of(x, target, acts, dead, context)
         order = acts.values.detach().argsort(dim=1, descending=True, stable=True)
         values, indices = acts.values.gather(1, order), acts.indices.gather(1, order)
-        squared = _PrefixErrors.apply(values, indices, self.W_dec, self.b_dec, target)  # type: ignore[no-untyped-call]
-        out.loss = out.loss - out.fvu + unexplained(squared, target) / acts.values.shape[1]
+        squared = _PrefixErrors.apply(
+            values, indices, self.W_dec, self.b_dec, target.reshape(x.shape[0], -1)
+        )  # type: ignore[no-untyped-call]
+        out.loss = out.loss - out.fvu + fvu(squared, target) / acts.values.shape[1]
         return out
 
 

@@ -1,62 +1,95 @@
 """The four parameters of a sparse autoencoder and how they lie in memory.
 
-Both matrices are stored feature-major, one contiguous row of `d_in` numbers per latent. `W_enc` is
-still a `[d_in, d_sae]` parameter; its strides are those of a transposed `[d_sae, d_in]` tensor, and
-gradients, Adam states, copies and casts keep them.
+Both matrices are stored feature-major, one contiguous row of `d_in` numbers per latent, which is
+how the kernels read them. `W_enc_rows` is the parameter, as in the weight of an `nn.Linear`;
+`W_enc`, the matrix of the papers, is its transposed view.
 """
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fastsae.nn.check import check_rows
 from fastsae.nn.loss import upcast
 
 
 class Parameters(nn.Module):
-    """W_enc `[d_in, d_sae]`, W_dec `[d_sae, d_in]`, b_enc `[d_sae]` and b_dec `[d_in]`.
+    """W_enc_rows and W_dec `[d_sae, d_in]`, b_enc `[d_sae]` and b_dec `[d_in]`.
 
     They start tied: rows of W_dec random with norm 1, W_enc its transpose, biases 0. Assigning a
-    plain tensor copies it into the parameter.
+    plain tensor to a parameter, or to `W_enc`, copies it.
 
     Raises:
         ValueError: a size below 1.
     """
 
-    W_enc: Tensor
+    FLOAT32: ClassVar[tuple[str, ...]] = ()
+    """Parameters and buffers that selection depends on: casts of the module leave them exact."""
+
+    W_enc_rows: Tensor
     W_dec: Tensor
     b_enc: Tensor
     b_dec: Tensor
 
     def __init__(
-        self, d_in: int, d_sae: int, dtype: torch.dtype, device: torch.device | str | None
+        self,
+        d_in: int,
+        d_sae: int,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
     ) -> None:
         super().__init__()
+        d_in, d_sae = plain(d_in), plain(d_sae)
         if min(d_in, d_sae) < 1:
             self._fail(f"d_in >= 1 and d_sae >= 1, got d_in = {d_in}, d_sae = {d_sae}")
         self.d_in, self.d_sae = d_in, d_sae
         rows = torch.randn(d_sae, d_in, dtype=dtype, device=device)
         self.W_dec = nn.Parameter(rows / rows.norm(dim=1, keepdim=True))
-        self.W_enc = nn.Parameter(self.W_dec.detach().clone().t())
+        self.W_enc_rows = nn.Parameter(self.W_dec.detach().clone())
         self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device))
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
 
+    @property
+    def W_enc(self) -> Tensor:
+        """The encoder matrix `[d_in, d_sae]`: a view of the parameter `W_enc_rows`.
+
+        Change it in place or by assignment; gradients are those of `W_enc_rows`.
+        """
+        return self.W_enc_rows.t()
+
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
-        """Scale every row of W_dec to norm 1; rows of zeros stay."""
-        norm = torch.linalg.vector_norm(upcast(self.W_dec), dim=1, keepdim=True)
-        self.W_dec.div_(torch.where(norm > 0, norm, 1.0))
+        """Scale every row of W_dec to norm 1; rows of zeros stay.
+
+        Raises:
+            RuntimeError: W_dec is parametrized and its rows have other norms, which only the
+                parametrization can change.
+        """
+        W_dec = self.W_dec
+        norm = torch.linalg.vector_norm(upcast(W_dec), dim=1, keepdim=True)
+        if not parametrize.is_parametrized(self, "W_dec"):
+            W_dec.div_(torch.where(norm > 0, norm, 1.0))
+            return
+        lowest, highest = (float(end) for end in norm.aminmax())
+        if not 0.99 < lowest <= highest < 1.01:
+            raise RuntimeError(
+                f"{type(self).__name__}: expected the parametrization of W_dec to keep rows at "
+                f"norm 1, got norms from {lowest:.4g} to {highest:.4g}"
+            )
 
     @torch.no_grad()
     def remove_parallel_grad_(self) -> None:
         """Remove from W_dec.grad what points along each row: it would only change the row's norm.
 
-        With d = row / |row| the gradient becomes g - (g . d) d. Rows of zeros keep theirs.
+        With d = row / |row| the gradient becomes g - (g . d) d. Rows of zeros keep theirs. A
+        parametrized W_dec has no gradient of its own, and its parametrization keeps the norms.
         """
-        if (grad := self.W_dec.grad) is None:
+        if "W_dec" not in self._parameters or (grad := self.W_dec.grad) is None:
             return
         along = torch.einsum("fd,fd->f", grad, self.W_dec)
         squared = torch.einsum("fd,fd->f", self.W_dec, self.W_dec)
@@ -66,25 +99,46 @@ class Parameters(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         # A plain tensor is copied into the parameter, which keeps its layout and its optimizer
         # state; anything else (a new nn.Parameter too) is assigned as in every module.
+        if name == "W_enc" and isinstance(value, Tensor):
+            name, value = "W_enc_rows", value.detach().t()
         held = self.__dict__.get("_parameters", {}).get(name)
         if held is None or not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
             super().__setattr__(name, value)
             return
         if value.shape != held.shape:
-            self._fail(f"{name} to be {[*held.shape]}, got {[*value.shape]}")
+            shown = ("W_enc", [*held.t().shape], [*value.t().shape])
+            if name != "W_enc_rows":
+                shown = (name, [*held.shape], [*value.shape])
+            self._fail("{} to be {}, got {}".format(*shown))
         with torch.no_grad():
             held.copy_(value)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        W_enc = state_dict.get(f"{prefix}W_enc")  # as other libraries name and lay it out
+        if W_enc is not None and f"{prefix}W_enc_rows" not in state_dict:
+            state_dict[f"{prefix}W_enc_rows"] = state_dict.pop(f"{prefix}W_enc").t().contiguous()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `.to(torch.bfloat16)` must not round what selection depends on.
+        before = {name: getattr(self, name).detach() for name in self.FLOAT32}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, exact in before.items():
+            now = getattr(self, name)
+            if not exact.is_meta and now.dtype != exact.dtype:
+                now.data = exact.to(now.device)
+                if now.grad is not None:
+                    now.grad = now.grad.to(exact.dtype)
+        return self
+
     def _rows(self, x: Tensor, name: str) -> Tensor:
         """Check `x: [..., d_in]` and flatten its leading dimensions."""
-        return check_rows(type(self).__name__, x, name, like=self.W_enc)
-
-    def _rows_enc(self) -> Tensor:
-        """Return W_enc as the ops take it, `[d_sae, d_in]`: a view, as long as it is feature-major.
-
-        Only a W_enc assigned as a new parameter, or loaded with `assign=True`, costs a copy.
-        """
-        return self.W_enc.t().contiguous()
+        return check_rows(type(self).__name__, x, name, like=self.W_enc_rows)
 
     def _fail(self, expectation: str) -> NoReturn:
         raise ValueError(f"{type(self).__name__}: expected {expectation}")
+
+
+def plain(value: Any) -> Any:
+    """Return a numpy or 0-d tensor scalar as the Python number it is; anything else unchanged."""
+    return value.item() if getattr(value, "shape", None) == () else value

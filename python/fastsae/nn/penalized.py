@@ -1,8 +1,8 @@
-"""What SAEs have in common whose loss pays for active latents, instead of a selection of k.
+"""Shared base for SAEs whose loss penalizes active latents instead of selecting k of them.
 
     loss = fvu + coefficient * penalty / d_in
 
-With a wanted L0 the coefficient follows it (an integral controller, ours, not of any paper):
+With a target L0 the coefficient is adjusted towards it (an integral controller; our addition):
 
     coefficient <- coefficient * exp(control_lr * clamp(log(l0 / k), -1, 1))
 """
@@ -10,15 +10,17 @@ With a wanted L0 the coefficient follows it (an integral controller, ours, not o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastsae import ops
-from fastsae.nn.loss import upcast, variation
+from fastsae.nn.context import StepContext, updates_statistics
+from fastsae.nn.loss import total_variance, upcast
+from fastsae.nn.parameters import plain
 from fastsae.nn.sae import SAE
+from fastsae.nn.scaler import ActivationScaler
 from fastsae.types import SparseActs
 
 
@@ -36,9 +38,9 @@ class PenalizedSAE(SAE, register=False):
     Args:
         d_in: width of the activations.
         d_sae: number of latents.
-        k: wanted mean active latents per token; None keeps the coefficient as it is.
-        coefficient: weight of the penalty, where the control starts.
-        control_lr: how fast the coefficient follows; 0.005 means at most 0.5 % a batch, 20 times in
+        k: target mean number of active latents per token; None keeps the coefficient fixed.
+        coefficient: initial weight of the penalty.
+        control_lr: how fast the coefficient is adjusted; 0.005 means at most 0.5 % a batch, 20 times in
             600 batches. Slower is better where the run allows it: an L0 that falls before features
             have formed kills latents. ReLU found planted features with a cosine of 0.91, 0.78, 0.69
             and 0.64 at 0.003, 0.005, 0.01 and 0.02 (900 batches).
@@ -47,10 +49,11 @@ class PenalizedSAE(SAE, register=False):
         ValueError: k is not in (0, d_sae], coefficient or control_lr is negative.
     """
 
+    FLOAT32: ClassVar[tuple[str, ...]] = ("coefficient", "unit")
+
     coefficient: Tensor
     unit: Tensor
     batches_seen: Tensor
-    EXACT = ("coefficient", "unit")
 
     def __init__(
         self,
@@ -68,80 +71,69 @@ class PenalizedSAE(SAE, register=False):
             self._fail(f"0 < k <= d_sae = {d_sae} or None, got k = {k}")
         if not (0 <= coefficient < math.inf and control_lr >= 0):
             self._fail(f"coefficient >= 0 and control_lr >= 0, got {coefficient} and {control_lr}")
-        self.k, self.control_lr, self._start = k, control_lr, coefficient
-        device = self.b_enc.device
-        self.register_buffer("coefficient", torch.tensor(float(coefficient), device=device))
-        self.register_buffer("unit", torch.ones((), device=device))
+        self.k, self.control_lr = plain(k), plain(control_lr)
+        self.initial_coefficient = plain(coefficient)
+        device, exact = self.b_enc.device, torch.float32
+        start = torch.full((), float(coefficient), dtype=exact, device=device)
+        self.register_buffer("coefficient", start)
+        self.register_buffer("unit", torch.ones((), dtype=exact, device=device))
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64, device=device))
 
-    def room(self, n: int) -> int:
+    def capacity(self, n: int) -> int:
         """Return the places that the code of n tokens gets: every latent, or 4 million at least."""
-        return min(n * self.d_sae, max(n * 1024, 1 << 22))
+        capacity: int = torch.sym_min(n * self.d_sae, torch.sym_max(n * 1024, 1 << 22))
+        return capacity
 
-    def _above(self, x: Tensor, theta: Tensor) -> SparseActs:
-        """Return the pre-activations of `x: [n, d_in]` above `theta`: [] or [d_sae]."""
+    def _above(self, x: Tensor, threshold: Tensor, context: StepContext) -> SparseActs:
+        """Return the pre-activations of `x: [n, d_in]` above `threshold`: [] or [d_sae]."""
         return ops.encode_threshold(
             x,
-            self._rows_enc(),
+            self.W_enc_rows,
             self.b_enc,
-            theta.detach(),
-            self.room(x.shape[0]),
+            threshold.detach(),
+            self.capacity(x.shape[0]),
             b_dec=self._input_bias(),
-            compute_dtype=self._product(),
+            compute_dtype=context.compute_dtype,
         )
 
     @torch.no_grad()
-    def _see(self, x: Tensor) -> None:
-        """Measure the unit on the first training batch `x: [n, d_in]`."""
-        if not self.training or x.shape[0] == 0:
+    def _measure_unit(self, x: Tensor, context: StepContext) -> None:
+        """Set the unit from the first training batch `x: [n, d_in]`."""
+        if x.shape[0] == 0 or not updates_statistics(self, loss_depends=self.k is not None):
             return
-        measured = (variation(x) / x.numel()).sqrt()
+        measured = context.reduced((total_variance(x) / x.numel()).sqrt().float(), "mean")
         usable = (self.batches_seen == 0) & (measured > 0) & measured.isfinite()
         self.unit.copy_(torch.where(usable, measured, self.unit))
         self.batches_seen += 1
 
     @torch.no_grad()
-    def _follow(self, acts: SparseActs) -> None:
-        """Move the coefficient towards the wanted L0, once the penalty has its full weight."""
-        if not self.training or self.k is None or self.sparsity_scale < 1 or acts.n == 0:
+    def _adjust_coefficient(self, acts: SparseActs, context: StepContext) -> None:
+        """Move the coefficient towards the target L0, once the penalty has its full weight."""
+        if self.k is None or context.sparsity_scale < 1 or acts.n == 0:
             return
-        distance = (acts.l0().clamp_min(1e-3) / self.k).log().clamp(-1, 1)
+        if not updates_statistics(self, loss_depends=True):
+            return
+        l0 = context.reduced(acts.l0(), "mean")
+        distance = (l0.clamp_min(1e-3) / self.k).log().clamp(-1, 1)
         self.coefficient.mul_((self.control_lr * distance).exp())
 
     def _weigh(self, penalty: Tensor) -> Tensor:
         """Return what a `penalty: []`, a mean over tokens in units of `unit`, adds to the loss."""
         return self.coefficient.to(penalty.dtype) * penalty / self.d_in
 
-    @torch.no_grad()
-    def fold_input_scale_(self, scale: float) -> None:
-        """See `SAE.fold_input_scale_`; the unit is divided as well."""
-        super().fold_input_scale_(scale)
-        self.unit.div_(scale)
+    def rescale_code_(self, scaler: ActivationScaler) -> None:
+        """See `SAE.rescale_code_`: the unit is that of the code."""
+        super().rescale_code_(scaler)
+        self.unit.div_(scaler.code_scale)
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
-        own = {"k": self.k, "coefficient": self._start, "control_lr": self.control_lr}
+        own = {
+            "k": self.k,
+            "coefficient": self.initial_coefficient,
+            "control_lr": self.control_lr,
+        }
         return {**super().config(), **own}
-
-    def learned(self) -> dict[str, Any]:
-        """Return what training learned beside the tensors: JSON values for cfg.json."""
-        names = ("coefficient", "unit", "batches_seen")
-        return {name: getattr(self, name).item() for name in names}
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor], learned: dict[str, Any]) -> None:
-        """Take the coefficient and the unit from a saved configuration."""
-        for name in ("coefficient", "unit", "batches_seen"):
-            getattr(self, name).fill_(learned[name])
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PenalizedSAE:
-        # `.to(torch.bfloat16)` must not round what is measured.
-        exact = {name: getattr(self, name) for name in self.EXACT}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in exact.items():
-            if not tensor.is_meta:
-                setattr(self, name, tensor.to(getattr(self, name).device))
-        return self
 
 
 def mean_over_tokens(values: Tensor, n: int) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.nn.context import STEP, StepContext
+from fastsae.nn.parameters import plain
 from fastsae.nn.penalized import PenalizedSAE, mean_over_tokens
 from fastsae.types import SparseActs
 
@@ -29,23 +31,21 @@ class ReLUSAE(PenalizedSAE):
         p_anneal   c f^p              p falls linearly from 1 to p_end; c makes the batch pay what
                                       it would have paid for L1, as the paper's coefficients do
 
-    The trainer says how far a run is (`SAE.progress`), from which p follows. Decoder rows have norm
-    1 while training, so L1 needs no weighting by them. On large inputs, see `room`, the smallest
+    p follows from `StepContext.progress`. Decoder rows have norm
+    1 while training, so L1 needs no weighting by them. On large inputs, see `capacity`, the smallest
     active entries of a code that is hardly sparse yet are left out. See `PenalizedSAE` for k and
     the other arguments.
 
     Args:
         d_in: width of the activations.
         d_sae: number of latents.
-        k: wanted mean active latents per token; None keeps the coefficient as it is.
+        k: target mean number of active latents per token; None keeps the coefficient fixed.
         penalty: `l1`, `tanh` or `p_anneal`.
         p_end: where p ends, in (0, 1].
 
     Raises:
         ValueError: another penalty, or p_end not in (0, 1].
     """
-
-    feature_major_update = True
 
     def __init__(
         self,
@@ -62,33 +62,30 @@ class ReLUSAE(PenalizedSAE):
             self._fail(f"penalty in {', '.join(PENALTIES)}, got {penalty!r}")
         if not 0 < p_end <= 1:
             self._fail(f"0 < p_end <= 1, got {p_end}")
-        self.penalty, self.p_end = penalty, p_end
+        self.penalty, self.p_end = penalty, plain(p_end)
 
-    def _encode(self, x: Tensor) -> SparseActs:
-        return self._above(x, self.b_enc.new_zeros(()))
+    def _encode(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
+        return self._above(x, self.b_enc.new_zeros(()), context)
 
-    def encode_for_loss(self, x: Tensor) -> SparseActs:
-        self._see(x)
-        acts = self._encode(x)
-        self._follow(acts)
+    def encode_for_training(self, x: Tensor, context: StepContext) -> SparseActs:
+        """See `SAE.encode_for_training`: measures the unit, adjusts the coefficient."""
+        self._measure_unit(x, context)
+        acts = self._encode(x, context)
+        self._adjust_coefficient(acts, context)
         return acts
 
-    def sparsity_loss(self, acts: SparseActs) -> Tensor:
-        """Return what the code costs, before the warm-up of the penalty."""
+    def sparsity_loss(self, acts: SparseActs, context: StepContext) -> Tensor:
+        """Return the weighted penalty on the code."""
         values = acts.values / self.unit.to(acts.values.dtype)
         if self.penalty == "tanh":
             values = values.tanh()
         elif self.penalty == "p_anneal":
-            p = 1 + (self.p_end - 1) * self.progress
+            p = 1 + (self.p_end - 1) * context.progress
             # The derivative of 0^p is infinite; padding has value 0.
             power = torch.where(values > 0, values, 1.0).pow(p).where(values > 0, 0.0)
             values = power * (values.detach().sum() / power.detach().sum().clamp_min(1e-20))
-        return self._weigh(mean_over_tokens(values, acts.n))
+        return context.sparsity_scale * self._weigh(mean_over_tokens(values, acts.n))
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
         return {**super().config(), "penalty": self.penalty, "p_end": self.p_end}
-
-    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return SAELens' `standard`."""
-        return {"architecture": "standard"}, {}

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fastsae import ops
 from fastsae.nn.batch_topk import BatchTopKSAE
+from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.loss import upcast
+from fastsae.nn.parameters import plain
 from fastsae.types import SparseActs
 
 CHUNK_BYTES = 1 << 26
@@ -39,7 +41,7 @@ class SampledSAE(BatchTopKSAE):
     Inference has no batch to choose a pool from, so it takes all latents, and the threshold is the
     one with which these give k per token: the smallest value that BatchTopK without a pool keeps.
     That of the pool is lower, and would keep too much. Training averages it from the rows scored
-    first (the whole batch, up to 64 MiB of pre-activations); `settle_` and `calibrate_` do without
+    first (the whole batch, up to 64 MiB of pre-activations); `estimate_threshold_` and `calibrate_` do without
     a pool as well. See `BatchTopKSAE` for the other arguments.
 
     Args:
@@ -71,37 +73,40 @@ class SampledSAE(BatchTopKSAE):
             self._fail(f"1 <= pool < inf, got {pool}")
         if score not in ("l2", "entropy"):
             self._fail(f"score to be l2 or entropy, got {score!r}")
-        self.pool, self.score = pool, score
+        self.pool, self.score = plain(pool), score
 
     @property
     def pool_size(self) -> int:
         """Number of latents in the pool."""
-        return round(min(max(1, self.pool * self.k), self.d_sae))
+        size: int = round(min(max(1, self.pool * self.k), self.d_sae))
+        return size
 
-    def _encode(self, x: Tensor) -> SparseActs:
-        return self._encode_pool(x).acts if self.training else super()._encode(x)
+    def _encode(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
+        if self.training:
+            return self._encode_pool(x, context).acts
+        return super()._encode(x, context)
 
-    def encode_for_loss(self, x: Tensor) -> SparseActs:
-        """See `SAE.encode_for_loss`: learns the threshold."""
+    def encode_for_training(self, x: Tensor, context: StepContext) -> SparseActs:
+        """See `BatchTopKSAE.encode_for_training`; the threshold is one without a pool."""
         if not self.training:
-            return self._encode(x)
-        acts, smallest = self._encode_pool(x)
-        self._update_threshold(smallest.detach().float())
+            return self._encode(x, context)
+        acts, smallest = self._encode_pool(x, context)
+        self._update_threshold(smallest, context)
         return acts
 
-    def _encode_pool(self, x: Tensor) -> ops.BatchTopK:
+    def _encode_pool(self, x: Tensor, context: StepContext) -> ops.BatchTopK:
         """Return the code of `x: [n, d_in]` from its pool, and the threshold without a pool."""
         if self.pool_size == self.d_sae:
-            return self._encode_batch(x)
+            return self._encode_batch(x, context)
         scores, threshold = self._survey(x)
         pool = ops.topk(scores, self.pool_size).indices  # ascending, so those of a token are too
         acts = ops.encode_batch_topk(
             x,
-            self._rows_enc().index_select(0, pool),
+            self.W_enc_rows.index_select(0, pool),
             self.b_enc.index_select(0, pool),
             self.k,
             b_dec=self._input_bias(),
-            compute_dtype=self._product(),
+            compute_dtype=context.compute_dtype,
         ).acts
         assert acts.offsets is not None
         places = torch.arange(acts.indices.shape[0], device=x.device)
@@ -119,8 +124,8 @@ class SampledSAE(BatchTopKSAE):
         other = torch.zeros_like(total)
         threshold = torch.full_like(total[0], torch.inf)
         for i, rows in enumerate(x.split(max(1, CHUNK_BYTES // (self.d_sae * total.itemsize)))):
-            centred = rows if bias is None else rows - bias
-            a = upcast(torch.addmm(self.b_enc, centred, self.W_enc)).relu_()
+            centered = rows if bias is None else rows - bias
+            a = upcast(torch.addmm(self.b_enc, centered, self.W_enc)).relu_()
             if i == 0:
                 threshold = ops.batch_topk(a, self.k).threshold
             if self.score == "l2":

@@ -42,7 +42,7 @@ def encode_selected(
         `SparseActs` in the fixed layout.
 
     Gradients: as those of `ops.encode_topk`: x, both biases and W_enc, from active entries only.
-    Cost: 2 n d_in d_sae flops in torch's product, and what `select` does to every entry.
+    Cost: 2 n d_in d_sae flops in torch's matmul, and what `select` does to every entry.
     """
     values, indices = _Encode.apply(x, W_enc, b_enc, b_dec, select)  # type: ignore[no-untyped-call]
     return SparseActs(values, indices, None, W_enc.shape[0])
@@ -54,11 +54,11 @@ class _Encode(torch.autograd.Function):
         ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, select: Select
     ) -> tuple[Tensor, Tensor]:
         rows = max(1, CHUNK_BYTES // (W_enc.shape[0] * W_enc.element_size()))
-        centred = x if b_dec is None else x - b_dec
+        centered = x if b_dec is None else x - b_dec
         parts = []
         for start in range(0, max(x.shape[0], 1), rows):
             part = slice(start, min(start + rows, x.shape[0]))
-            parts.append(select(torch.addmm(b_enc, centred[part], W_enc.t()), part))
+            parts.append(select(torch.addmm(b_enc, centered[part], W_enc.t()), part))
         values, indices = (torch.cat(column) for column in zip(*parts, strict=True))
         _encode.setup_context(ctx, (x, W_enc, b_enc, b_dec), (values, indices))
         ctx.mark_non_differentiable(indices)

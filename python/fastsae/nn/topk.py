@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastsae import ops
 from fastsae.nn.auxk import LatentRows
-from fastsae.nn.loss import SAEOutput, unexplained, upcast
+from fastsae.nn.context import STEP, StepContext
+from fastsae.nn.loss import SAEOutput, fvu, squared_error
 from fastsae.nn.sae import SAE
 from fastsae.nn.select import encode_selected
 from fastsae.types import SparseActs
@@ -34,9 +35,9 @@ class TopKSAE(SAE):
         d_sae: number of latents.
         k: active latents per token.
         absolute: whether selection looks at |z| and values keep their sign: AbsTopK (Zhu et al.
-            2025, arXiv 2510.00404), whose latents mean one thing and its opposite.
+            2025, arXiv 2510.00404), in which a latent stands for a direction and its opposite.
         multi_topk: whether 4 k latents (at most d_sae) have to reconstruct as well (Gao et al.
-            2024, section 5.2); costs a second encode and decode, and the fused update.
+            2024, section 5.2); requires a second encode and decode.
 
     Raises:
         ValueError: k is not an integer in 1..d_sae.
@@ -55,34 +56,21 @@ class TopKSAE(SAE):
         super().__init__(d_in, d_sae, **kwargs)
         if k is None or int(k) != k or not 1 <= k <= d_sae:
             self._fail(f"k to be an integer in 1..d_sae = {d_sae}, got k = {k}")
-        self.k, self.absolute, self.multi_topk = int(k), absolute, multi_topk
-        # The gradients of the wider code do not follow from those of the code.
-        self.feature_major_update = not multi_topk
+        self.k, self.absolute, self.multi_topk = int(k), bool(absolute), bool(multi_topk)
 
-    def _encode(self, x: Tensor) -> SparseActs:
-        return self._largest(x, self.k)
+    def _encode(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
+        return self._largest(x, self.k, context)
 
-    def loss_of(
-        self, x: Tensor, target: Tensor, acts: SparseActs, dead: LatentRows | None
-    ) -> SAEOutput:
-        """See `SAE.loss_of`."""
-        out = super().loss_of(x, target, acts, dead)
-        if self.multi_topk:
-            wide = self.decode(self._largest(x, min(4 * self.k, self.d_sae)))
-            squared = (upcast(target) - upcast(wide)).square().sum()
-            out.loss = out.loss + unexplained(squared, target) / 8
-        return out
-
-    def _largest(self, x: Tensor, k: int) -> SparseActs:
+    def _largest(self, x: Tensor, k: int, context: StepContext = STEP) -> SparseActs:
         if self.absolute:
             return self._largest_absolute(x, k)
         top = ops.encode_topk(
             x,
-            self._rows_enc(),
+            self.W_enc_rows,
             self.b_enc,
             k,
             b_dec=self._input_bias(),
-            compute_dtype=self._product(),
+            compute_dtype=context.compute_dtype,
         )
         return SparseActs(*top, None, self.d_sae)
 
@@ -91,19 +79,25 @@ class TopKSAE(SAE):
             indices = ops.topk(z.abs(), k).indices
             return z.gather(1, indices.long()), indices
 
-        return encode_selected(x, self._rows_enc(), self.b_enc, self._input_bias(), select)
+        return encode_selected(x, self.W_enc_rows, self.b_enc, self._input_bias(), select)
+
+    def loss_of(
+        self,
+        x: Tensor,
+        target: Tensor,
+        acts: SparseActs,
+        dead: LatentRows | None,
+        context: StepContext,
+    ) -> SAEOutput:
+        """See `SAE.loss_of`."""
+        out = super().loss_of(x, target, acts, dead, context)
+        if self.multi_topk:
+            wide = self._largest(x, min(4 * self.k, self.d_sae), context)
+            squared = squared_error(target, self.reconstruct(x, wide))
+            out.loss = out.loss + fvu(squared, target) / 8
+        return out
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
         own = ("k", "absolute", "multi_topk")
         return {**super().config(), **{key: getattr(self, key) for key in own}}
-
-    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return SAELens' `topk`, whose latents are not rescaled by decoder norms; with `absolute`
-        an architecture that SAELens does not know, rather than a wrong one.
-        """
-        return {
-            "architecture": "abstopk" if self.absolute else "topk",
-            "k": self.k,
-            "rescale_acts_by_decoder_norm": False,
-        }, {}

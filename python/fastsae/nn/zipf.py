@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SMALLEST_FIRES = 10
+"""Tokens that a latent must have fired on, as far as an average remembers, to count in the fit."""
+
 
 class ZipfFit(NamedTuple):
     """A fitted law and the latents in its order; float64."""

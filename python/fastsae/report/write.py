@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from fastsae._files import write_atomic
 from fastsae.analysis.examples import Firings
 from fastsae.analysis.lens import promoted_tokens
 from fastsae.data import ActivationStore
-from fastsae.data.shards import write_atomic
 from fastsae.eval import CrossEntropy, EvalResult
 from fastsae.nn import SAE
 from fastsae.report import sections

@@ -1,20 +1,21 @@
-"""Train an SAE: `Trainer(sae, data, TrainConfig(...)).fit()`."""
+"""Train an SAE: `Trainer(sae, data, TrainConfig(...)).fit()`, or step by step."""
 
-from fastsae.train.batches import Batches, TensorData
 from fastsae.train.checkpoint import latest
 from fastsae.train.config import TrainConfig
 from fastsae.train.dead import DeadLatents, UnderusedLatents
-from fastsae.train.loop import Trainer, TrainResult
 from fastsae.train.sgd_sai import SGDSaI
+from fastsae.train.trainer import Trainer, TrainResult
+from fastsae.train.update import Update, make_update, why_not_fused
 
 __all__ = [
-    "Batches",
     "DeadLatents",
     "SGDSaI",
-    "TensorData",
     "TrainConfig",
     "TrainResult",
     "Trainer",
     "UnderusedLatents",
+    "Update",
     "latest",
+    "make_update",
+    "why_not_fused",
 ]

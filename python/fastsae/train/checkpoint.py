@@ -2,8 +2,8 @@
 
     checkpoints/step_000001000/
         cfg.json, sae_weights.safetensors   the SAE for raw activations; `fastsae.load` reads it
-        state.safetensors                   weights as trained, optimizer, dead latents, torch's RNG
-        state.json                          step, scales, configuration
+        state.safetensors                   the tensors of `Trainer.state_dict()`
+        state.json                          the rest of it, and the settings of the run
 
 A checkpoint is written under another name, reaches the disk, and is then renamed. Nothing is
 pickled.
@@ -11,62 +11,52 @@ pickled.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastsae._files import reason, sync, write_json, write_tensors
+from fastsae.interop.saelens import CONFIG, WEIGHTS, contents
 from fastsae.nn import SAE
-from fastsae.nn.io import CONFIG, WEIGHTS, contents, reason, sync, write_json, write_tensors
-from fastsae.train.dead import DeadLatents
-from fastsae.train.sgd_sai import SGDSaI
 
 TENSORS, STATE = "state.safetensors", "state.json"
+FORMAT = 2
+"""Development versions of 0.1.0 wrote no format; their states have other names."""
 
 
-@dataclass
-class TrainState:
-    """The moving parts of a run."""
-
-    sae: SAE
-    """Takes the blocks of columns of a batch, each times its scale."""
-    optimizer: torch.optim.Optimizer
-    """Holds the averages of every parameter of `sae`."""
-    dead: DeadLatents
-    """Tokens since each latent fired."""
-    scales: list[float] = field(default_factory=lambda: [1.0])
-    """What each block of columns of the raw data is multiplied by; see `SAE.data_widths`."""
-    step: int = 0
-    """Updates done."""
-
-
-def save_checkpoint(folder: Path, state: TrainState, about: dict[str, Any], keep: int) -> Path:
-    """Write checkpoint `state.step` into `folder`, then delete all but the newest `keep`.
+def save_checkpoint(
+    folder: Path, sae: SAE, state: dict[str, Any], about: dict[str, Any], keep: int
+) -> Path:
+    """Write checkpoint `state["step"]` into `folder`, then delete all but the newest `keep`.
 
     Args:
+        folder: of all checkpoints of the run.
+        sae: the module for raw activations.
+        state: from `Trainer.state_dict`.
         about: JSON values that a resumed run compares with its own.
+        keep: how many stay.
 
     Raises:
         RuntimeError: it cannot be written; the checkpoints that were there are untouched.
     """
-    final = folder / f"step_{state.step:09d}"
+    final = folder / f"step_{state['step']:09d}"
     temporary = folder / f".tmp_{final.name}"
+    tensors: dict[str, Tensor] = {}
+    values = _without_tensors(state, "", tensors)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        weights, cfg = contents(_for_raw_input(state))
+        weights, cfg = contents(sae)
         write_tensors(temporary / WEIGHTS, weights)
         write_json(temporary / CONFIG, cfg)
-        write_tensors(temporary / TENSORS, _tensors(state))
-        write_json(temporary / STATE, {"step": state.step, "scales": state.scales, "about": about})
+        write_tensors(temporary / TENSORS, tensors)
+        write_json(temporary / STATE, {"format": FORMAT, "state": values, "about": about})
         sync(temporary)
         shutil.rmtree(final, ignore_errors=True)  # an incomplete one of the same step
         os.replace(temporary, final)
@@ -87,78 +77,46 @@ def latest(folder: Path) -> Path | None:
     return next(iter(_complete(folder)), None)
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """Return the `about` of the checkpoint `path`."""
-    about: dict[str, Any] = json.loads((path / STATE).read_text())["about"]
-    return about
-
-
-def load_checkpoint(path: Path, state: TrainState) -> None:
-    """Copy the checkpoint `path` into `state`, bit for bit, and restore torch's RNG."""
-    header = json.loads((path / STATE).read_text())
-    tensors = load_file(path / TENSORS)
-    state.step = header["step"]
-    state.scales = header["scales"] if "scales" in header else [header["scale"]]
-    with torch.no_grad():
-        for name, tensor in _tensors(state).items():
-            if not name.startswith("rng."):
-                tensor.copy_(tensors[name])
-    torch.set_rng_state(tensors["rng.cpu"])
-    device = state.sae.W_enc.device
-    if device.type == "cuda" and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
-
-
-def prepare_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its state before the first step, so that a checkpoint can be loaded.
+def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the state and the `about` of the checkpoint `path`.
 
     Raises:
-        TypeError: it is neither Adam nor SGDSaI.
+        ValueError: it was written by another version of fastsae.
     """
-    if isinstance(optimizer, SGDSaI):
-        optimizer.prepare()
-    elif isinstance(optimizer, torch.optim.Adam):
-        prepare_adam(optimizer)
-    else:
-        got = type(optimizer).__name__
-        raise TypeError(f"checkpoint: expected optimizer to be Adam or SGDSaI, got {got}")
+    header = json.loads((path / STATE).read_text())
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"Trainer: expected a checkpoint of format {FORMAT} in {path}, got "
+            f"{header.get('format', 'one of a development version')}; finish that run with the "
+            "version that began it, or train fastsae.load(...) of the same folder further"
+        )
+    state: dict[str, Any] = _with_tensors(header["state"], load_file(path / TENSORS))
+    return state, header["about"]
 
 
-def prepare_adam(optimizer: torch.optim.Adam) -> None:
-    """Give every parameter the state that Adam makes at its first step, in the same layout."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if not optimizer.state[p]:
-                step = torch.zeros((), device=p.device if group["fused"] else "cpu")
-                optimizer.state[p] = {
-                    "step": step,
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
+def _without_tensors(value: Any, name: str, found: dict[str, Tensor]) -> Any:
+    """Return `value` with `{"tensor": name}` in place of tensors, which are put into `found`."""
+    if isinstance(value, Tensor):
+        found[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {
+            str(key): _without_tensors(item, f"{name}.{key}".lstrip("."), found)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_without_tensors(x, f"{name}.{i}", found) for i, x in enumerate(value)]
+    return value
 
 
-def _tensors(state: TrainState) -> dict[str, Tensor]:
-    """Return every tensor of a run by name: the live ones, not copies."""
-    tensors = {f"sae.{name}": t for name, t in state.sae.state_dict().items()}
-    prefix = type(state.optimizer).__name__.lower()
-    for name, p in state.sae.named_parameters():
-        for key, t in state.optimizer.state[p].items():
-            tensors[f"{prefix}.{name}.{key}"] = t
-    tensors |= {f"dead.{name}": t for name, t in state.dead.tensors().items()}
-    tensors["rng.cpu"] = torch.get_rng_state()
-    device = state.sae.W_enc.device
-    if device.type == "cuda":
-        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
-    return tensors
-
-
-def _for_raw_input(state: TrainState) -> SAE:
-    """Return a copy of the SAE that takes raw activations; it shares what folding leaves alone."""
-    kept = () if state.sae.FOLDS_MATRICES else (state.sae.W_enc, state.sae.W_dec)
-    shared: dict[int, Any] = {id(p): p for p in kept}
-    sae = copy.deepcopy(state.sae, shared)
-    sae.fold_input_scales_(state.scales)
-    return sae
+def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"tensor"}:
+            return tensors[value["tensor"]]
+        return {key: _with_tensors(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(item, tensors) for item in value]
+    return value
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fastsae.nn.parameters import plain
+
 
 @dataclass
 class TrainConfig:
@@ -27,7 +29,7 @@ class TrainConfig:
     batch_size: int = 4096
     """Tokens per update."""
     epochs: float = 1
-    """Passes over the data; does not count when `steps` or `total_tokens` is given."""
+    """Passes over the data; ignored when `steps` or `total_tokens` is given."""
     steps: int | None = None
     """Number of updates; the data are repeated as often as needed."""
     total_tokens: int | None = None
@@ -44,12 +46,13 @@ class TrainConfig:
     optimizer: str = "adam"
     """adam, or sgd_sai: `train.SGDSaI`, with half the state and always the autograd update. `betas`
     and `eps` are Adam's."""
-    update: str = "fused"
-    """How parameters move: fused (latent by latent, no gradient of a matrix exists) or autograd (a
-    backward and the optimizer: the same step, slower). SAEs, dtypes and devices that the fused one
-    does not cover take autograd."""
+    update: str = "auto"
+    """How parameters move: fused (latent by latent, no gradient of a matrix exists), autograd (a
+    backward and the optimizer: the same step, slower), or auto: fused where it applies. That
+    follows from what the module is, see `train.update.why_not_fused`; asking for fused where it
+    does not apply is an error."""
     compute_dtype: str = "auto"
-    """What the encoder's product rounds its two factors to while training: float32 (nothing),
+    """What the encoder's matmul rounds its two factors to while training: float32 (nothing),
     bfloat16, or auto: bfloat16 where the processor multiplies it natively (AVX-512 BF16, GPUs from
     compute capability 8.0 on). A GPU rounds the rows that gradients are sums of as well, see
     `ops.sparse_adam_step_`. Parameters, sums, selection, thresholds and statistics are float32 in
@@ -62,7 +65,8 @@ class TrainConfig:
     the activations, need this for one `lr` to fit all models. The number is folded into the biases
     (and thresholds) of every SAE that leaves the trainer: it takes and returns raw activations."""
     b_dec_init: str = "geometric_median"
-    """Where b_dec starts: geometric_median, mean, zeros, or keep (as the SAE comes)."""
+    """Where b_dec starts: geometric_median, mean, or zeros. A module whose biases are not all zero
+    has been trained before, and keeps them."""
     sample_rows: int = 8192
     """Rows that the scale and the start of b_dec are measured on."""
     outlier_norm: float = 3.0
@@ -86,6 +90,9 @@ class TrainConfig:
     """Show a progress bar; None shows it on a terminal only."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            setattr(self, field.name, plain(getattr(self, field.name)))
+        self.betas = (plain(self.betas[0]), plain(self.betas[1]))
         for name in ("batch_size", "epochs", "sample_rows", "log_every", "keep_checkpoints"):
             self._expect(getattr(self, name) > 0, f"{name} > 0", name)
         optional = ("lr", "steps", "total_tokens", "dead_after_tokens", "clip_grad_norm")
@@ -107,12 +114,12 @@ class TrainConfig:
         )
         for name, choices in (
             ("optimizer", ("adam", "sgd_sai")),
-            ("update", ("fused", "autograd")),
+            ("update", ("auto", "fused", "autograd")),
             ("compute_dtype", ("auto", "float32", "bfloat16")),
         ):
             known = getattr(self, name) in choices
             self._expect(known, f"{name} in {', '.join(choices)}", name)
-        starts = ("geometric_median", "mean", "zeros", "keep")
+        starts = ("geometric_median", "mean", "zeros")
         self._expect(self.b_dec_init in starts, f"b_dec_init in {', '.join(starts)}", "b_dec_init")
         if self.out is None:
             for name in ("checkpoint_every", "tensorboard"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsae.nn.zipf import underused
+from fastsae.nn.zipf import SMALLEST_FIRES, underused
 
 
 class DeadLatents:
@@ -62,11 +62,9 @@ class UnderusedLatents(DeadLatents):
         ratio: share of what is expected under which a latent is underused.
         rate: of the moving average of the densities.
 
-    Source: our reconstruction of aux_zipf_loss, Ayonrinde 2024 (arXiv 2411.02124); the paper's own
+    Source: a reconstruction of aux_zipf_loss, Ayonrinde 2024 (arXiv 2411.02124); the paper's own
     formula is not public.
     """
-
-    SMALLEST_FIRES = 10  # that the average must remember of a latent for it to count in the fit
 
     def __init__(
         self,
@@ -92,7 +90,7 @@ class UnderusedLatents(DeadLatents):
 
     def to_revive(self) -> Tensor:
         """Return the dead and the underused latents: bool `[d_sae]`."""
-        smallest = self.SMALLEST_FIRES * self.rate / max(1, int(self.batch_tokens))
+        smallest = SMALLEST_FIRES * self.rate / max(1, int(self.batch_tokens))
         return self.mask() | underused(self.density, self.ratio, smallest)
 
     def tensors(self) -> dict[str, Tensor]:

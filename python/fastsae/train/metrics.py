@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from fastsae.nn import SAE
-from fastsae.train.batches import Batches, scaled
+from fastsae.data.source import ActivationSource
+from fastsae.nn import SAE, ActivationScaler, SAEOutput
 
 Row = dict[str, float]
 
 
-def usual_rows(x: Tensor, outlier_norm: float) -> Tensor:
+def inlier_mask(x: Tensor, outlier_norm: float) -> Tensor:
     """Return which rows of `x: [n, d]` have a norm of at most `outlier_norm` medians: bool [n]."""
     norm: Tensor = torch.linalg.vector_norm(x.float(), dim=1)
     return norm <= outlier_norm * norm.median()
@@ -28,46 +27,59 @@ def fvu_no_outliers(x: Tensor, reconstruction: Tensor, outlier_norm: float) -> T
 
     A pooled FVU that includes attention sinks says how well they are reconstructed and little else.
     """
-    weight = usual_rows(x, outlier_norm).unsqueeze(1).float()
+    weight = inlier_mask(x, outlier_norm).unsqueeze(1).float()
     error = ((x.float() - reconstruction.float()).square() * weight).sum()
     mean = (x.float() * weight).sum(0) / weight.sum()
     return error / ((x.float() - mean).square() * weight).sum()
 
 
+def step_metrics(out: SAEOutput, target: Tensor, outlier_norm: float) -> Row:
+    """Return the numbers of one update; `target: [n, d_out]` in the units of the reconstruction."""
+    values = {
+        "loss": out.loss,
+        "fvu": out.fvu,
+        "mse": out.mse,
+        "aux_loss": out.aux_loss,
+        "sparsity_loss": out.sparsity_loss,
+        "l0": out.acts.l0(),
+        "fvu_no_outliers": fvu_no_outliers(target, out.reconstruction, outlier_norm),
+    }
+    numbers = torch.stack([value.detach().double() for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))
+
+
 @torch.no_grad()
 def validate(
-    sae: SAE, data: Batches, batch_size: int, scales: Sequence[float] | None = None
+    sae: SAE, data: ActivationSource, batch_size: int, scaler: ActivationScaler | None = None
 ) -> Row:
     """Return pooled metrics of `sae`, which takes scaled data, over all of `data`, in eval mode.
 
     val_fvu = sum |x - x_hat|^2 / sum |x - mean x|^2 over all rows, val_mse in squared units of x,
-    val_l0 the mean number of active latents. Sums are in float64. Batches are made a little smaller
-    than `batch_size`, so that fewer rows than there are batches are left out at the end.
+    val_l0 the mean number of active latents. Sums are in float64.
     """
     training = sae.training
     sae.eval()
-    device, dtype = sae.W_enc.device, sae.W_enc.dtype
+    device, dtype = sae.W_enc_rows.device, sae.W_enc_rows.dtype
+    scaler = scaler or ActivationScaler(sae.columns)
     shift: Tensor | None = None
     linear: Tensor | float = 0.0
-    scales = scales or [1.0] * len(sae.data_widths)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # squared error, x^2, active
     rows = 0
-    size = len(data) // -(-len(data) // batch_size)
-    for batch in data.batches(size, 0, 0, 0):
-        x, goal = sae.split(scaled(batch.to(device, dtype), sae.data_widths, scales))
+    for batch in data.batches(batch_size, seed=None):
+        x, target, _ = sae.columns.split(scaler.scale(batch.to(device, dtype)))
         acts = sae.encode_sparse(x)
-        shift = goal.mean(0) if shift is None else shift  # keeps sum x^2 - (sum x)^2 / n exact
-        centred = (goal - shift).double()
-        linear = linear + centred.sum(0)
-        error = (goal - sae.reconstruct(x, acts)).double().square().sum()
-        sums += torch.stack([error, centred.square().sum(), acts.row_counts().sum().double()])
+        shift = target.mean(0) if shift is None else shift  # keeps sum x^2 - (sum x)^2 / n exact
+        centered = (target - shift).double()
+        linear = linear + centered.sum(0)
+        error = (target - sae.reconstruct(x, acts)).double().square().sum()
+        sums += torch.stack([error, centered.square().sum(), acts.row_counts().sum().double()])
         rows += x.shape[0]
     sae.train(training)
     error_sum, square_sum, active = sums.tolist()
     total = square_sum - float(torch.as_tensor(linear).square().sum()) / max(rows, 1)
     return {
         "val_fvu": error_sum / max(total, 1e-300),
-        "val_mse": error_sum / sae.error_scale(scales) ** 2 / max(rows, 1),
+        "val_mse": error_sum / scaler.error_scale**2 / max(rows, 1),
         "val_l0": active / max(rows, 1),
     }
 

@@ -8,13 +8,11 @@ from fastsae.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What a `TrainConfig` comes to for given data and a given number of latents."""
 
     steps: int
     """Updates of the whole run."""
-    batches_per_epoch: int
-    """Full batches in one pass over the data."""
     lr: float
     """Peak learning rate."""
     warmup_steps: int
@@ -41,14 +39,14 @@ class Plan:
         )
 
 
-def make_plan(config: TrainConfig, rows: int, d_sae: int) -> Plan:
-    """Work out the defaults of `config` for `rows` tokens of data.
+def make_plan(config: TrainConfig, rows: int | None, d_sae: int) -> RunPlan:
+    """Work out the defaults of `config` for `rows` tokens of data; None: nobody knows how many.
 
     Raises:
-        ValueError: the data do not fill one batch, or the run has no step.
+        ValueError: the data do not fill one batch, the run has no step, or neither the data nor
+            the settings say how many.
     """
-    per_epoch = rows // config.batch_size
-    if per_epoch == 0:
+    if rows is not None and rows < config.batch_size:
         raise ValueError(
             f"Trainer: expected at least batch_size = {config.batch_size} rows, got {rows}"
         )
@@ -56,8 +54,12 @@ def make_plan(config: TrainConfig, rows: int, d_sae: int) -> Plan:
         steps = config.steps
     elif config.total_tokens is not None:
         steps = config.total_tokens // config.batch_size
+    elif rows is not None:
+        steps = int(config.epochs * (rows // config.batch_size))
     else:
-        steps = int(config.epochs * per_epoch)
+        raise ValueError(
+            "Trainer: expected steps or total_tokens for data without a length, got neither"
+        )
     if steps == 0:
         raise ValueError(
             f"Trainer: expected at least one update, got none (batch_size = {config.batch_size})"
@@ -67,9 +69,8 @@ def make_plan(config: TrainConfig, rows: int, d_sae: int) -> Plan:
     if dead_after is None:
         dead_after = min(10_000_000, max(1, steps * config.batch_size // 10))
     sparsity_warmup = config.sparsity_warmup_steps
-    return Plan(
+    return RunPlan(
         steps=steps,
-        batches_per_epoch=per_epoch,
         lr=config.peak_lr(d_sae),
         warmup_steps=warmup,
         decay_fraction=config.decay_fraction,

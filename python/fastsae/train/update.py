@@ -1,139 +1,188 @@
-"""What one step does to the parameters, by one of two ways that agree.
+"""How one step moves the parameters: an interface, and the rule that chooses an implementation.
 
-fused:     gradients of the code, the reconstruction and dead rows; everything else inside
+fused      gradients of the code, the reconstruction and dead rows; everything else inside
            `ops.sparse_adam_step_`, which forms no gradient of a matrix
-autograd:  backward, remove the parallel decoder gradient, clip, optimizer, unit decoder rows;
-           any loss, any optimizer, any device
+autograd   backward, remove the parallel decoder gradient, clip, optimizer, unit decoder rows;
+           any module, any loss, any optimizer, any device
+
+The two are equal where both apply.
 """
 
 from __future__ import annotations
 
+import logging
+from typing import Any, Protocol
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastsae import _library, ops
-from fastsae.nn import SAE, SAEOutput
-from fastsae.nn.auxk import LatentRows
+from fastsae import _library
+from fastsae.nn import (
+    SAE,
+    BatchTopKSAE,
+    CrossCoder,
+    FeatureChoiceSAE,
+    GroupMaxSAE,
+    ReLUCrossCoder,
+    ReLUSAE,
+    SAEOutput,
+    SampledSAE,
+    StepContext,
+    TopKCrossCoder,
+    TopKSAE,
+)
+from fastsae.train.autograd_update import AutogradUpdate
 from fastsae.train.config import TrainConfig
-from fastsae.train.sgd_sai import SGDSaI
-from fastsae.types import LatentGradients, SparseActs, StepTensors
+from fastsae.train.fused_update import PARAMETERS, FusedUpdate
+
+logger = logging.getLogger("fastsae")
+
+FUSED: tuple[type[SAE], ...] = (
+    TopKSAE,
+    BatchTopKSAE,
+    FeatureChoiceSAE,
+    SampledSAE,
+    GroupMaxSAE,
+    ReLUSAE,
+    CrossCoder,
+    TopKCrossCoder,
+    ReLUCrossCoder,
+)
+"""Classes whose gradients follow from those of the code, the reconstruction and dead rows."""
+
+HARMLESS = {"__doc__", "__module__", "__qualname__", "__init__", "__annotations__", "config"}
+HARMLESS |= {"extra_repr", "__static_attributes__", "__firstlineno__", "__abstractmethods__"}
+HARMLESS |= {"__parameters__", "_abc_impl"}
+"""What a subclass may define without a say in the loss."""
 
 
-def make_optimizer(sae: SAE, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    """Return the optimizer that `config` names, over all parameters of `sae`."""
-    if config.optimizer == "sgd_sai":
-        return SGDSaI(sae.parameters(), lr)
-    return torch.optim.Adam(
-        sae.parameters(),
-        lr=lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=sae.W_enc.device.type in ("cpu", "cuda"),
-    )
+class Update(Protocol):
+    """Moves the parameters of an SAE by one step, and owns the state of its optimizer."""
+
+    def step(self, batch: Tensor, context: StepContext, lr: float) -> SAEOutput:
+        """Do one step with `batch: [n, columns]` at learning rate `lr`; return its loss."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: tensors and JSON values, by name."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copy a state into this one, bit for bit."""
 
 
-def is_fused(sae: SAE, optimizer: torch.optim.Optimizer, config: TrainConfig) -> bool:
-    """Return whether this run takes the fused update.
+def make_update(sae: SAE, config: TrainConfig) -> Update:
+    """Return the update that `config.update` asks for, or for `auto` the fastest that applies.
 
-    It needs a module that supports it, in float32 or float64 on a device that has the kernel,
-    feature-major and with nothing frozen, and plain Adam.
+    Raises:
+        ValueError: the fused update is asked for and does not apply.
     """
-    return (
-        config.update == "fused"
-        and sae.feature_major_update
-        and _library.has_kernel("sparse_adam_step_", sae.W_enc.device.type)
-        and sae.W_enc.dtype in (torch.float32, torch.float64)
-        and type(optimizer) is torch.optim.Adam
-        and all(p.requires_grad for p in sae.parameters())
-        and sae.W_enc.t().is_contiguous()
-        and sae.W_dec.is_contiguous()
-    )
+    _check_tensors(sae)
+    refusal = None if config.update == "autograd" else why_not_fused(sae, config)
+    if config.update == "autograd" or (refusal is not None and config.update == "auto"):
+        if refusal is not None and base_of(sae) is not None and type(sae) is not base_of(sae):
+            logger.warning("Trainer: training with update='autograd', because %s", refusal)
+        elif refusal is not None:
+            logger.info("Trainer: training with update='autograd', because %s", refusal)
+        return AutogradUpdate(sae, config)
+    if refusal is not None:
+        raise ValueError(f"Trainer: expected update='fused' to apply, but {refusal}")
+    return FusedUpdate(sae, config)
 
 
-def compute_dtype(sae: SAE, config: TrainConfig) -> torch.dtype | None:
-    """Return what the encoder's product rounds its factors to; None: nothing is rounded."""
-    if config.compute_dtype == "float32" or sae.W_enc.dtype != torch.float32:
-        return None
-    wanted = config.compute_dtype == "bfloat16" or _multiplies_bf16(sae.W_enc.device)
-    return torch.bfloat16 if wanted else None
+def base_of(sae: SAE) -> type[SAE] | None:
+    """Return the first class of fastsae that `sae` is one of."""
+    for cls in type(sae).__mro__:
+        if cls.__module__.startswith("fastsae.nn."):
+            return cls
+    return None
 
 
-def _multiplies_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and _library.has_bf16()
+def why_not_fused(sae: SAE, config: TrainConfig) -> str | None:
+    """Return why the fused update would not train `sae` as autograd does; None: it would.
 
-
-def autograd_update(
-    sae: SAE,
-    optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    dead: Tensor | None,
-    config: TrainConfig,
-) -> SAEOutput:
-    """Do one update with the batch `x: [n, columns]`; the learning rate is the optimizer's."""
-    out = sae.batch_loss(x, dead)
-    out.loss.backward()
-    sae.remove_parallel_grad_()
-    if config.clip_grad_norm is not None:
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    sae.normalize_decoder_()
-    return out
-
-
-def fused_update(
-    sae: SAE,
-    optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    dead: Tensor | None,
-    config: TrainConfig,
-    step: int,
-) -> SAEOutput:
-    """Do the same without a gradient of a matrix; averages are kept in the optimizer's state.
-
-    `step` is the number of this update, from 1: on a GPU, asking the optimizer would wait for it.
+    It knows exactly four parameters and the loss of `FUSED` classes. So it applies to these and to
+    subclasses that override nothing of them, without another parameter or trained buffer, without
+    hooks and parametrizations, in float32 or float64 on a device that has the kernel, and to Adam.
     """
-    sae.requires_grad_(False)
-    try:
-        code = sae.encode_for_loss(x)
-        values = code.values.requires_grad_()
-        acts = SparseActs(values, code.indices, code.offsets, code.d_sae)
-        rows = sae.dead_rows(dead)
-        leaves = [] if rows is None else [t.requires_grad_() for t in rows[1:]]
-        out = sae.loss_of(x, x, acts, rows)
-        grads = torch.autograd.grad(out.loss, [values, out.reconstruction, *leaves])
-    finally:
-        sae.requires_grad_(True)
-    out.acts = acts.detach()
-    group = optimizer.param_groups[0]
-    states = [optimizer.state[p] for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)]
-    torch._foreach_add_([state["step"] for state in states], 1)
-    ops.sparse_adam_step_(
-        _tensors([sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec]),
-        _tensors([state["exp_avg"] for state in states]),
-        _tensors([state["exp_avg_sq"] for state in states]),
-        out.acts,
-        grads[0],
-        x,
-        grads[1],
-        lr=group["lr"],
-        step=step,
-        betas=group["betas"],
-        eps=group["eps"],
-        clip_grad_norm=config.clip_grad_norm,
-        extra_grads=None if rows is None else _added(rows, grads[2:]),
-        compute_dtype=sae.compute_dtype,
-    )
-    return out
+    base, cls = base_of(sae), type(sae)
+    if config.optimizer != "adam":
+        return f"optimizer is {config.optimizer}"
+    if base not in FUSED:
+        return f"{base.__name__ if base else cls.__name__} has no fused update"
+    if getattr(sae, "multi_topk", False):
+        return "multi_topk decodes a second, wider code"
+    return _overridden(sae, base) or _foreign_tensors(sae) or _hooks(sae) or _unsuited_tensors(sae)
 
 
-def _tensors(four: list[Tensor]) -> StepTensors:
-    """Return W_enc, W_dec, b_enc, b_dec as the ops take them: W_enc feature-major."""
-    W_enc, *rest = (t.detach() for t in four)
-    return StepTensors(W_enc.t(), *rest)
+def _overridden(sae: SAE, base: type[SAE]) -> str | None:
+    """Return which method or attribute of `base` is replaced on the way to `sae`."""
+    for cls in type(sae).__mro__:
+        if cls is base:
+            break
+        for name in vars(cls):
+            if name not in HARMLESS and (hasattr(base, name) or name in PARAMETERS):
+                return f"{cls.__name__} overrides {name}"
+    for name in vars(sae):
+        if callable(getattr(base, name, None)):
+            return f"{name} is replaced on this {type(sae).__name__}"
+    for cls in base.__mro__:
+        if cls.__module__.startswith("fastsae."):
+            for name, value in vars(cls).items():
+                home = getattr(getattr(value, "__func__", value), "__module__", None)
+                if callable(value) and isinstance(home, str) and not home.startswith(LIBRARY):
+                    return f"{name} of {cls.__name__} is replaced by one of {home}"
+    return None
 
 
-def _added(rows: LatentRows, grads: tuple[Tensor, ...]) -> LatentGradients:
-    return LatentGradients(rows.latents.int(), *grads)
+LIBRARY = ("fastsae.", "torch.", "typing", "abc", "builtins", "functools")
+
+
+def _foreign_tensors(sae: SAE) -> str | None:
+    """Return which parameter, trained buffer or submodule the fused update does not know."""
+    for name, _ in sae.named_parameters():
+        if name not in PARAMETERS:
+            return f"{name} is a parameter that the fused update does not know"
+    for name, buffer in sae.named_buffers():
+        if buffer.requires_grad:
+            return f"{name} is a buffer that requires a gradient"
+    for name, _ in sae.named_children():
+        return f"{name} is a submodule that the fused update does not know"
+    return None
+
+
+def _hooks(sae: SAE) -> str | None:
+    """Return which hook the fused update would bypass."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        if getattr(sae, kind):
+            return f"{type(sae).__name__} has hooks (training_loss is no call of the module)"
+    for name, p in sae.named_parameters():
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            return f"{name} has a hook"
+    return None
+
+
+def _unsuited_tensors(sae: SAE) -> str | None:
+    """Return which parameter does not lie as the kernel needs it."""
+    device, dtype = sae.W_enc_rows.device, sae.W_enc_rows.dtype
+    if not _library.has_kernel("sparse_adam_step_", device.type):
+        return f"there is no kernel for {device.type}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"the parameters are {dtype}, not float32 or float64"
+    for name, p in sae.named_parameters():
+        if type(p) is not nn.Parameter:
+            return f"{name} is a {type(p).__name__}"
+        if not p.requires_grad:
+            return f"{name} is frozen"
+        if p.device != device or p.dtype != dtype or not p.is_contiguous():
+            return f"{name} is not contiguous, in {dtype} and on {device} like W_enc_rows"
+    return None
+
+
+def _check_tensors(sae: SAE) -> None:
+    """Raise TypeError where a parameter was replaced by a plain tensor, which would not train."""
+    for name in PARAMETERS:
+        if name in vars(sae):
+            raise TypeError(
+                f"Trainer: expected {name} to be a parameter, or parametrized by "
+                "torch.nn.utils.parametrizations, got a plain tensor; hooks such as those of "
+                "torch.nn.utils.weight_norm are not run in training"
+            )

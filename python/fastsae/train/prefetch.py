@@ -1,19 +1,30 @@
-"""Batches made ready by a thread while the GPU works on those before."""
+"""Prepare batches in a thread while the GPU works on earlier ones."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from queue import Full, Queue
 from threading import Event, Thread
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Ready = tuple[Tensor, torch.cuda.Event | None]
-WAIT = 0.1  # seconds between two looks at whether somebody still reads
+WAIT = 0.1  # seconds between two checks for whether the consumer is still there
 
 
-def ahead(batches: Iterator[Tensor], device: torch.device, depth: int = 2) -> Generator[Tensor]:
+class Prepared(NamedTuple):
+    """A batch that is ready for a step."""
+
+    x: Tensor
+    """[batch_size, columns], on the device, checked and scaled."""
+    position: Any
+    """State of the data after this batch; None if it has none."""
+
+
+def prefetch(
+    batches: Iterator[Prepared], device: torch.device, depth: int = 2
+) -> Generator[Prepared]:
     """Yield what `batches` yields, in order, made by a thread that is up to `depth` ahead.
 
     On a GPU the thread has a stream of its own: reading, checking and copying a batch overlap with
@@ -29,6 +40,7 @@ def ahead(batches: Iterator[Tensor], device: torch.device, depth: int = 2) -> Ge
     """
     gpu = device.type == "cuda"
     stream = torch.cuda.Stream(device) if gpu else None
+    Ready = tuple[Prepared, torch.cuda.Event | None]
     waiting: Queue[Ready | BaseException | None] = Queue(depth)  # None: the end
     stopped = Event()
 
@@ -42,8 +54,8 @@ def ahead(batches: Iterator[Tensor], device: torch.device, depth: int = 2) -> Ge
     def work() -> None:
         try:
             with torch.cuda.stream(stream):
-                for x in batches:
-                    put((x, stream.record_event() if stream is not None else None))
+                for batch in batches:
+                    put((batch, stream.record_event() if stream is not None else None))
                     if stopped.is_set():
                         return
             put(None)
@@ -59,12 +71,12 @@ def ahead(batches: Iterator[Tensor], device: torch.device, depth: int = 2) -> Ge
                 return
             if isinstance(item, BaseException):
                 raise item
-            x, ready = item
+            batch, ready = item
             if ready is not None:
                 current = torch.cuda.current_stream(device)
                 current.wait_event(ready)
-                x.record_stream(current)
-            yield x
+                batch.x.record_stream(current)
+            yield batch
     finally:
         stopped.set()
         thread.join()

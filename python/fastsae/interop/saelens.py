@@ -1,0 +1,346 @@
+"""SAELens >= 6: a folder with `sae_weights.safetensors` and `cfg.json`, and what fastsae adds to it.
+
+The weights file holds W_enc [d_in, d_sae], W_dec [d_sae, d_in], b_enc, b_dec and what the
+architecture has besides, such as threshold [d_sae]. `cfg.json` holds SAELens' keys; fastsae's class
+and its constructor arguments are under `metadata.fastsae`, which SAELens carries along. A class
+that SAELens has no architecture for is written under a name that it refuses, not under a wrong one.
+Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from functools import singledispatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastsae._files import reason, sync, write_json, write_tensors
+from fastsae.nn import (
+    SAE,
+    BatchTopKSAE,
+    FeatureChoiceSAE,
+    GatedSAE,
+    GroupMaxSAE,
+    JumpReLUSAE,
+    ReLUSAE,
+    TopKSAE,
+)
+from fastsae.nn.penalized import PenalizedSAE
+from fastsae.nn.transcoder import TranscoderMixin
+
+WEIGHTS = "sae_weights.safetensors"
+CONFIG = "cfg.json"
+LAYOUT_VERSION = "6.0.0"
+"""Version of SAELens whose layout this is; newer ones migrate it."""
+DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+}
+FOUR = {"W_enc_rows", "W_dec", "b_enc", "b_dec"}
+OWN = FOUR | {"threshold", "density", "budget", "batches_seen", "coefficient", "unit"}
+OWN |= {"log_threshold", "r_mag", "b_mag", "W_skip"}
+"""Parameters and buffers of fastsae's classes: written as SAELens has them, or made anew."""
+RENAMED = {"aux_k": "k_aux", "aux_alpha": "auxk_alpha"}
+"""Constructor arguments that development versions of 0.1.0 saved under other names."""
+
+
+class Architecture(NamedTuple):
+    """How a class of fastsae looks to SAELens."""
+
+    cfg: dict[str, Any]
+    """Keys of cfg.json, `architecture` among them."""
+    tensors: dict[str, Tensor]
+    """Tensors of the weights file besides the four parameters."""
+
+
+@singledispatch
+def architecture(sae: SAE) -> Architecture:
+    """Return what SAELens has for `sae`; here a name that it does not know."""
+    return Architecture({"architecture": class_name(sae)}, {})
+
+
+@architecture.register
+def _(sae: TopKSAE) -> Architecture:
+    name = "abstopk" if sae.absolute else "topk"
+    cfg = {"architecture": name, "k": sae.k, "rescale_acts_by_decoder_norm": False}
+    return Architecture(cfg, {})
+
+
+@architecture.register
+def _(sae: GroupMaxSAE) -> Architecture:
+    return Architecture({"architecture": "groupmax", "k": sae.k}, {})
+
+
+@architecture.register(BatchTopKSAE)
+@architecture.register(FeatureChoiceSAE)
+@architecture.register(JumpReLUSAE)
+def _(sae: BatchTopKSAE | FeatureChoiceSAE | JumpReLUSAE) -> Architecture:
+    threshold = sae.threshold.detach().expand(sae.d_sae).clone()
+    return Architecture({"architecture": "jumprelu"}, {"threshold": threshold})
+
+
+@architecture.register
+def _(sae: GatedSAE) -> Architecture:
+    return Architecture({"architecture": "gated"}, {"r_mag": sae.r_mag, "b_mag": sae.b_mag})
+
+
+@architecture.register
+def _(sae: ReLUSAE) -> Architecture:
+    return Architecture({"architecture": "standard"}, {})
+
+
+def class_name(sae: SAE) -> str:
+    """Return the name under which the class of `sae` is registered; torch derives classes of its
+    own from it (parametrize, fully_shard), which do not count."""
+    names = {cls: name for name, cls in SAE.registry.items()}
+    for cls in type(sae).__mro__:
+        if cls in names:
+            return names[cls]
+    raise TypeError(f"save: expected a registered SAE class, got {type(sae).__name__}")
+
+
+def write(sae: SAE, path: str | os.PathLike[str]) -> None:
+    """Write `sae` into the folder `path`, which is made if needed.
+
+    Both files are written completely next to the old ones and reach the disk before they take
+    their place, so a full disk or a crash leaves the previous save as it was.
+
+    Raises:
+        TypeError: `sae.metadata` or a constructor argument is not JSON.
+        ValueError: the module holds a parameter or buffer that its class does not make.
+        RuntimeError: a file cannot be written.
+    """
+    folder = Path(path)
+    tensors, cfg = contents(sae)
+    staged = [(folder / f".{name}.tmp", folder / name) for name in (CONFIG, WEIGHTS)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(staged[0][0], cfg)
+        write_tensors(staged[1][0], tensors)
+        for temporary, final in staged:
+            os.replace(temporary, final)
+        sync(folder)
+    except (OSError, SafetensorError) as error:
+        for temporary, _ in staged:
+            with suppress(OSError):
+                temporary.unlink()
+        raise RuntimeError(
+            f"save: could not write {folder} ({reason(error)}); what was there before is kept"
+        ) from error
+
+
+def contents(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of the weights file and the content of `cfg.json`.
+
+    Raises:
+        TypeError, ValueError: as in `write`.
+    """
+    form = _form(sae)
+    tensors = {name: getattr(sae, own) for own, name in _parameter_names(sae).items()}
+    cfg = {
+        **_keys(sae, form),
+        "device": "cpu",
+        "metadata": {
+            **sae.metadata,
+            "sae_lens_version": LAYOUT_VERSION,
+            "fastsae": {
+                "class": class_name(sae),
+                "config": sae.config(),
+                "learned": {name: getattr(sae, name).item() for name in _numbers(sae)},
+            },
+        },
+    }
+    try:
+        json.dumps(cfg, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"save: expected metadata and arguments of {type(sae).__name__} to be JSON ({error})"
+        ) from None
+    return tensors | form.tensors | _extra(sae), cfg
+
+
+def read(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> SAE:
+    """Read the module that `write` wrote: same class, arguments, dtype and threshold, in eval mode.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file is missing in it.
+        ValueError: a file is damaged, the class is not known, shapes disagree, or `cfg.json` was
+            edited such that it contradicts `metadata.fastsae`.
+    """
+    folder = Path(path)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"load: expected {folder} to hold {name}, found none")
+    sae, cfg, learned = _build(folder / CONFIG)
+    try:
+        tensors = load_file(folder / WEIGHTS, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(
+            f"load: expected {folder / WEIGHTS} to be a safetensors file ({error})"
+        ) from error
+    form, names = _form(sae), _parameter_names(sae)
+    _check_keys(folder / CONFIG, cfg, _keys(sae, form))
+    expected = {name: getattr(sae, own).shape for own, name in names.items()}
+    expected |= {name: t.shape for name, t in (form.tensors | _extra(sae)).items()}
+    for name, shape in expected.items():
+        got = tensors[name].shape if name in tensors else None
+        if got != shape:
+            found = "none" if got is None else str([*got])
+            raise ValueError(
+                f"load: expected {name} to be {[*shape]} in {folder / WEIGHTS}, got {found}"
+            )
+    sae.to_empty(device=device)
+    with torch.no_grad():
+        for own, name in names.items():
+            setattr(sae, own, tensors[name])
+        for name, held in _extra(sae).items():
+            held.copy_(tensors[name])
+        _restore(sae, tensors, learned)
+    return sae.eval()
+
+
+def _form(sae: SAE) -> Architecture:
+    """Return what SAELens has for exactly this class: for one from elsewhere, an unknown name."""
+    name = class_name(sae)
+    if "." in name:
+        return Architecture({"architecture": name}, {})
+    form = architecture(sae)
+    if isinstance(sae, TranscoderMixin):  # SAELens knows those of ReLU and JumpReLU
+        rule = "" if isinstance(sae, ReLUSAE) else f"{form.cfg['architecture']}_"
+        skip = {"W_skip": sae.W_skip} if sae.skip else {}
+        kind = f"{rule}{'skip_' if sae.skip else ''}transcoder"
+        cfg = {"architecture": kind, "apply_b_dec_to_input": False, "d_out": sae.d_out}
+        form = Architecture(form.cfg | cfg, form.tensors | skip)
+    return form
+
+
+def _parameter_names(sae: SAE) -> dict[str, str]:
+    """Return the names in the file of the four parameters; SAELens calls a gate's bias b_gate."""
+    b_enc = "b_gate" if isinstance(sae, GatedSAE) else "b_enc"
+    return {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": b_enc, "b_dec": "b_dec"}
+
+
+def _keys(sae: SAE, form: Architecture) -> dict[str, Any]:
+    """Return the keys of cfg.json that follow from the module."""
+    return {
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": str(sae.W_enc_rows.dtype).removeprefix("torch."),
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **form.cfg,
+    }
+
+
+def _numbers(sae: SAE) -> list[str]:
+    """Return the buffers of one number each that go into cfg.json."""
+    return ["coefficient", "unit", "batches_seen"] if isinstance(sae, PenalizedSAE) else []
+
+
+def _extra(sae: SAE) -> dict[str, Tensor]:
+    """Return parameters and buffers of a class from elsewhere that fastsae's classes do not have.
+
+    Raises:
+        ValueError: the class is one of fastsae, which would not make them again.
+    """
+    inside = "." not in class_name(sae)
+    known = OWN if inside else {*FOUR, *_numbers(sae)}
+    extra = {
+        name: tensor
+        for name, tensor in sae.state_dict(keep_vars=True).items()
+        if name not in known and not name.startswith("parametrizations.")
+    }
+    if extra and inside:
+        raise ValueError(
+            f"save: expected {class_name(sae)} to hold nothing that its class does not make, got "
+            f"{', '.join(extra)}; a subclass whose constructor makes them is saved and loaded"
+        )
+    return extra
+
+
+def _restore(sae: SAE, tensors: dict[str, Tensor], learned: dict[str, Any]) -> None:
+    """Set from a file what is not one of the four parameters."""
+    for name in _numbers(sae):
+        getattr(sae, name).fill_(learned[name])
+    if "." in class_name(sae):
+        return
+    if isinstance(sae, BatchTopKSAE):
+        lowest, highest = tensors["threshold"].aminmax()
+        if lowest != highest:
+            raise ValueError(
+                f"load: expected one threshold for all latents of {class_name(sae)}, got "
+                f"{lowest:.6g} to {highest:.6g}"
+            )
+        sae.threshold.copy_(lowest)
+    if isinstance(sae, FeatureChoiceSAE):
+        sae.threshold.copy_(tensors["threshold"])
+        sae.density.zero_()
+        sae.budget.zero_()
+        sae.batches_seen.fill_(sae.mutual_choice_batches)
+    if isinstance(sae, JumpReLUSAE):
+        sae.log_threshold.copy_((tensors["threshold"].float() / sae.unit).log())
+    if isinstance(sae, GatedSAE):
+        sae.r_mag.copy_(tensors["r_mag"])
+        sae.b_mag.copy_(tensors["b_mag"])
+    if isinstance(sae, TranscoderMixin) and sae.skip:
+        sae.W_skip.copy_(tensors["W_skip"])
+
+
+def _build(file: Path) -> tuple[SAE, dict[str, Any], dict[str, Any]]:
+    """Return the module that `file` describes, without storage (on the meta device), the whole
+    content, and what it had learned besides its tensors.
+    """
+    try:
+        cfg = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"load: expected {file} to be JSON ({error})") from error
+    try:
+        metadata = dict(cfg["metadata"])
+        own = metadata.pop("fastsae")
+        cls, dtype = _class_named(own["class"]), DTYPES[cfg["dtype"]]
+        arguments = {RENAMED.get(name, name): value for name, value in own["config"].items()}
+        sae = cls(**arguments, dtype=dtype, device="meta")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"load: expected {file} to describe one of {', '.join(sorted(SAE.registry))} under "
+            f"metadata.fastsae, got {_summary(cfg)} ({type(error).__name__}: {error})"
+        ) from error
+    metadata.pop("sae_lens_version", None)
+    sae.metadata = metadata
+    return sae, cfg, own.get("learned", {})
+
+
+def _class_named(name: str) -> type[SAE]:
+    """Return the registered class of that name; development versions saved no module with it."""
+    if name in SAE.registry:
+        return SAE.registry[name]
+    found = [cls for cls in SAE.registry.values() if cls.__name__ == name]
+    if len(found) != 1:
+        raise KeyError(name)
+    return found[0]
+
+
+def _check_keys(file: Path, cfg: dict[str, Any], keys: dict[str, Any]) -> None:
+    for key, value in keys.items():
+        if key in cfg and cfg[key] != value:
+            raise ValueError(
+                f"load: expected {key} = {value!r} in {file}, as metadata.fastsae says, got "
+                f"{cfg[key]!r}; change both, or neither"
+            )
+
+
+def _summary(cfg: Any) -> str:
+    """Return what an unreadable configuration says about its kind."""
+    if not isinstance(cfg, dict):
+        return type(cfg).__name__
+    metadata = cfg.get("metadata")
+    own = metadata.get("fastsae") if isinstance(metadata, dict) else None
+    return f"architecture = {cfg.get('architecture')!r}, fastsae = {own!r}"

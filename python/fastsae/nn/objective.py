@@ -1,0 +1,83 @@
+"""The terms of the training loss, and the rows of latents that the auxiliary term trains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastsae.nn.auxk import LatentRows, auxk_loss
+from fastsae.nn.loss import SAEOutput, fvu, squared_error
+from fastsae.types import SparseActs
+
+if TYPE_CHECKING:
+    from fastsae.nn.sae import SAE
+
+
+def total_loss(
+    sae: SAE,
+    x: Tensor,
+    target: Tensor,
+    acts: SparseActs,
+    x_hat: Tensor,
+    sparsity: Tensor | None,
+    dead: LatentRows | None,
+) -> SAEOutput:
+    """Return fvu + auxk_alpha * aux_loss + sparsity, given a reconstruction.
+
+    Args:
+        sae: gives k_aux and auxk_alpha.
+        x: [n, d_in], what was encoded.
+        target: [..., d_out] of n rows.
+        acts: the code.
+        x_hat: [n, d_out].
+        sparsity: [], the weighted penalty; None: none.
+        dead: from `dead_rows`.
+    """
+    reconstruction = x_hat if x_hat.shape == target.shape else x_hat.reshape(target.shape)
+    squared = squared_error(target, reconstruction)
+    unexplained = fvu(squared, target)
+    loss, zero = unexplained, unexplained.new_zeros(())
+    aux = zero
+    if dead is not None:
+        residual = (target.to(squared.dtype) - reconstruction.to(squared.dtype)).detach()
+        aux = auxk_loss(x, residual.flatten(0, -2), dead, sae.k_aux)
+        loss = loss + sae.auxk_alpha * aux
+    if sparsity is not None:
+        loss = loss + sparsity
+    return SAEOutput(
+        loss=loss,
+        reconstruction=reconstruction,
+        acts=acts,
+        fvu=unexplained,
+        mse=squared.detach() / max(x.shape[0], 1),
+        aux_loss=aux,
+        sparsity_loss=zero if sparsity is None else sparsity,
+    )
+
+
+def dead_rows(sae: SAE, dead: Tensor | None) -> LatentRows | None:
+    """Return the rows of the latents that the auxiliary loss trains, None without any.
+
+    Args:
+        sae: gives the rows.
+        dead: bool [d_sae] or None. On a GPU, counting them waits for the device.
+
+    Raises:
+        ValueError: dead has another dtype or shape.
+    """
+    if dead is None or not sae.auxk_alpha:
+        return None
+    if dead.shape != (sae.d_sae,) or dead.dtype != torch.bool:
+        sae._fail(f"dead to be bool [{sae.d_sae}], got {dead.dtype} {[*dead.shape]}")
+    bias = sae._input_bias()
+    if torch.compiler.is_compiling():  # no shape may depend on how many there are
+        return LatentRows(None, sae.W_enc_rows, sae.W_dec, sae.b_enc, bias, dead)
+    latents = dead.nonzero().squeeze(1)
+    if latents.numel() == 0:
+        return None
+    W_enc, W_dec, b_enc = (
+        t.index_select(0, latents) for t in (sae.W_enc_rows, sae.W_dec, sae.b_enc)
+    )
+    return LatentRows(latents, W_enc, W_dec, b_enc, bias)

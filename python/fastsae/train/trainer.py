@@ -1,0 +1,481 @@
+"""The trainer: a step that anyone may call, and `fit`, the loop around it.
+
+    learning rate -> loss -> gradients -> no gradient along decoder rows -> clip -> optimizer
+    -> unit decoder rows -> dead latents
+
+Decoder rows are normalized after the update, so they have norm 1 in every forward.
+
+Source: Gao et al. 2024 (arXiv 2406.04093), appendix A.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastsae.data.source import ActivationSource, as_source, sample_rows, source_len
+from fastsae.interop.saelens import contents, write
+from fastsae.nn import SAE, ActivationScaler, SAEOutput, StepContext
+from fastsae.train.checkpoint import latest, load_checkpoint, save_checkpoint
+from fastsae.train.config import TrainConfig
+from fastsae.train.dead import DeadLatents, UnderusedLatents
+from fastsae.train.interrupt import StopSignals
+from fastsae.train.metrics import MetricsLog, Row, inlier_mask, step_metrics, validate
+from fastsae.train.precision import bad_rows, compute_dtype
+from fastsae.train.prefetch import Prepared, prefetch
+from fastsae.train.schedule import make_plan
+from fastsae.train.update import Update, make_update
+
+LAST_BATCHES = 32
+"""Training batches from which thresholds are estimated at the end of a run,"""
+LAST_BYTES = 1 << 29
+"""as far as this many bytes hold them."""
+FREE_SETTINGS: tuple[str, ...] = (
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "out",
+)
+FREE_SETTINGS += ("tensorboard", "progress")
+"""What may differ between a run and its continuation."""
+
+
+@dataclass
+class TrainResult:
+    """What `Trainer.fit` returns."""
+
+    sae: SAE
+    """The trained module, for raw activations, in eval mode."""
+    history: list[Row]
+    """Rows of metrics, as in metrics.jsonl."""
+    final: Row
+    """The last row, with val_* if there was validation data."""
+
+
+class Trainer:
+    """Trains an SAE in place.
+
+        trainer = Trainer(sae, data, TrainConfig(...))
+        result = trainer.fit()
+
+    or, in a loop of your own:
+
+        trainer.prepare()
+        for batch in batches:
+            out = trainer.step(batch)
+        trainer.finish()
+
+    Between `prepare` and `finish` the module takes scaled activations; before and after, raw ones.
+
+    Args:
+        sae: the module.
+        data: activations `[n, d_in]`, an iterable of such tensors, or a `data.ActivationSource`;
+            SAEs that read several sites take their columns next to each other, as `SAE.columns`
+            says. None: you call `prepare(sample)` and `step` yourself.
+        config: the settings; None takes the defaults.
+        val: held-out data of the same kind, for val_fvu, val_mse and val_l0.
+
+    Raises:
+        TypeError: the module is no SAE, data or val is of another kind, or something that will be
+            saved is not JSON.
+        ValueError: another d_in, data smaller than a batch, or no number of steps.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        data: Tensor | ActivationSource | Iterable[Tensor] | None = None,
+        config: TrainConfig | None = None,
+        *,
+        val: Tensor | ActivationSource | None = None,
+    ) -> None:
+        if not isinstance(sae, SAE):
+            inner = " (give the SAE itself, not a wrapper)" if hasattr(sae, "module") else ""
+            raise TypeError(f"Trainer: expected sae to be an SAE, got {type(sae).__name__}{inner}")
+        self.sae = sae
+        self.config = config or TrainConfig()
+        self.data = None if data is None else as_source("Trainer", "data", data)
+        self.val = None if val is None else as_source("Trainer", "val", val)
+        for name, given in (("data", self.data), ("val", self.val)):
+            if given is not None and given.d_in != sum(sae.columns.widths):
+                blocks = " + ".join(map(str, sae.columns.widths))
+                raise ValueError(f"Trainer: expected {name} with d_in = {blocks}, got {given.d_in}")
+        rows = None if self.data is None else source_len(self.data)
+        self.plan = make_plan(self.config, rows, sae.d_sae)
+        self.out = None if self.config.out is None else Path(self.config.out)
+        if self.out is not None:
+            contents(sae)  # raises now what would be raised after the last update
+        self.scaler = ActivationScaler(sae.columns)
+        """What data are multiplied by in training."""
+        self.steps_done = 0
+        """Updates done."""
+        self._update: Update | None = None
+        self._position: Any = None  # of the data after the last step
+        self._recent: deque[Tensor] = deque()  # the last batches, encoded inputs only
+        self._recent_from: dict[str, Any] | None = None  # where in the data they begin
+
+    # -- the run, step by step -----------------------------------------------------------------
+
+    def prepare(self, sample: Tensor | None = None) -> None:
+        """Get ready for the first step: measure the scale of the data, and start the biases.
+
+        A module whose biases are not all zero has been trained before, and keeps them.
+
+        Args:
+            sample: raw rows `[n, columns]` for these statistics; None draws
+                `config.sample_rows` from the data.
+
+        Raises:
+            ValueError: there are neither data nor a sample, rows are not finite, or all equal.
+        """
+        self._allocate()
+        if sample is None:
+            sample = self._sample()
+        cfg, sae = self.config, self.sae
+        x = self._checked(sample)
+        x = x[inlier_mask(sae.columns.split(x).x, cfg.outlier_norm)]
+        fresh = not (bool(sae.b_enc.any()) or bool(sae.b_dec.any()))
+        if cfg.normalize:
+            self.scaler = ActivationScaler.estimate(sae.columns, x)
+            if not fresh:
+                self.scaler.unfold_(sae)
+        if fresh and cfg.b_dec_init != "zeros":
+            sae.initialize_from_data_(self.scaler.scale(x), cfg.b_dec_init)
+        sae.train()
+
+    def step(self, batch: Tensor) -> SAEOutput:
+        """Do one update.
+
+        Args:
+            batch: raw rows `[n, columns]`, in any floating dtype and on any device.
+
+        Returns:
+            The loss before the update, detached from the graph but for scalars;
+            `reconstruction` and `mse` in raw units (scaled ones for several targets).
+
+        Raises:
+            RuntimeError: `prepare` was not called, or all steps are done.
+            ValueError: a row holds NaN or Inf; nothing was updated.
+        """
+        return self._step(self.scaler.scale(self._checked(batch)))
+
+    def finish(self) -> SAE:
+        """Estimate thresholds, fold the scale into the module, and put it into eval mode.
+
+        Thresholds are estimated from the last batches of the run, if all steps are done.
+        """
+        if self._update is None:
+            return self.sae
+        self._estimate_threshold()
+        self._close()
+        return self.sae
+
+    def validate(self) -> Row:
+        """Return val_fvu, val_mse and val_l0 on the validation data.
+
+        Raises:
+            RuntimeError: there are none.
+        """
+        if self.val is None:
+            raise RuntimeError("Trainer: expected validation data (val=), got none")
+        return validate(self.sae, self.val, self.config.batch_size, self.scaler)
+
+    def fit(self, *, resume: bool = False) -> TrainResult:
+        """Train to the end of the run.
+
+        With `config.out`, the folder holds metrics.jsonl, checkpoints/, and in the end the module
+        itself, which `fastsae.load` reads.
+
+        Args:
+            resume: continue from the newest checkpoint in `config.out`, if there is one; the result
+                is the same to the last bit as that of a run that was never interrupted.
+
+        Raises:
+            ValueError: a batch holds NaN or Inf (nothing is updated by it), `out` holds another
+                run, or the checkpoint was made with other settings.
+            RuntimeError: the loss is not finite, the data end early, or a file cannot be written.
+            KeyboardInterrupt: on SIGINT or SIGTERM, between two steps, after a checkpoint.
+        """
+        self._begin(resume)
+        tensorboard, start = self.config.tensorboard, self.steps_done
+        log = MetricsLog(self.out, tensorboard=tensorboard, start=start)
+        try:
+            with log, StopSignals() as stop:
+                self._run(log, stop)
+            self.finish()
+        finally:
+            self._close()
+        if self.out is not None:
+            write(self.sae, self.out)
+        return TrainResult(self.sae, log.history, log.history[-1] if log.history else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that an exact continuation needs: live tensors and JSON values.
+
+        The position of the data is part of it when `fit` reads them, not when you do.
+        """
+        if self._update is None:
+            raise RuntimeError("Trainer: expected prepare() before state_dict()")
+        rng = {"cpu": torch.get_rng_state()}
+        device = self.sae.W_enc_rows.device
+        if device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(device)
+        return {
+            "step": self.steps_done,
+            "scales": self.scaler.scales,
+            "sae": self.sae.state_dict(),
+            "update": self._update.state_dict(),
+            "dead": self._dead.tensors(),
+            "rng": rng,
+            "data": self._position,
+            "recent_from": self._recent_from,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state, bit for bit, in place of `prepare`; restores torch's RNG too."""
+        self._allocate()
+        assert self._update is not None
+        self.steps_done = state["step"]
+        self.scaler = ActivationScaler(self.sae.columns, state["scales"])
+        self.sae.load_state_dict(state["sae"])
+        self._update.load_state_dict(state["update"])
+        for name, tensor in self._dead.tensors().items():
+            tensor.copy_(state["dead"][name])
+        torch.set_rng_state(state["rng"]["cpu"])
+        device = self.sae.W_enc_rows.device
+        if device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+        self._position, self._recent_from = state["data"], state["recent_from"]
+        self._recent.clear()
+        self.sae.train()
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _allocate(self) -> None:
+        """Make what steps need, before anything is measured or loaded."""
+        counter = UnderusedLatents if self.sae.aux == "zipf" else DeadLatents
+        device = self.sae.W_enc_rows.device
+        self._dead = counter(self.sae.d_sae, self.plan.dead_after_tokens, device)
+        self._update = make_update(self.sae, self.config)
+        self._compute_dtype = compute_dtype(self.sae, self.config)
+
+    def _begin(self, resume: bool) -> None:
+        """Prepare a fresh run, or load the newest checkpoint."""
+        found = None if self.out is None else latest(self.out / "checkpoints")
+        if found is None:
+            self.prepare()
+            return
+        if not resume:
+            raise ValueError(
+                f"Trainer: expected out to hold no earlier run, got {found}; "
+                "fit(resume=True) continues it"
+            )
+        state, theirs = load_checkpoint(found)
+        for name, value in self._about().items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"Trainer: expected {name} = {theirs.get(name)!r} as in {found}, got {value!r}"
+                )
+        self.load_state_dict(state)
+        self._read_recent()
+
+    def _close(self) -> None:
+        """Fold the scale into the module and leave the run; a second time does nothing."""
+        if self._update is None:
+            return
+        self.scaler.fold_(self.sae)
+        self._update = None
+        self._recent.clear()
+        self.sae.eval()
+
+    def _sample(self) -> Tensor:
+        if self.data is None:
+            raise ValueError("Trainer: expected prepare(sample) without data, got no sample")
+        cfg = self.config
+        return sample_rows(self.data, cfg.sample_rows, cfg.batch_size, cfg.seed)
+
+    def _checked(self, batch: Tensor) -> Tensor:
+        """Return raw rows in the dtype and on the device of the module, if they are finite."""
+        x = batch.to(self.sae.W_enc_rows.device, self.sae.W_enc_rows.dtype)
+        if bad := bad_rows(x):
+            raise ValueError(
+                f"Trainer: expected finite activations at step {self.steps_done}, got {bad} of "
+                f"{batch.shape[0]} rows with NaN or Inf; nothing was updated with them"
+            )
+        return x
+
+    def _step(self, x: Tensor) -> SAEOutput:
+        """Do one update with the scaled batch `x: [n, columns]`."""
+        if self._update is None or self.steps_done >= self.plan.steps:
+            why = "after prepare()" if self._update is None else f"of {self.plan.steps} steps"
+            raise RuntimeError(f"Trainer: expected a step {why}, got one more")
+        done, plan = self.steps_done, self.plan
+        # No latent can be dead before that many tokens, so the first part of a run never asks.
+        may_have_dead = done * x.shape[0] >= self._dead.after_tokens
+        context = StepContext(
+            dead=self._dead.to_revive() if may_have_dead else None,
+            sparsity_scale=plan.sparsity_at(done),
+            progress=done / plan.steps,
+            compute_dtype=self._compute_dtype,
+        )
+        out = self._update.step(x, context, plan.lr_at(done))
+        self._dead.count(out.acts.counts(), x.shape[0])
+        self.steps_done += 1
+        self._remember(x)
+        out.mse = out.mse / self.scaler.error_scale**2
+        out.reconstruction = self.scaler.unscale_target(out.reconstruction)
+        return out
+
+    def _run(self, log: MetricsLog, stop: StopSignals) -> None:
+        cfg, steps = self.config, self.plan.steps
+        show = sys.stderr.isatty() if cfg.progress is None else cfg.progress
+        since, since_step = time.perf_counter(), self.steps_done
+        with (
+            closing(self._prepared()) as batches,
+            tqdm(total=steps, initial=self.steps_done, disable=not show, unit="step") as bar,
+        ):
+            for x, position in batches:
+                if self.steps_done == self._recent_start:
+                    self._recent_from = {"step": self.steps_done, "data": self._position}
+                out = self._step(x)
+                self._position = position
+                bar.update()
+                last = self.steps_done == steps
+                evaluates = last or _due(self.steps_done, cfg.eval_every)
+                if last:
+                    self._estimate_threshold()
+                if evaluates or _due(self.steps_done, cfg.log_every):
+                    row = self._row(x, out)
+                    seconds = time.perf_counter() - since
+                    row["tokens_per_second"] = (self.steps_done - since_step) * len(x) / seconds
+                    if self.val is not None and evaluates:
+                        row |= self.validate()
+                    log.add(row)
+                    bar.set_postfix(fvu=f"{row['fvu']:.4f}", dead=int(row["dead"]))
+                    since, since_step = time.perf_counter(), self.steps_done
+                if last or stop.received or _due(self.steps_done, cfg.checkpoint_every):
+                    self._checkpoint()
+                if stop.received and not last:
+                    raise KeyboardInterrupt(self._how_to_resume(stop.received))
+        if self.steps_done < steps:
+            raise RuntimeError(f"Trainer: expected data for {steps} steps, got {self.steps_done}")
+
+    def _prepared(self) -> Generator[Prepared]:
+        """Yield the batches of the steps to come; for a GPU, a thread works ahead."""
+        device = self.sae.W_enc_rows.device
+        batches = self._read(self._position, self.plan.steps - self.steps_done)
+        return prefetch(batches, device) if device.type == "cuda" else batches
+
+    def _read(self, position: Any, count: int) -> Generator[Prepared]:
+        """Yield `count` batches of the data from `position` on, checked and scaled."""
+        if self.data is None:
+            raise ValueError("Trainer: expected data for fit(), got None; call step() yourself")
+        iterator: Iterator[Tensor] = self.data.batches(
+            self.config.batch_size, seed=self.config.seed
+        )
+        stateful = hasattr(iterator, "state_dict") and hasattr(iterator, "load_state_dict")
+        if position is not None:
+            if not stateful:
+                raise ValueError(
+                    "Trainer: expected data whose batches have state_dict and load_state_dict to "
+                    f"resume, got {type(self.data).__name__}"
+                )
+            iterator.load_state_dict(position)  # type: ignore[attr-defined]
+        for _ in range(count):
+            batch = next(iterator, None)
+            if batch is None:
+                return
+            state = iterator.state_dict() if stateful else None  # type: ignore[attr-defined]
+            yield Prepared(self.scaler.scale(self._checked(batch)), state)
+
+    @property
+    def _recent_start(self) -> int:
+        """Step from which on batches are remembered; the number of steps if none are needed."""
+        if type(self.sae).estimate_threshold_ is SAE.estimate_threshold_:
+            return self.plan.steps
+        width = sum(self.sae.columns.inputs) * self.sae.W_enc_rows.element_size()
+        fitting = max(1, LAST_BYTES // (self.config.batch_size * width))
+        return max(0, self.plan.steps - min(LAST_BATCHES, fitting))
+
+    def _remember(self, x: Tensor) -> None:
+        if self.steps_done > self._recent_start:
+            self._recent.append(self.sae.columns.split(x).x)
+
+    def _read_recent(self) -> None:
+        """Read again what the interrupted run remembered."""
+        if self._recent_from is None:
+            return
+        count = self.steps_done - self._recent_from["step"]
+        for x, _ in self._read(self._recent_from["data"], count):
+            self._recent.append(self.sae.columns.split(x).x)
+
+    def _estimate_threshold(self) -> None:
+        if self._recent:
+            self.sae.estimate_threshold_(self._recent)
+            self._recent.clear()
+
+    def _row(self, x: Tensor, out: SAEOutput) -> Row:
+        """Return the metrics of the update just done, read from the device at once."""
+        target = self.scaler.unscale_target(self.sae.columns.split(x).target)
+        numbers = step_metrics(out, target, self.config.outlier_norm)
+        numbers["dead"] = float(self._dead.mask().sum())
+        row: Row = {"step": self.steps_done, "tokens": self.steps_done * len(x), **numbers}
+        row["lr"] = self.plan.lr_at(self.steps_done - 1)
+        if not abs(row["loss"]) < float("inf"):
+            raise RuntimeError(
+                f"Trainer: expected a finite loss, got {row['loss']} at step {self.steps_done} "
+                f"with lr = {row['lr']:.3g}; checkpoints hold no such weights"
+            )
+        return row
+
+    def _checkpoint(self) -> None:
+        if self.out is None:
+            return
+        if not all(bool(p.isfinite().all()) for p in self.sae.parameters()):
+            raise RuntimeError(
+                f"Trainer: expected finite weights, got NaN or Inf at step {self.steps_done}; "
+                "the last checkpoint is kept"
+            )
+        folder, keep = self.out / "checkpoints", self.config.keep_checkpoints
+        save_checkpoint(folder, self._raw_copy(), self.state_dict(), self._about(), keep)
+
+    def _raw_copy(self) -> SAE:
+        """Return a copy of the SAE that takes raw activations; it shares what folding keeps."""
+        kept = (self.sae.W_enc_rows, self.sae.W_dec) if self.scaler.keeps_matrices else ()
+        shared: dict[int, Any] = {id(p): p for p in kept}
+        sae = copy.deepcopy(self.sae, shared)
+        self.scaler.fold_(sae)
+        return sae
+
+    def _about(self) -> dict[str, Any]:
+        """Return what must be the same for a run and its continuation, as JSON values."""
+        sae = {"class": type(self.sae).__name__, "dtype": str(self.sae.W_enc_rows.dtype)}
+        rows = None if self.data is None else source_len(self.data)
+        settings = {**sae, **self.sae.config(), "rows": rows, **self.config.to_dict()}
+        kept = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
+        about: dict[str, Any] = json.loads(json.dumps(kept))
+        return about
+
+    def _how_to_resume(self, signal_name: str) -> str:
+        done = f"{signal_name} at step {self.steps_done} of {self.plan.steps}"
+        if self.out is None:
+            return f"{done}; nothing was saved, because config.out is None"
+        return f"{done}; a checkpoint is in {self.out}, fit(resume=True) continues from it"
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
