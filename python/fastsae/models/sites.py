@@ -122,24 +122,45 @@ def describe(name: str) -> str:
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the path and the list of the transformer blocks of a model.
 
-    It is the longest ModuleList that lies in no other ModuleList (experts do) and whose entries are
-    all of one class.
+    It is the longest ModuleList of the text decoder (`model.get_decoder()`, where the model has
+    towers for images or sound besides) that lies in no other ModuleList (experts do) and whose
+    entries are all of one class.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or several are equally long.
     """
+    decoder = _text_decoder(model)
+    inside = {id(module) for module in decoder.modules()}
     found: list[tuple[str, nn.ModuleList]] = []
     for path, module in model.named_modules():
         nested = any(path.startswith(outer + ".") for outer, _ in found)
         if isinstance(module, nn.ModuleList) and len(module) and not nested:
             found.append((path, module))
-    found = [(path, blocks) for path, blocks in found if len({type(b) for b in blocks}) == 1]
+    found = [
+        (path, blocks)
+        for path, blocks in found
+        if id(blocks) in inside and len({type(b) for b in blocks}) == 1
+    ]
     if not found:
         raise ValueError(
             f"expected {type(model).__name__} to keep its blocks in a ModuleList, found none; "
             "give the site as a module path, e.g. model.layers.3.mlp:in"
         )
-    return max(found, key=lambda item: len(item[1]))
+    longest = max(len(blocks) for _, blocks in found)
+    paths = [path for path, blocks in found if len(blocks) == longest]
+    if len(paths) > 1:
+        raise ValueError(
+            f"expected {type(model).__name__} to have one list of text blocks, found "
+            f"{', '.join(paths)}; give the site as a module path, e.g. {paths[0]}.0.mlp:in"
+        )
+    return next((path, blocks) for path, blocks in found if path == paths[0])
+
+
+def _text_decoder(model: nn.Module) -> nn.Module:
+    """Return the part of a model of several towers that predicts text; else the model."""
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    return decoder if isinstance(decoder, nn.Module) else model
 
 
 def _child(parent: nn.Module, names: tuple[str, ...], site: str, what: str) -> nn.Module:

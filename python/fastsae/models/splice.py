@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,32 +30,109 @@ def replace(
 ) -> Iterator[None]:
     """Replace the rows of an activation by `fn(rows)` in every forward pass inside the block.
 
+    Positions are those in the context, not in one call: with a cache of keys and values
+    (`generate`) a call continues where the one before ended, and with padding on the left (an
+    attention mask) a context starts at its first real token.
+
     Args:
-        model: a causal language model of `transformers`.
+        model: a causal language model of `transformers`; calls go through it.
         site: see `fastsae.models.sites`.
         fn: takes the rows to replace, `[n, d]`, and returns theirs, in any floating dtype.
-        keep: bool `[batch, t]`, True where the activation passes through untouched.
+        keep: bool `[batch, t]`, True where the activation passes through untouched; positions past
+            t are replaced.
         drop_prefix: positions at the start of each context that pass through.
         max_norm: rows of a larger norm pass through; None means that none does.
+
+    Raises:
+        RuntimeError: the site is not reached by a forward pass of the model, or is reached by one
+            that does not go through `model`.
     """
     site = resolve(model, site) if isinstance(site, str) else site
+    call = _Call()
 
     def hook(x: Tensor) -> Tensor:
-        touched = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-        touched[:, :drop_prefix] = False
+        call.fired = True
+        touched = call.positions(x) >= drop_prefix
         if keep is not None:
-            touched &= ~keep.to(x.device)
+            now = keep[:, call.start : call.start + x.shape[1]].to(x.device)
+            touched[:, : now.shape[1]] &= ~now
         if max_norm is not None:
             touched &= x.float().norm(dim=-1) <= max_norm
         out = x.clone()
         out[touched] = fn(x[touched]).to(x.dtype)
         return out
 
-    handle = site.hook(hook)
+    handles = [
+        model.register_forward_pre_hook(call.begin, with_kwargs=True),
+        site.hook(hook),
+        model.register_forward_hook(call.end),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    if call.count and not call.fired:
+        raise RuntimeError(
+            f"site {site.name}: its module takes no part in the model's forward pass, so nothing "
+            "was replaced"
+        )
+
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""Arguments that hold earlier keys and values; transformers 5.24 calls them `cache`, and warns of
+the name that it had before."""
+
+
+class _Call:
+    """Where in its contexts the running forward pass of a model is."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.fired = False
+        self.start = 0
+        """Positions before those of this call."""
+        self._running = False
+        self._mask: Tensor | None = None
+
+    def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Note the cache and the attention mask of a call."""
+        self.count += 1
+        self._running = True
+        caches = (kwargs.get(name) for name in CACHE_NAMES)
+        self.start = _cached(next((cache for cache in caches if cache is not None), None))
+        mask = kwargs.get("attention_mask")
+        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def end(self, *_: Any) -> None:
+        """Note that the call is over."""
+        self._running = False
+
+    def positions(self, x: Tensor) -> Tensor:
+        """Return the place of every row of `x: [batch, t, d]` in its context; -1 for padding."""
+        if not self._running:
+            raise RuntimeError("replace: expected calls of the model that was given, got another")
+        t = x.shape[1]
+        if self._mask is not None and self._mask.shape[1] >= t:
+            real = self._mask.to(x.device).bool()
+            places = (real.long().cumsum(1) - 1).masked_fill(~real, -1)
+            return places[:, -t:].expand(x.shape[0], t)
+        places = torch.arange(self.start, self.start + t, device=x.device)
+        return places.expand(x.shape[0], t)
+
+
+def _cached(cache: Any) -> int:
+    """Return how many positions a cache of keys and values holds."""
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    if isinstance(cache, tuple):
+        return int(cache[0][0].shape[-2])
+    raise TypeError(
+        f"replace: expected a cache that says its length (get_seq_length), got "
+        f"{type(cache).__name__}; call the model without a cache"
+    )
 
 
 @contextmanager

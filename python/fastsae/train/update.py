@@ -138,9 +138,13 @@ LIBRARY = ("fastsae.", "torch.", "typing", "abc", "builtins", "functools")
 
 def _foreign_tensors(sae: SAE) -> str | None:
     """Return which parameter, trained buffer or submodule the fused update does not know."""
-    for name, _ in sae.named_parameters():
+    names = [name for name, _ in sae.named_parameters()]  # a shared one comes once
+    for name in names:
         if name not in PARAMETERS:
             return f"{name} is a parameter that the fused update does not know"
+    for name in PARAMETERS:
+        if name not in names:
+            return f"{name} is shared with another parameter"
     for name, buffer in sae.named_buffers():
         if buffer.requires_grad:
             return f"{name} is a buffer that requires a gradient"

@@ -1,0 +1,135 @@
+"""Splicing while text is generated: positions are those in the context, not in one call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastsae.models import find_blocks, replace
+from tests.models.tiny import FAMILIES, VOCAB, tiny_model
+
+PROMPT = torch.tensor([[1, 9, 8, 7, 22]])
+SITE = "resid_post.1"
+
+
+def halve(rows):
+    return rows * 0.5
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("drop_prefix", [0, 1, 3, 7])
+def test_cached_and_uncached_passes_agree(family, drop_prefix):
+    model = tiny_model(family)
+    more = torch.tensor([[5, 33, 12, 50]])
+    with torch.no_grad(), replace(model, SITE, halve, drop_prefix=drop_prefix):
+        whole = model(input_ids=torch.cat([PROMPT, more], 1), use_cache=False).logits
+        out = model(input_ids=PROMPT, use_cache=True)
+        logits = [out.logits]
+        for token in more.T:
+            cache = out.get("past_key_values") or out["cache"]
+            out = model(input_ids=token[None], past_key_values=cache, use_cache=True)
+            logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_generate_gives_the_tokens_of_a_loop_without_a_cache():
+    model = tiny_model()
+    with torch.no_grad(), replace(model, SITE, halve, drop_prefix=2):
+        ids = PROMPT
+        for _ in range(6):
+            best = model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1)
+            ids = torch.cat([ids, best[:, None]], 1)
+        generated = model.generate(
+            PROMPT, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0,
+            attention_mask=torch.ones_like(PROMPT),
+        )  # fmt: skip
+    assert generated.tolist() == ids.tolist()
+
+
+def test_padding_on_the_left_moves_the_start_of_a_context():
+    model = tiny_model()
+    pads = torch.zeros(1, 3, dtype=torch.long)
+    mask = torch.cat([pads, torch.ones_like(PROMPT)], 1)
+    rows = []
+
+    def watch(x):
+        rows.append(x.clone())
+        return x * 0.5
+
+    with torch.no_grad(), replace(model, SITE, watch, drop_prefix=2):
+        model(input_ids=torch.cat([pads, PROMPT], 1), attention_mask=mask, use_cache=False)
+        padded = rows.pop()
+        model(input_ids=PROMPT, use_cache=False)
+    assert len(padded) == 3  # 5 real tokens, 2 of them the prefix
+    torch.testing.assert_close(padded, rows.pop(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_kept_positions_are_those_of_the_context():
+    model = tiny_model()
+    keep = torch.zeros(1, 7, dtype=torch.bool)
+    keep[0, [2, 5]] = True
+    seen = []
+    with torch.no_grad(), replace(model, SITE, lambda x: seen.append(len(x)) or x, keep=keep):
+        out = model(input_ids=PROMPT, use_cache=True)
+        for _ in range(3):  # positions 5 (kept), 6, and 7, past the end of keep
+            cache = out.get("past_key_values") or out["cache"]
+            out = model(input_ids=PROMPT[:, :1], past_key_values=cache, use_cache=True)
+    assert seen == [3, 0, 1, 1]
+
+
+def test_a_site_that_is_never_reached_is_an_error():
+    model = tiny_model()
+    model.spare = torch.nn.Linear(2, 2)
+    message = r"^site spare: its module takes no part .* replaced$"
+    with pytest.raises(RuntimeError, match=message), replace(model, "spare", halve):
+        model(input_ids=PROMPT)
+    with replace(model, "spare", halve):
+        pass  # nothing ran, nothing was missed
+
+
+def test_a_call_of_another_model_is_an_error():
+    model = tiny_model()
+    message = "expected calls of the model that was given"
+    with pytest.raises(RuntimeError, match=message), replace(model, SITE, halve):
+        model.model(input_ids=PROMPT)
+
+
+def vision_language_model():
+    import transformers as hf
+
+    text = {
+        "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = hf.Gemma3Config(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    return hf.Gemma3ForConditionalGeneration(config).eval()
+
+
+def test_blocks_of_a_vision_language_model_are_those_of_its_text():
+    model = vision_language_model()
+    path, blocks = find_blocks(model)
+    assert "vision" not in path
+    assert len(blocks) == 3
+    with torch.no_grad():
+        clean = model(input_ids=PROMPT).logits
+        with replace(model, SITE, halve):
+            assert not torch.equal(model(input_ids=PROMPT).logits, clean)
+
+
+def test_two_lists_of_one_length_are_refused():
+    class Towers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
+            self.right = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
+
+    with pytest.raises(ValueError, match=r"expected Towers to have one list .* left, right"):
+        find_blocks(Towers())
