@@ -26,11 +26,19 @@ def check_rows(owner: str, x: Tensor, name: str, *, like: Tensor, width: str = "
         raise ValueError(
             f"{owner}: expected {name} to be [..., {width}] with {width} = {d_in}, got {[*x.shape]}"
         )
-    autocast = x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
-    if x.dtype != like.dtype and not autocast:
+    if x.dtype != like.dtype and not _autocasts(x):
         raise TypeError(
             f"{owner}: expected {name} to be {like.dtype} like the parameters, got {x.dtype}"
         )
     if x.device != like.device:
         raise ValueError(f"{owner}: expected {name} to be on {like.device}, got {x.device}")
     return x.reshape(-1, d_in)
+
+
+def _autocasts(x: Tensor) -> bool:
+    kind = x.device.type
+    return (
+        x.is_floating_point()
+        and torch.amp.is_autocast_available(kind)
+        and torch.is_autocast_enabled(kind)
+    )

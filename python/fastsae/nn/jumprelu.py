@@ -23,14 +23,17 @@ from fastsae.types import SparseActs
 
 
 class _Elementwise(torch.autograd.Function):
-    """An elementwise function of (z, threshold, eps) whose derivatives are those of a rule."""
+    """An elementwise function of (z, threshold, eps) whose gradients are those of a rule.
+
+    Without a rule for forward mode, which torch refuses then: torch.compile takes no function that
+    has one.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
 
 class JumpReLU(_Elementwise):
@@ -50,14 +53,6 @@ class JumpReLU(_Elementwise):
         near = (z - threshold).abs() < eps / 2
         return torch.where(z > threshold, grads[0], 0), -grads[0] * near * threshold / eps, None
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        z, threshold, eps = ctx.saved_tensors
-        dz, dt = (torch.zeros_like(z) if t is None else t for t in tangents[:2])
-        near = (z - threshold).abs() < eps / 2
-        moved: Tensor = dt * near * threshold / eps
-        return torch.where(z > threshold, dz, 0) - moved.to(z.dtype)
-
 
 class Step(_Elementwise):
     """H(z - threshold) elementwise: d/dz = 0, d/dthreshold = -(1 / eps) K((z - threshold) / eps)."""
@@ -71,14 +66,6 @@ class Step(_Elementwise):
         z, threshold, eps = ctx.saved_tensors
         near = (z - threshold).abs() < eps / 2
         return None, -grads[0] * near / eps, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        z, threshold, eps = ctx.saved_tensors
-        dt = torch.zeros_like(threshold) if tangents[1] is None else tangents[1]
-        near = (z - threshold).abs() < eps / 2
-        moved: Tensor = -dt * near / eps
-        return moved.to(z.dtype)
 
 
 def _apply(function: type[_Elementwise], *inputs: Tensor) -> Tensor:

@@ -54,8 +54,8 @@ class SAE(Parameters, ABC):
 
     def __init_subclass__(cls, register: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # torch derives classes of its own from ours (parametrize, fully_shard).
-        if register and not cls.__module__.startswith("torch."):
+        # torch derives classes from these (parametrize, fully_shard), whose module is then abc.
+        if register and cls.__module__ != "abc":
             inside = cls.__module__.startswith("fastsae.")
             name = cls.__name__ if inside else f"{cls.__module__}.{cls.__qualname__}"
             SAE.registry[name] = cls
