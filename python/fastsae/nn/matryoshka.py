@@ -165,6 +165,7 @@ class _PrefixErrors(torch.autograd.Function):
         return total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         df, dW, db = (t * grads[0].to(t.dtype) for t in ctx.saved_tensors)
         return df, None, dW, db, None

@@ -84,8 +84,6 @@ class SAE(Parameters, ABC):
         self.metadata: dict[str, Any] = {}
         """Free-form facts saved along (model_name, hook_name, ...); JSON types only."""
 
-    # -- what a subclass says ------------------------------------------------------------------
-
     @abstractmethod
     def _encode(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
         """Select the active latents of `x: [n, d_in]`."""
@@ -109,8 +107,6 @@ class SAE(Parameters, ABC):
         """The column blocks of a training batch: here the activations alone."""
         return Columns((self.d_in,))
 
-    # -- inference -----------------------------------------------------------------------------
-
     def encode_sparse(self, x: Tensor) -> SparseActs:
         """Return the sparse code of `x: [..., d_in]`, leading dimensions flattened to rows."""
         return self._encode(self._rows(x, "x"))
@@ -130,8 +126,6 @@ class SAE(Parameters, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction of `x: [..., d_in]`, in the same shape."""
         return self.decode(self.encode_sparse(x)).reshape(x.shape)
-
-    # -- training ------------------------------------------------------------------------------
 
     def training_loss(self, batch: Tensor, context: StepContext = STEP) -> SAEOutput:
         """Return the loss of a training batch `[n, sum(columns.widths)]`; see `loss`."""
@@ -159,8 +153,8 @@ class SAE(Parameters, ABC):
         Raises:
             ValueError: wrong shape or device.
             TypeError: not a tensor, or another dtype.
-            RuntimeError: inside a recomputation (`torch.utils.checkpoint`), for classes whose loss
-                depends on statistics that the first forward has updated.
+            RuntimeError: recomputed by `torch.utils.checkpoint`, where the loss depends on
+                statistics that the first forward has updated.
 
         Gradients: the four parameters. The auxiliary term reaches the encoder and decoder rows of
         selected dead latents, and b_dec through the encoder's input.
@@ -209,8 +203,6 @@ class SAE(Parameters, ABC):
 
     def rescale_code_(self, scaler: ActivationScaler) -> None:
         """Divide what a subclass measures in units of the code by `scaler.code_scale`."""
-
-    # -- for files and for subclasses ----------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""

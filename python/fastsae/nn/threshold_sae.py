@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from fastsae import ops
 from fastsae.nn.context import StepContext
@@ -74,8 +73,8 @@ class ThresholdSAE(SAE, register=False):
         if self._has_threshold:
             return
         threshold = self.threshold
-        if isinstance(threshold, FakeTensor) or threshold.is_meta:
-            return
+        if threshold.is_meta or type(threshold).__name__ == "FakeTensor":
+            return  # there are shapes only
         message = (
             f"{type(self).__name__}: expected a threshold in eval mode, got none yet; call "
             "training_loss() on a batch in training mode, or select batch-wise with sae.train()"
