@@ -83,7 +83,7 @@ def test_kept_positions_are_those_of_the_context():
 def test_a_site_that_is_never_reached_is_an_error():
     model = tiny_model()
     model.spare = torch.nn.Linear(2, 2)
-    message = r"^site spare: its module takes no part .* replaced$"
+    message = r"^site spare: its module is not reached .* replaced$"
     with pytest.raises(RuntimeError, match=message), replace(model, "spare", halve):
         model(input_ids=PROMPT)
     with replace(model, "spare", halve):

@@ -74,7 +74,7 @@ def add_to(subparsers: Any) -> None:
         "--compute-dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16"),
-        help="of the encoder's product; parameters and sums stay float32 (default: auto)",
+        help="of the encoder's matmul; parameters and sums stay float32 (default: auto)",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--checkpoint-every", type=positive, help="updates between checkpoints")

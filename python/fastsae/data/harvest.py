@@ -52,7 +52,7 @@ def harvest(
         context: tokens per chunk, the prefix included.
         batch_size: chunks per forward pass.
         drop_prefix: positions at the start of a chunk that are not stored. The first position is an
-            attention sink, whose norm is some 100 times the usual one; it would own the loss.
+            attention sink, whose norm is about 100 times the usual one; it would dominate the loss.
         prefix_id: token put in front of every chunk; None takes the tokenizer's BOS, else its EOS.
         max_tokens: stop once this many rows are stored, train and validation together.
         dtype: float16 | bfloat16 | float32, of the stored activations.

@@ -79,7 +79,7 @@ class Manifest:
 
         Raises:
             FileNotFoundError: there is no manifest.
-            ValueError: it is not one of ours, or of a newer version.
+            ValueError: it is not a manifest of fastsae, or of a newer version.
         """
         path = folder / "manifest.json"
         try:

@@ -209,7 +209,7 @@ def read_gradients(
         Two dicts by `site.name` of `[n, t, d]`, in the model's dtype and on its device.
 
     Raises:
-        RuntimeError: a site takes no part in the forward pass, or the loss does not depend on it.
+        RuntimeError: a site is not reached by the forward pass, or the loss does not depend on it.
     """
     got: dict[str, Tensor] = {}
 
@@ -234,7 +234,7 @@ def read_gradients(
             missing = ", ".join(site.name for site in sites if site.name not in got)
             if missing:
                 raise RuntimeError(
-                    f"site {missing}: its module takes no part in the model's forward pass"
+                    f"site {missing}: its module is not reached by the model's forward pass"
                 )
             grads = torch.autograd.grad(loss, [got[site.name] for site in sites])
     finally:
@@ -247,7 +247,7 @@ def read_gradients(
 
 
 class _Stop(Exception):
-    """Leaves a forward pass once every wanted activation is in hand."""
+    """Leaves a forward pass once every requested activation is in hand."""
 
 
 @torch.no_grad()
@@ -266,7 +266,7 @@ def read(model: nn.Module, sites: Sequence[Site], tokens: Tensor) -> dict[str, T
         `{site.name: [n, t, d]}` in the model's dtype and on its device.
 
     Raises:
-        RuntimeError: a site took no part in the forward pass.
+        RuntimeError: a site was not reached by the forward pass.
     """
     got: dict[str, Tensor] = {}
 
@@ -287,4 +287,4 @@ def read(model: nn.Module, sites: Sequence[Site], tokens: Tensor) -> dict[str, T
         for handle in handles:
             handle.remove()
     missing = ", ".join(site.name for site in sites if site.name not in got)
-    raise RuntimeError(f"site {missing}: its module takes no part in the model's forward pass")
+    raise RuntimeError(f"site {missing}: its module is not reached by the model's forward pass")

@@ -74,7 +74,7 @@ def replace(
             handle.remove()
     if call.count and not call.fired:
         raise RuntimeError(
-            f"site {site.name}: its module takes no part in the model's forward pass, so nothing "
+            f"site {site.name}: its module is not reached by the model's forward pass, so nothing "
             "was replaced"
         )
 

@@ -62,7 +62,7 @@ def python_topics() -> list[str]:
     """Return the topics of Python's `help()` (its language reference) as documents, short to long.
 
     Topics quote each other; a paragraph stays in the first topic that has it, so that held-out
-    topics share no paragraph with the others. Neighbours are of about the same length, so holding
+    topics share no paragraph with the others. Neighbors are of about the same length, so holding
     out every n-th topic holds out about an n-th of the text, however much of it is used.
 
     Raises:

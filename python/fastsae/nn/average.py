@@ -1,7 +1,7 @@
 """Average SAEs that were fine-tuned from one checkpoint into one that costs no more than each.
 
 Source: the idea of Zimmer et al. 2023, "Sparse model soups" (arXiv 2306.16788): copies retrained
-from one sparse model can be averaged weight by weight. Its use on SAEs is ours.
+from one sparse model can be averaged weight by weight. Applying it to SAEs is our addition.
 """
 
 from __future__ import annotations

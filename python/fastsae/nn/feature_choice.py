@@ -39,7 +39,7 @@ class FeatureChoiceSAE(ThresholdSAE):
     largest entries of the whole matrix): the progressive recipe. Densities are learned there; under
     feature choice they only mirror the budgets, so with 0 of them Zipf's budgets stay equal.
 
-    A token's code must not depend on its neighbours at inference, so `eval()` switches to the
+    A token's code must not depend on its neighbors at inference, so `eval()` switches to the
     buffer `threshold` [d_sae]: the moving average of the smallest value that latent j keeps, 0 for
     batches where it has fewer positive entries than its budget. See `SAE` for the other arguments.
 

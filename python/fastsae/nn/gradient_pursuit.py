@@ -6,7 +6,7 @@
     w     = max(0, w + alpha g),   alpha = <c, r> / <c, c>,   c = g W_dec
 
 It shows how much of an SAE's error is the encoder's: the dictionary and the number of latents stay,
-but the code is optimised for the token.
+but the code is optimized for the token.
 
 Source: Blumensath and Davies 2008, "Gradient pursuits"; the non-negative form for SAEs is that of
 Engels et al. 2024, "Decomposing the dark matter of sparse autoencoders" (arXiv 2410.14670).
@@ -30,8 +30,8 @@ def gradient_pursuit(sae: SAE, x: Tensor, k: int | Tensor) -> SparseActs:
     A step adds the latent with the largest inner product with the residual, which is not divided by
     the norm of the row, and moves all weights along the gradient as far as is best on that line.
     The latent may be one that the token has already; where no inner product is positive, none is
-    added, and the step goes on with those that are there (in the paper's code the best latent takes
-    part in the step whatever its sign). Weights that would become negative are 0 and leave the
+    added, and the step goes on with those that are there (in the paper's code the best latent is
+    included in the step whatever its sign). Weights that would become negative are 0 and leave the
     support, so a code has at most k latents, often fewer.
 
     Args:
@@ -51,8 +51,8 @@ def gradient_pursuit(sae: SAE, x: Tensor, k: int | Tensor) -> SparseActs:
         ValueError: a shape or a device does not fit, or k is out of range.
 
     Numerics: the residual is computed anew in every step. A row with NaN gets the empty code.
-    Cost: one product like the encoder's per step, for the tokens that have steps left, without
-    [n, d_sae]: 2 d_in d_sae flops per token and step. Three sparse products gather at most k rows
+    Cost: one matmul like the encoder's per step, for the tokens that have steps left, without
+    [n, d_sae]: 2 d_in d_sae flops per token and step. Three sparse matmuls gather at most k rows
     of W_dec per token each.
     Source: Blumensath and Davies 2008; Engels et al. 2024.
     """

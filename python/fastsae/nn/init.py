@@ -39,7 +39,7 @@ def geometric_median(x: Tensor, *, tolerance: float = 1e-6, max_iterations: int 
     Stops when y moves less than `tolerance` times the mean distance. Distances are kept above a
     millionth of their mean, so that y may coincide with a row.
 
-    Cost: one read of x per product, about 20 to 50 iterations, one temporary of its size.
+    Cost: one read of x per matmul, about 20 to 50 iterations, one temporary of its size.
     Source: Weiszfeld 1937; used for b_pre by Gao et al. 2024, appendix A.1.
     """
     y = x.mean(0)

@@ -54,7 +54,7 @@ class SampledSAE(BatchTopKSAE):
     Raises:
         ValueError: pool is below 1 or not finite, or another score.
 
-    Cost: scores take a second product like the encoder's in training, by torch and in the dtype of
+    Cost: scores need a second matmul like the encoder's in training, by torch and in the dtype of
     the parameters; then the pool is encoded.
     """
 

@@ -116,8 +116,8 @@ def threshold_capacity(n: int, d_sae: int, k: float) -> int:
     Small inputs get room for every latent; large ones for 8 times the expected count, beyond which
     the largest values are kept.
     """
-    wanted = torch.sym_max(n * max(8 * math.ceil(k), 256), 1 << 22)
-    capacity: int = torch.sym_min(n * d_sae, wanted)
+    generous = torch.sym_max(n * max(8 * math.ceil(k), 256), 1 << 22)
+    capacity: int = torch.sym_min(n * d_sae, generous)
     return capacity
 
 

@@ -47,8 +47,8 @@ class FusedUpdate:
             leaves = [dead.W_enc, dead.W_dec, dead.b_enc]
         penalty = sae.sparsity_loss(acts, context)
         out = total_loss(sae, batch, batch, acts, x_hat, penalty, dead)
-        wanted = [x_hat, *leaves] if penalty is None else [x_hat, *leaves, values]
-        grads = torch.autograd.grad(out.loss, wanted)
+        inputs = [x_hat, *leaves] if penalty is None else [x_hat, *leaves, values]
+        grads = torch.autograd.grad(out.loss, inputs)
         out.acts, out.reconstruction = acts.detach(), x_hat.detach()
         grad_values = torch.ops.fastsae.sparse_decode_values_grad(
             grads[0], out.acts.values, out.acts.indices, out.acts.offsets, sae.W_dec.detach()

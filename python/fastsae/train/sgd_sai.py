@@ -25,14 +25,14 @@ class SGDSaI(torch.optim.Optimizer):
         p   <- (1 - lr weight_decay) p - lr gsnr m
 
     What it saves is memory: one number per weight, half of Adam's state, in the process and in
-    checkpoints. Beside the gradients that autograd holds, the peak of a `Trainer` is that of Adam's
+    checkpoints. Besides the gradients that autograd holds, the peak of a `Trainer` is that of Adam's
     fused update, which forms none, and below that of Adam with autograd. What it lacks is Adam's
     second moment. A gradient g with mean near 0 has gsnr = sqrt(numel), whatever its scale and
     however few of its entries are not 0, so W_enc and W_dec get the same scale, and within each a
     latent that fires rarely moves as little as in plain SGD. Expect a worse fvu than Adam's after
     the same number of steps; take it where Adam's state does not fit.
 
-    A gradient with a dominant mean, such as that of b_dec before the data are centred, has a small
+    A gradient with a dominant mean, such as that of b_dec before the data are centered, has a small
     std for its size and gets a hundredfold rate: 2,770 instead of 28 with mean 1, std 0.01 and 768
     entries. Tensors of one dimension therefore use gsnr = 1, unless `scale_biases`. So does a
     tensor of one number, which has no std.
@@ -56,7 +56,7 @@ class SGDSaI(torch.optim.Optimizer):
     Numerics: gsnr in float32 (float64 for float64), with the unbiased std; loading does not round
     it to the dtype of the parameter, which is that of m.
     Cost: 4 bytes of state per float32 weight. The first step waits for the device once per tensor.
-    Source: Xu et al. 2024. The exclusion of biases and of gradients of zeros is ours.
+    Source: Xu et al. 2024. The exclusion of biases and of gradients of zeros is our addition.
     """
 
     def __init__(
