@@ -142,6 +142,8 @@ class Trainer:
             ValueError: there are neither data nor a sample, rows are not finite, or all equal.
         """
         self._allocate()
+        self.steps_done, self._position, self._recent_from = 0, None, None
+        self._recent.clear()
         if sample is None:
             sample = self._sample()
         cfg, sae = self.config, self.sae
@@ -237,6 +239,7 @@ class Trainer:
             "step": self.steps_done,
             "scales": self.scaler.scales,
             "sae": self.sae.state_dict(),
+            "update_kind": type(self._update).__name__,
             "update": self._update.state_dict(),
             "dead": self._dead.tensors(),
             "rng": rng,
@@ -249,6 +252,11 @@ class Trainer:
         """Continue from a state, bit for bit, in place of `prepare`; restores torch's RNG too."""
         self._allocate()
         assert self._update is not None
+        if (kind := type(self._update).__name__) != state["update_kind"]:
+            raise ValueError(
+                f"Trainer: expected the state of a {kind}, which applies here, got that of a "
+                f"{state['update_kind']}; set update= to the one that the run began with"
+            )
         self.steps_done = state["step"]
         self.scaler = ActivationScaler(self.sae.columns, state["scales"])
         self.sae.load_state_dict(state["sae"])
@@ -298,6 +306,7 @@ class Trainer:
         if self._update is None:
             return
         self.scaler.fold_(self.sae)
+        self.scaler = ActivationScaler(self.sae.columns)
         self._update = None
         self._recent.clear()
         self.sae.eval()

@@ -127,8 +127,9 @@ def _overridden(sae: SAE, base: type[SAE]) -> str | None:
     for cls in base.__mro__:
         if cls.__module__.startswith("fastsae."):
             for name, value in vars(cls).items():
-                home = getattr(getattr(value, "__func__", value), "__module__", None)
-                if callable(value) and isinstance(home, str) and not home.startswith(LIBRARY):
+                function = getattr(value, "fget", getattr(value, "__func__", value))
+                home = getattr(function, "__module__", None)
+                if callable(function) and isinstance(home, str) and not home.startswith(LIBRARY):
                     return f"{name} of {cls.__name__} is replaced by one of {home}"
     return None
 
