@@ -196,6 +196,12 @@ def read(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
             raise ValueError(
                 f"load: expected {name} to be {[*shape]} in {folder / WEIGHTS}, got {found}"
             )
+    for name in names.values():
+        if (dtype := tensors[name].dtype) != sae.W_enc_rows.dtype:
+            raise ValueError(
+                f"load: expected {name} in {sae.W_enc_rows.dtype}, as dtype in {folder / CONFIG} "
+                f"says, got {dtype}; change both, or neither"
+            )
     sae.to_empty(device=device)
     with torch.no_grad():
         for own, name in names.items():
