@@ -63,7 +63,7 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
   // The active entries grouped by latent, rows ascending: offsets [F + 1], rows [capacity], slots
   // [capacity].
   m.def(
-      "group_by_latent(Tensor values, Tensor indices, Tensor? offsets, int d_sae)"
+      "group_by_latent(Tensor values, Tensor indices, Tensor? offsets, SymInt d_sae)"
       " -> (Tensor offsets, Tensor rows, Tensor slots)");
 
   // weight[f] = sum over f's list of values[slot] x[row]; bias[f] = sum of values[slot].
