@@ -52,8 +52,7 @@ class SparseActs:
         device = self.values.device
         if self.offsets is None:
             return torch.arange(self.n, device=device).unsqueeze(1).expand(self.values.shape)
-        entry = torch.arange(self.values.shape[0], device=device, dtype=torch.int32)
-        return torch.searchsorted(self.offsets[1:], entry, right=True)
+        return owners(self.offsets, self.values.shape[0])
 
     def row_counts(self) -> Tensor:
         """Return the number of active entries of every row: int64 `[n]`."""
@@ -134,6 +133,13 @@ def _unflatten(leaves: Any, d_sae: Any) -> SparseActs:
 pytree.register_pytree_node(
     SparseActs, _flatten, _unflatten, serialized_type_name="fastsae.SparseActs"
 )
+
+
+def owners(offsets: Tensor, entries: int) -> Tensor:
+    """Return which list owns each entry: int64 `[entries]`, the number of lists for padding."""
+    # The first offset is 0. Added, it makes one row per sample under vmap, as searchsorted wants.
+    entry = torch.arange(entries, device=offsets.device, dtype=torch.int32) + offsets[0]
+    return torch.searchsorted(offsets[1:], entry, right=True)
 
 
 class TopK(NamedTuple):

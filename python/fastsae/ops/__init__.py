@@ -12,6 +12,7 @@ from fastsae.ops.feature_topk import feature_topk
 from fastsae.ops.group_by_latent import group_by_latent
 from fastsae.ops.sparse_adam_step import sparse_adam_step_
 from fastsae.ops.sparse_decode import sparse_decode
+from fastsae.ops.sparse_decode_values_grad import sparse_decode_values_grad
 from fastsae.ops.sparse_weight_grad import sparse_weight_grad
 from fastsae.ops.threshold_select import threshold_select
 from fastsae.ops.topk import topk
@@ -40,6 +41,7 @@ __all__ = [
     "group_by_latent",
     "sparse_adam_step_",
     "sparse_decode",
+    "sparse_decode_values_grad",
     "sparse_weight_grad",
     "threshold_select",
     "topk",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _check, _encode
+from fastsae.ops import _autograd, _check, _encode, _vmap
 from fastsae.ops.batch_topk import fake_selection
 from fastsae.types import BatchTopK, SparseActs, accumulator_dtype
 
@@ -64,12 +64,12 @@ def encode_batch_topk(
     a = _encode.check(
         "encode_batch_topk", x, W_enc, b_enc, b_dec, mask, select_dtype, compute_dtype
     )
-    _check.mean_k("encode_batch_topk", k)
+    budget = _check.budget("encode_batch_topk", k, a.x.shape[0], W_enc.shape[0])
     _check.threshold_guess("encode_batch_topk", threshold_guess)
     values, indices, offsets, threshold = torch.ops.fastsae.encode_batch_topk(
-        a.x, a.W_enc, a.b_enc, a.b_dec, int(k * a.x.shape[0]), mask, a.bf16_product, threshold_guess
+        a.x, a.W_enc, a.b_enc, a.b_dec, budget, mask, a.bf16_product, threshold_guess
     )
-    return BatchTopK(SparseActs(values.to(x.dtype), indices, offsets, W_enc.shape[0]), threshold)
+    return BatchTopK(SparseActs(values.to(a.out_dtype), indices, offsets, W_enc.shape[0]), threshold)
 
 
 @fake("encode_batch_topk")
@@ -105,10 +105,18 @@ def _plain(
     return acts.values.to(x.dtype), acts.indices, acts.offsets, threshold
 
 
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _encode.setup_context(ctx, inputs, output)
+    ctx.mark_non_differentiable(output[3])
+
+
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return *_encode.gradients(ctx, grad), None, None, None, None
 
 
-torch.library.register_autograd(
-    "fastsae::encode_batch_topk", _backward, setup_context=_encode.setup_context
-)
+def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _encode.tangent(ctx, *tangents[:4]), None, None, None
+
+
+_autograd.register("encode_batch_topk", setup_context=_setup_context, backward=_backward, jvp=_jvp)
+_vmap.register("encode_batch_topk")

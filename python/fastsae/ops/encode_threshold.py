@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _encode
+from fastsae.ops import _autograd, _check, _encode, _vmap
 from fastsae.ops.batch_topk import fake_selection
-from fastsae.ops.threshold_select import check_capacity, check_threshold
+from fastsae.ops.threshold_select import check_threshold
 from fastsae.types import SparseActs
 
 
@@ -60,11 +60,11 @@ def encode_threshold(
     """
     a = _encode.check("encode_threshold", x, W_enc, b_enc, b_dec, None, select_dtype, compute_dtype)
     threshold = check_threshold("encode_threshold", threshold, a.x, W_enc.shape[0])
-    check_capacity("encode_threshold", capacity)
+    capacity = _check.capacity("encode_threshold", capacity, a.x.shape[0], W_enc.shape[0])
     values, indices, offsets = torch.ops.fastsae.encode_threshold(
         a.x, a.W_enc, a.b_enc, a.b_dec, threshold, capacity, a.bf16_product
     )
-    return SparseActs(values.to(x.dtype), indices, offsets, W_enc.shape[0])
+    return SparseActs(values.to(a.out_dtype), indices, offsets, W_enc.shape[0])
 
 
 @fake("encode_threshold")
@@ -99,6 +99,9 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return *_encode.gradients(ctx, grad), None, None, None
 
 
-torch.library.register_autograd(
-    "fastsae::encode_threshold", _backward, setup_context=_encode.setup_context
-)
+def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _encode.tangent(ctx, *tangents[:4]), None, None
+
+
+_autograd.register("encode_threshold", setup_context=_encode.setup_context, backward=_backward, jvp=_jvp)
+_vmap.register("encode_threshold")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _check, _encode
+from fastsae.ops import _autograd, _check, _encode, _vmap
 from fastsae.types import TopK
 
 
@@ -72,7 +72,7 @@ def encode_topk(
         a.x, a.W_enc, a.b_enc, a.b_dec, k, mask, relu, a.bf16_product
     )
     shape = (*x.shape[:-1], k)
-    return TopK(values.to(x.dtype).view(shape), indices.view(shape))
+    return TopK(values.to(a.out_dtype).view(shape), indices.view(shape))
 
 
 @fake("encode_topk")
@@ -103,10 +103,13 @@ def _plain(
     return tuple(reference.encode_topk(x, W_enc, b_enc, k, b_dec=b_dec, mask=mask, relu=relu))
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return *_encode.gradients(ctx, grad), None, None, None, None
 
 
-torch.library.register_autograd(
-    "fastsae::encode_topk", _backward, setup_context=_encode.setup_context
-)
+def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _encode.tangent(ctx, *tangents[:4]), None
+
+
+_autograd.register("encode_topk", setup_context=_encode.setup_context, backward=_backward, jvp=_jvp)
+_vmap.register("encode_topk", rows=("x",))

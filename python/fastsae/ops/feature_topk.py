@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _check
-from fastsae.ops.batch_topk import dense_gradient, fake_selection, setup_context
-from fastsae.ops.threshold_select import check_capacity
+from fastsae.ops import _autograd, _check, _vmap
+from fastsae.ops.batch_topk import backward, fake_selection, jvp, setup_context
 from fastsae.types import SparseActs
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
@@ -55,30 +52,31 @@ def feature_topk(x: Tensor, m: int | Tensor, *, capacity: int | None = None) -> 
     _check.floating("feature_topk", "x", x)
     x = _check.rows("feature_topk", "x", x)
     n, d_sae = x.shape
-    needed: int | None
+    needed = None  # unknown, or an expression that is not to be looked into
+    looks = not torch.compiler.is_compiling()
     if isinstance(m, Tensor):
         check_lengths("feature_topk", m, d_sae, x.device)
-        lengths = lengths_as_int32(m, n)
-        needed = None
-        if m.device.type == "cpu" and not torch.compiler.is_compiling():
+        lengths, most = lengths_as_int32(m, n), n * d_sae
+        if looks and m.device.type == "cpu":
             if d_sae and m.min() < 0:
                 raise ValueError(f"feature_topk: expected m >= 0, got {int(m.min())}")
-            needed = int(m.long().clamp(0, n).sum())
+            most = needed = int(m.long().clamp(0, n).sum())
     elif isinstance(m, int | torch.SymInt):
         if m < 0:
             raise ValueError(f"feature_topk: expected m >= 0, got {m}")
-        lengths = torch.full((d_sae,), min(m, n), dtype=torch.int32, device=x.device)
-        needed = min(m, n) * d_sae
+        each = _check.int_min(m, n)
+        lengths = torch.full((d_sae,), each, dtype=torch.int32, device=x.device)
+        most = each * d_sae
+        needed = most if looks else None
     else:
         raise TypeError(
             f"feature_topk: expected m to be an int or an integer Tensor, got {type(m).__name__}"
         )
-    if capacity is None:
-        capacity = n * d_sae if needed is None else needed
-    check_capacity("feature_topk", capacity)
+    capacity = _check.capacity("feature_topk", most if capacity is None else capacity, n, d_sae)
     if needed is not None and capacity < needed:
         raise ValueError(
-            f"feature_topk: expected capacity >= the sum of min(m, n) = {needed}, got capacity = {capacity}"
+            f"feature_topk: expected capacity >= the sum of min(m, n) = {needed}, "
+            f"got capacity = {capacity}"
         )
     values, indices, offsets = torch.ops.fastsae.feature_topk(x, lengths, capacity)
     return SparseActs(values, indices, offsets, d_sae)
@@ -110,8 +108,5 @@ def _plain(x: Tensor, m: Tensor, capacity: int) -> tuple[Tensor, ...]:
     return acts.values, acts.indices, acts.offsets
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
-    return dense_gradient(ctx, grad), None, None
-
-
-torch.library.register_autograd("fastsae::feature_topk", _backward, setup_context=setup_context)
+_autograd.register("feature_topk", setup_context=setup_context, backward=backward, jvp=jvp)
+_vmap.register("feature_topk")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _check
+from fastsae.ops import _autograd, _check, _vmap
 from fastsae.types import LatentGradients, SparseActs, StepTensors
 
 _OP = "sparse_adam_step_"
@@ -111,6 +111,7 @@ def sparse_adam_step_(
         raise ValueError(f"{_OP}: expected step >= 1, got {step}")
     if clip_grad_norm is not None and not clip_grad_norm > 0:
         raise ValueError(f"{_OP}: expected clip_grad_norm > 0 or None, got {clip_grad_norm}")
+    _autograd.no_tangents(_OP, *parameters, acts.values, grad_values, x, grad_output)
     bf16_rows = _check.rounds_to_bf16(_OP, compute_dtype, "W_enc", W_enc)
     torch.ops.fastsae.sparse_adam_step_(
         *parameters,
@@ -159,3 +160,6 @@ def _plain(*arguments: object) -> None:
         unit_norm=unit_norm,  # type: ignore[arg-type]
         extra_grads=None if rows[0] is None else LatentGradients(*rows),  # type: ignore[arg-type]
     )
+
+
+_vmap.refuse(_OP)

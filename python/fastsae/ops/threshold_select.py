@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _check
-from fastsae.ops.batch_topk import dense_gradient, fake_selection, setup_context
+from fastsae.ops import _autograd, _check, _vmap
+from fastsae.ops.batch_topk import backward, fake_selection, jvp, setup_context
 from fastsae.types import SparseActs, accumulator_dtype
 
 
@@ -24,12 +22,6 @@ def check_threshold(op: str, threshold: Tensor, x: Tensor, d_sae: int) -> Tensor
             f"{op}: expected threshold on the device of x, {x.device}, got {threshold.device}"
         )
     return threshold.detach().to(accumulator_dtype(x.dtype))
-
-
-def check_capacity(op: str, capacity: int) -> None:
-    """Raise ValueError unless `capacity` is at least 0."""
-    if capacity < 0:
-        raise ValueError(f"{op}: expected capacity >= 0, got capacity = {capacity}")
 
 
 def threshold_select(x: Tensor, threshold: Tensor, capacity: int) -> SparseActs:
@@ -64,10 +56,11 @@ def threshold_select(x: Tensor, threshold: Tensor, capacity: int) -> SparseActs:
     """
     _check.floating("threshold_select", "x", x)
     x = _check.rows("threshold_select", "x", x)
-    threshold = check_threshold("threshold_select", threshold, x, x.shape[-1])
-    check_capacity("threshold_select", capacity)
+    n, d_sae = x.shape
+    threshold = check_threshold("threshold_select", threshold, x, d_sae)
+    capacity = _check.capacity("threshold_select", capacity, n, d_sae)
     values, indices, offsets = torch.ops.fastsae.threshold_select(x, threshold, capacity)
-    return SparseActs(values, indices, offsets, x.shape[1])
+    return SparseActs(values, indices, offsets, d_sae)
 
 
 @fake("threshold_select")
@@ -82,8 +75,5 @@ def _plain(x: Tensor, threshold: Tensor, capacity: int) -> tuple[Tensor, ...]:
     return acts.values, acts.indices, acts.offsets
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
-    return dense_gradient(ctx, grad), None, None
-
-
-torch.library.register_autograd("fastsae::threshold_select", _backward, setup_context=setup_context)
+_autograd.register("threshold_select", setup_context=setup_context, backward=backward, jvp=jvp)
+_vmap.register("threshold_select")
