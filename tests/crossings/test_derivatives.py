@@ -8,7 +8,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from fastsae import SparseActs, ops
-from tests.crossings.differentiable import D, F, K, N, Case, cases, largest_of_rows
+from tests.crossings.differentiable import Case, D, F, K, N, cases, largest_of_rows
 
 CASES = cases()
 every_op = pytest.mark.parametrize("case", CASES, ids=str)
@@ -39,7 +39,7 @@ def test_finite_differences(case) -> None:
     inputs = tuple(
         t.clone().requires_grad_(not (fixed and i == 0)) for i, t in enumerate(case.inputs)
     )
-    forward = dict(check_forward_ad=True, check_batched_forward_grad=True)
+    forward = {"check_forward_ad": True, "check_batched_forward_grad": True}
     assert gradcheck(case.op, inputs, check_batched_grad=True, **forward)
     assert gradgradcheck(case.op, inputs, check_batched_grad=True, check_fwd_over_rev=True)
 

@@ -1,6 +1,9 @@
 """The ops: native kernels behind checked functions, differentiable, compilable, on any device.
 
 Both weight matrices are feature-major here: `W_enc [d_sae, d_in]`, `W_dec [d_sae, d_out]`.
+
+Every op has derivatives of any order in reverse and forward mode, or says that it has none; they
+work under `torch.func`, vmap, `torch.compile` and `torch.export`, where a batch size may be dynamic.
 """
 
 from fastsae.ops.batch_topk import batch_topk

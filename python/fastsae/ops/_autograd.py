@@ -16,7 +16,7 @@ the place of v, its zeros remain entries of P (`decode_entries`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def register(op: str, *, setup_context: Rule, backward: Rule, jvp: Rule) -> None
             return jvp(ctx, *tangents[:-1])
 
     rules = {"forward": forward, "backward": all_gradients, "jvp": tangent}
-    differentiable = type(
+    differentiable: Any = type(
         f"fastsae_{op}",
         (_SingleLevelFunction,),
         {name: staticmethod(rule) for name, rule in rules.items()},
@@ -91,9 +91,7 @@ def _primal(t: Tensor | None) -> Tensor | None:
         return None if t is None else forward_ad.unpack_dual(t).primal
 
 
-def decode_entries(
-    values: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor
-) -> Tensor:
+def decode_entries(values: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
     """Return `sparse_decode` of the entries, the derivative of which includes values of 0.
 
     With every row as a list of its own, that is `sparse_weight_grad`. Where nobody differentiates,
@@ -101,12 +99,14 @@ def decode_entries(
     """
     native = torch.ops.fastsae
     if not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
-        return native.sparse_decode(values, indices, offsets, W, None)
+        out: Tensor = native.sparse_decode(values, indices, offsets, W, None)
+        return out
     slots = torch.arange(values.numel(), dtype=torch.int32, device=values.device)
     if offsets is None:
         n, k = values.shape
         offsets = torch.arange(n + 1, dtype=torch.int32, device=values.device) * k
-    return native.sparse_weight_grad(values, offsets, indices.flatten(), slots, W)[0]
+    out, _ = native.sparse_weight_grad(values, offsets, indices.flatten(), slots, W)
+    return out
 
 
 def total(*terms: Tensor | None) -> Tensor | None:

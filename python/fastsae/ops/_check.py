@@ -63,7 +63,7 @@ def budget(op: str, k: float, n: int, d_sae: int) -> int:
 
 
 def capacity(op: str, wanted: int, n: int, d_sae: int) -> int:
-    """Return the places that `wanted` leaves in an [n, d_sae] selection; ValueError below 0."""
+    """Return `wanted`, at most the places of [n, d_sae]; ValueError if it is below 0."""
     if wanted < 0:
         raise ValueError(f"{op}: expected capacity >= 0, got capacity = {wanted}")
     not_traced(op)
@@ -78,7 +78,7 @@ def int_min(a: int, b: int) -> int:
 
 def not_traced(op: str) -> None:
     """Raise RuntimeError in torch.jit.trace, which would fix a number that follows from a shape."""
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise RuntimeError(
             f"{op}: expected torch.export or torch.compile, got torch.jit.trace, which fixes the "
             "number of entries to that of the example"
@@ -115,8 +115,7 @@ def values_of(op: str, values: Tensor, like_name: str, like: Tensor) -> None:
     if values.dtype not in (like.dtype, wide):
         allowed = f"{like.dtype}" if wide == like.dtype else f"{like.dtype} or {wide}"
         raise TypeError(
-            f"{op}: expected values to have the dtype of {like_name}, {allowed}, "
-            f"got {values.dtype}"
+            f"{op}: expected values to have the dtype of {like_name}, {allowed}, got {values.dtype}"
         )
 
 
@@ -159,11 +158,13 @@ def rounds_to_bf16(op: str, compute_dtype: torch.dtype | None, name: str, x: Ten
 def autocast(first: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
     """Return the tensors as `torch.nn.functional.linear` gets them under autocast.
 
-    Outside of autocast as they are; inside in its dtype, but for float64. For factors and sums only:
+    Outside of autocast as they are, inside in its dtype, except float64. For factors and sums only:
     what a selection depends on, thresholds above all, is never cast.
     """
     device = first.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return first, *rest
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (first, *rest))
+    return tuple(
+        t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (first, *rest)
+    )

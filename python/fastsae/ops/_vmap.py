@@ -1,4 +1,4 @@
-"""How an op runs under vmap: as one call where rows are independent, otherwise one call a sample."""
+"""How an op runs under vmap: one call where rows are independent, otherwise one per sample."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def register(op: str, *, rows: Sequence[str] = ()) -> None:
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         size, batched = info.batch_size, [i for i, d in enumerate(in_dims) if d is not None]
         # Samples first, everywhere.
-        inputs = [a if d is None else a.movedim(d, 0) for a, d in zip(arguments, in_dims, strict=True)]
+        inputs = [
+            a if d is None else a.movedim(d, 0) for a, d in zip(arguments, in_dims, strict=True)
+        ]
         fixed = offsets is None or inputs[offsets] is None
         if merged and fixed and all(i in merged for i in batched):
             for i in merged:

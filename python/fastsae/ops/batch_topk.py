@@ -20,28 +20,31 @@ def batch_topk(x: Tensor, k: float, *, threshold_guess: Tensor | None = None) ->
         x: [..., d_sae], float32 | float64 | bfloat16 | float16. Leading dimensions are flattened to
             n rows first.
         k: mean number of entries per row, >= 0; may be fractional.
-        threshold_guess: [] or None: about what the threshold will be, for instance that of the last batch. It
-            changes the time, never the result. A GPU does without: it takes a sample each time.
+        threshold_guess: [] or None: about what the threshold will be, for instance that of the last
+            batch. It changes the time, never the result. A GPU ignores it and takes a sample.
 
     Returns:
-        `BatchTopK(acts, threshold)`: `acts` in the variable layout with
-        `capacity = min(int(k * n), n * d_sae)`, and the smallest kept value (float32, or float64 for
-        float64 `x`; +inf when nothing is kept).
+        `BatchTopK(acts, threshold)`: `acts` in the variable layout with a capacity of
+        `min(int(k * n), n * d_sae)`, and the smallest kept value (float32, or float64 for float64
+        `x`; +inf when nothing is kept).
 
     Raises:
         TypeError: `x` is not a floating tensor.
         ValueError: `k` is negative or not finite, or `x` has no dimension.
+        RuntimeError: in `torch.jit.trace`, which would fix the number of entries.
 
     Gradients:
-        In `x`, dense: the gradient of the kept values at their places, 0 elsewhere. None through
-        the threshold.
+        In `x`, dense: the gradient of the kept values at their places, 0 elsewhere. The threshold
+        is a constant and has none. Of any order, in reverse and forward mode, under `torch.func`;
+        vmap selects in each sample by itself.
 
     Numerics:
         Exact, also with fewer positive entries than the budget. Among equal values the lowest (row,
         column) wins. A NaN is not positive: it is never kept and takes no other row's place.
+        Autocast changes nothing.
 
     Cost:
-        `x` is read once from memory; workspace of about 1.3 budgets of candidates.
+        `x` is read once from memory; workspace for candidates of about 1.3 times the budget.
 
     Source:
         BatchTopK (arXiv 2412.06410, section 3); Mutual Choice (arXiv 2411.02124, section 3).

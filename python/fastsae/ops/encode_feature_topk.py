@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsae._library import composed, fake
-from fastsae.ops import _autograd, _check, _encode, _vmap
+from fastsae.ops import _autograd, _check, _encode, _flops, _vmap
 from fastsae.ops.batch_topk import fake_selection
 from fastsae.ops.feature_topk import check_lengths, lengths_as_int32
 from fastsae.types import SparseActs, accumulator_dtype
@@ -34,22 +34,25 @@ def encode_feature_topk(
         W_enc: [d_sae, d_in], the dtype of `x`; one row per latent.
         b_enc: [d_sae] or None.
         m: [d_sae], integers >= 0: entries to keep of each latent.
-        capacity: room for entries, at least the sum of min(m, n).
+        capacity: places for entries, at least the sum of min(m, n).
         b_dec: [d_in] or None, subtracted from `x` first.
 
     Returns:
         `SparseActs` in the variable layout with `min(capacity, n * d_sae)` places.
 
     Raises:
-        TypeError: an argument is not a floating tensor, dtypes differ, or `m` is no integer tensor.
+        TypeError: an argument is not a floating tensor, dtypes differ, or `m` is not an integer
+            tensor.
         ValueError: a shape, a device or `capacity` is not as stated.
+        RuntimeError: in `torch.jit.trace`, which would fix the number of entries.
 
     Gradients:
-        In `x`, `W_enc`, `b_enc` and `b_dec`, from the kept entries only.
+        In `x`, `W_enc`, `b_enc` and `b_dec`, from the kept entries only. Otherwise as
+        `encode_topk`; vmap selects in each sample by itself.
 
     Numerics:
-        Pre-activations are sums in float32 (float64 for float64) by the library's product; the
-        selection is that of `feature_topk` on them.
+        Pre-activations are sums in float32 (float64 for float64) by torch's matmul; the selection
+        is that of `feature_topk` on them. Autocast as in `encode_topk`.
 
     Cost:
         2 n d_in d_sae flops; a block of latents at a time, 64 MiB of pre-activations; a sort of the
@@ -130,3 +133,4 @@ _autograd.register(
     "encode_feature_topk", setup_context=_encode.setup_context, backward=_backward, jvp=_jvp
 )
 _vmap.register("encode_feature_topk")
+_flops.register("encode_feature_topk", _flops.encode)

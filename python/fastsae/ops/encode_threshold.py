@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _autograd, _check, _encode, _vmap
+from fastsae.ops import _autograd, _check, _encode, _flops, _vmap
 from fastsae.ops.batch_topk import fake_selection
 from fastsae.ops.threshold_select import check_threshold
 from fastsae.types import SparseActs
@@ -34,7 +34,8 @@ def encode_threshold(
         W_enc: [d_sae, d_in], the dtype of `x`; one row per latent, contiguous.
         b_enc: [d_sae] or None.
         threshold: [] or [d_sae], floating: one threshold for all latents, or one for each. Strict.
-        capacity: room for entries, >= 0. When more are above `threshold`, the `capacity` largest are kept.
+        capacity: places for entries, >= 0. When more are above `threshold`, the `capacity` largest
+            are kept.
         b_dec: [d_in] or None, subtracted from `x` first.
         select_dtype: as in `encode_topk`.
         compute_dtype: as in `encode_topk`.
@@ -45,15 +46,17 @@ def encode_threshold(
     Raises:
         TypeError: an argument is not a floating tensor, or dtypes differ.
         ValueError: a shape, a device or `capacity` is not as stated.
+        RuntimeError: in `torch.jit.trace`, which would fix the number of entries.
 
     Gradients:
         In `x`, `W_enc`, `b_enc` and `b_dec`, from the kept entries only; none in `threshold`.
+        Otherwise as `encode_topk`; vmap selects in each sample by itself.
 
     Numerics:
         As `encode_topk`; compared in float32 (float64 for float64 `x`).
 
     Cost:
-        2 n d_in d_sae flops, and the candidates.
+        2 n d_in d_sae flops; workspace for the candidates.
 
     Source:
         BatchTopK (arXiv 2412.06410, section 3), the inference rule; JumpReLU (arXiv 2407.14435).
@@ -103,5 +106,8 @@ def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
     return _encode.tangent(ctx, *tangents[:4]), None, None
 
 
-_autograd.register("encode_threshold", setup_context=_encode.setup_context, backward=_backward, jvp=_jvp)
+_autograd.register(
+    "encode_threshold", setup_context=_encode.setup_context, backward=_backward, jvp=_jvp
+)
 _vmap.register("encode_threshold")
+_flops.register("encode_threshold", _flops.encode)

@@ -22,26 +22,29 @@ def feature_topk(x: Tensor, m: int | Tensor, *, capacity: int | None = None) -> 
             n rows first.
         m: number of entries to keep, >= 0: an int for all columns, or one for each, an integer
             tensor [d_sae]. More than n means every positive entry.
-        capacity: room for entries, at least the sum of min(m, n); None means as many as needed. A tensor
-            `m` is only looked into where that costs nothing, on the CPU and outside of
-            `torch.compile`. Elsewhere None means n * d_sae, so pass the sum if you know it.
+        capacity: places for entries, at least the sum of min(m, n); None means as many as needed.
+            The values of a tensor `m` are only read where that costs nothing, on the CPU outside
+            of `torch.compile`. Elsewhere None means n * d_sae, so pass the sum if you know it.
 
     Returns:
         `SparseActs` in the variable layout with `min(capacity, n * d_sae)` places.
 
     Raises:
         TypeError: `x` is not a floating tensor, or `m` neither an int nor an integer tensor.
-        ValueError: `m` has another shape or device or is negative, `capacity` is too small, or `x` has
-            no dimension. For a tensor `m` that is not looked into, the CPU kernel raises
-            RuntimeError; other devices count a negative number as 0, and where `capacity` is too small
-            keep the `capacity` largest entries.
+        ValueError: `m` has another shape or device or is negative, `capacity` is too small, or `x`
+            has no dimension. Where the values of `m` are not read, the CPU kernel raises
+            RuntimeError; other devices count a negative number as 0, and where `capacity` is too
+            small keep the `capacity` largest entries.
+        RuntimeError: in `torch.jit.trace`, which would fix the number of entries.
 
     Gradients:
-        In `x`, dense: the gradient of the kept values at their places, 0 elsewhere.
+        In `x`, dense: the gradient of the kept values at their places, 0 elsewhere. Of any
+        order, in reverse and forward mode, under `torch.func`; vmap selects in each sample by
+        itself.
 
     Numerics:
         Exact. Among equal values of a column the lowest row wins. A NaN is not positive: it is
-        never kept and takes no other row's place.
+        never kept and takes no other row's place. Autocast changes nothing.
 
     Cost:
         `x` is read once from memory; workspace of the entries kept and about 2 MiB per thread.
@@ -92,7 +95,7 @@ def check_lengths(op: str, m: Tensor, d_sae: int, device: torch.device) -> None:
 
 
 def lengths_as_int32(m: Tensor, n: int) -> Tensor:
-    """Return `m` as the kernels take it: as it is, but for what int32 cannot hold."""
+    """Return `m` as int32; numbers that it cannot hold are clamped to [-1, n]."""
     return m if m.dtype == torch.int32 else m.long().clamp(-1, n).int()
 
 

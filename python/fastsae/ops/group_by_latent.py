@@ -18,12 +18,12 @@ def group_by_latent(acts: SparseActs) -> LatentLists:
         acts: sparse activations; padding and entries of value 0 are left out.
 
     Returns:
-        `LatentLists(offsets [d_sae + 1], rows [capacity], slots [capacity])`, int32; `capacity` is the number of
-        places of `acts.values`. `counts()` of it says how often each latent fired.
+        `LatentLists(offsets [d_sae + 1], rows [capacity], slots [capacity])`, int32, with as many
+        places as `acts.values`. Its `counts()` says how often each latent fired.
 
     Raises:
         TypeError: `acts` is not a `SparseActs`.
-        RuntimeError: an index is not in [0, d_sae) (CPU; on CUDA such an entry takes no part).
+        RuntimeError: an index is not in [0, d_sae) (CPU; on CUDA such an entry is ignored).
 
     Gradients:
         None: the lists are integers. They index into the same `values`.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _autograd, _check, _vmap
+from fastsae.ops import _autograd, _check, _flops, _vmap
 from fastsae.types import SparseActs
 
 
@@ -122,3 +122,4 @@ def _jvp(
 
 _autograd.register("sparse_decode", setup_context=_setup_context, backward=_backward, jvp=_jvp)
 _vmap.register("sparse_decode", rows=("values", "indices"))
+_flops.register("sparse_decode", _flops.decode)

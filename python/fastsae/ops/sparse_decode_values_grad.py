@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _autograd, _check, _vmap
+from fastsae.ops import _autograd, _check, _flops, _vmap
 from fastsae.types import SparseActs
 
 
@@ -22,8 +22,8 @@ def sparse_decode_values_grad(grad: Tensor, acts: SparseActs, W_dec: Tensor) -> 
 
     Args:
         grad: [n, d_out], the dtype of `W_dec`.
-        acts: which entries; of their values only whether they are 0 counts. In the dtype of `W_dec`,
-            or in float32 for a 16-bit `W_dec`.
+        acts: which entries; of a value it only matters whether it is 0. In the dtype of `W_dec`, or
+            in float32 for a 16-bit `W_dec`.
         W_dec: [d_sae, d_out], float32 | float64 | bfloat16 | float16; one row per latent.
 
     Returns:
@@ -106,3 +106,4 @@ _autograd.register(
     "sparse_decode_values_grad", setup_context=_setup_context, backward=_backward, jvp=_jvp
 )
 _vmap.register("sparse_decode_values_grad", rows=("grad", "values", "indices"))
+_flops.register("sparse_decode_values_grad", _flops.values_grad)

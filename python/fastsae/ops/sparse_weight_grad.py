@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _autograd, _check, _vmap
+from fastsae.ops import _autograd, _check, _flops, _vmap
 from fastsae.types import LatentLists, owners
 
 
@@ -27,16 +27,21 @@ def sparse_weight_grad(values: Tensor, lists: LatentLists, x: Tensor) -> tuple[T
         x: [n, d], float32 | float64 | bfloat16 | float16.
 
     Returns:
-        weight [d_sae, d] and bias [d_sae] in the dtype of `x`; rows of silent latents are 0.
+        weight [d_sae, d] and bias [d_sae] in the dtype of `x`; rows without entries
+        are 0.
 
     Raises:
         TypeError: an argument is not of the stated type or dtype.
         ValueError: `x` is not a matrix, or devices differ.
-        RuntimeError: a row or slot is out of range (CPU; on CUDA such an entry takes no part).
+        RuntimeError: a row or slot is out of range (CPU; on CUDA such an entry is ignored).
+
+    Gradients:
+        In `values` and `x`, for every entry of the lists, values of 0 too. Of any order, in reverse
+        and forward mode, under `torch.func` and vmap.
 
     Numerics:
         Accumulates in float32 (float64 for float64), tokens ascending; bitwise repeatable whatever
-        the number of threads.
+        the number of threads. Under autocast `values` and `x` are cast as those of `F.linear`.
 
     Cost:
         Reads one row of `x` per entry and writes [d_sae, d] once.
@@ -81,7 +86,11 @@ def _backward(ctx: Any, grad: Tensor, grad_bias: Tensor) -> tuple[Tensor | None,
     `offsets` its offsets and `rows` its indices.
     """
     values, offsets, rows, slots, x = ctx.saved_tensors
-    native, need_values, need_x = torch.ops.fastsae, ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+    native, need_values, need_x = (
+        torch.ops.fastsae,
+        ctx.needs_input_grad[0],
+        ctx.needs_input_grad[4],
+    )
     all_of = torch.ones(rows.shape, dtype=values.dtype, device=values.device)
     dvalues = dx = None
     if need_values:
@@ -113,3 +122,4 @@ def _jvp(
 
 _autograd.register("sparse_weight_grad", setup_context=_setup_context, backward=_backward, jvp=_jvp)
 _vmap.register("sparse_weight_grad")
+_flops.register("sparse_weight_grad", _flops.weight_grad)

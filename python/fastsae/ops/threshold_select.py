@@ -31,22 +31,26 @@ def threshold_select(x: Tensor, threshold: Tensor, capacity: int) -> SparseActs:
         x: [..., d_sae], float32 | float64 | bfloat16 | float16. Leading dimensions are flattened to
             n rows first.
         threshold: [] or [d_sae], floating: one threshold for all latents, or one for each. Strict.
-        capacity: room for entries, >= 0. When more are above `threshold`, the `capacity` largest are kept.
+        capacity: places for entries, >= 0. When more are above `threshold`, the `capacity` largest
+            are kept.
 
     Returns:
         `SparseActs` in the variable layout with `min(capacity, n * d_sae)` places.
 
     Raises:
         TypeError: `x` or `threshold` is not a floating tensor.
-        ValueError: `threshold` has another shape or device, `capacity` is negative, `x` has no dimension.
+        ValueError: `threshold` has another shape or device, `capacity` is negative, or `x` has no
+            dimension.
+        RuntimeError: in `torch.jit.trace`, which would fix the number of entries.
 
     Gradients:
         In `x`, dense: the gradient of the kept values at their places, 0 elsewhere. None in
-        `threshold`.
+        `threshold`. Of any order, in reverse and forward mode, under `torch.func`; vmap selects in
+        each sample by itself.
 
     Numerics:
         Exact; compared in float32 (float64 for float64 `x`). NaN is never above a threshold. On
-        overflow the lowest (row, column) wins among equal values.
+        overflow the lowest (row, column) wins among equal values. Autocast changes nothing.
 
     Cost:
         `x` is read once from memory.

@@ -30,11 +30,13 @@ def topk(x: Tensor, k: int, *, sorted: bool = False) -> TopK:
         ValueError: `k` is out of range, or `x` has no dimension.
 
     Gradients:
-        In `x`, dense: the gradient of `values` at the selected places, 0 elsewhere.
+        In `x`, dense: the gradient of `values` at the selected places, 0 elsewhere. Of any order,
+        in reverse and forward mode, under `torch.func` and vmap.
 
     Numerics:
         Exact. NaN is the largest, -0 equals +0, and among equal values the lowest index wins, on
-        every device and instruction set. Deterministic whatever the number of threads.
+        every device and instruction set. Deterministic whatever the number of threads. Autocast
+        changes nothing.
 
     Cost:
         `x` is read once from memory; no workspace that grows with `x`.

@@ -1,4 +1,4 @@
-"""Sparse-dense products and the feature-major lists, in plain torch."""
+"""Sparse-dense matmuls and the feature-major lists, in plain torch."""
 
 from __future__ import annotations
 
