@@ -2,8 +2,8 @@
 
 Both weight matrices are feature-major here: `W_enc [d_sae, d_in]`, `W_dec [d_sae, d_out]`.
 
-Every op has derivatives of any order in reverse and forward mode, or says that it has none; they
-work under `torch.func`, vmap, `torch.compile` and `torch.export`, where a batch size may be dynamic.
+Every op has derivatives of any order in reverse and forward mode, or says that it has none. They
+work under `torch.func`, vmap, `torch.compile` and `torch.export`, with a dynamic batch size too.
 """
 
 from fastsae.ops.batch_topk import batch_topk

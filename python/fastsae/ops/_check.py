@@ -56,17 +56,17 @@ def budget(op: str, k: float, n: int, d_sae: int) -> int:
     Raises:
         ValueError: `k` is negative or not finite.
     """
+    not_traced(op)
     if not (math.isfinite(k) and k >= 0):
         raise ValueError(f"{op}: expected a finite k >= 0, got k = {k}")
-    not_traced(op)
     return n * d_sae if k >= d_sae else torch.sym_int(k * n)
 
 
 def capacity(op: str, wanted: int, n: int, d_sae: int) -> int:
     """Return `wanted`, at most the places of [n, d_sae]; ValueError if it is below 0."""
+    not_traced(op)
     if wanted < 0:
         raise ValueError(f"{op}: expected capacity >= 0, got capacity = {wanted}")
-    not_traced(op)
     return int_min(wanted, n * d_sae)
 
 
