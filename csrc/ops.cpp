@@ -4,7 +4,8 @@
 // Sparse activations travel as (values, indices, offsets): offsets is absent for the fixed-k layout
 // [n, k] and [n + 1] for the variable layout [capacity]; see
 // python/fastsae/reference/sparse_acts.py. Both weight matrices are feature-major, [F, d]. Indices,
-// offsets, rows and slots are int32.
+// offsets, rows and slots are int32. Numbers that may follow from a batch size are SymInt, so that a
+// graph compiled or exported for one batch size serves all of them; kernels get them as int64_t.
 #include "torch.h"
 
 // The tests compile this again, for the emulated kernels.
@@ -20,19 +21,19 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
   // The `budget` largest positive entries of the whole matrix x [n, F]; the smallest kept value,
   // which `threshold_guess` [] may guess.
   m.def(
-      "batch_topk(Tensor x, int budget, Tensor? threshold_guess)"
+      "batch_topk(Tensor x, SymInt budget, Tensor? threshold_guess)"
       " -> (Tensor values, Tensor indices, Tensor offsets, Tensor threshold)");
 
   // The m[j] largest positive entries of each column j of x [n, F]; m [F] int32, and
   // capacity >= the sum of min(m, n).
   m.def(
-      "feature_topk(Tensor x, Tensor m, int capacity)"
+      "feature_topk(Tensor x, Tensor m, SymInt capacity)"
       " -> (Tensor values, Tensor indices, Tensor offsets)");
 
   // Entries of x [n, F] above threshold ([] or [F]); the `capacity` largest of them if there are
   // more.
   m.def(
-      "threshold_select(Tensor x, Tensor threshold, int capacity)"
+      "threshold_select(Tensor x, Tensor threshold, SymInt capacity)"
       " -> (Tensor values, Tensor indices, Tensor offsets)");
 
   // topk, batch_topk and threshold_select of (x - b_dec) W_enc^T + b_enc, which is never stored
@@ -42,13 +43,12 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
       "encode_topk(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, int k, Tensor? mask,"
       " bool relu, bool bf16_product) -> (Tensor values, Tensor indices)");
   m.def(
-      "encode_batch_topk(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, int budget,"
-      " Tensor? mask, bool bf16_product, Tensor? threshold_guess) -> (Tensor values, Tensor "
-      "indices, Tensor "
-      "offsets, Tensor threshold)");
+      "encode_batch_topk(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, SymInt budget,"
+      " Tensor? mask, bool bf16_product, Tensor? threshold_guess)"
+      " -> (Tensor values, Tensor indices, Tensor offsets, Tensor threshold)");
   m.def(
       "encode_threshold(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor threshold,"
-      " int capacity, bool bf16_product) -> (Tensor values, Tensor indices, Tensor offsets)");
+      " SymInt capacity, bool bf16_product) -> (Tensor values, Tensor indices, Tensor offsets)");
 
   // out[n, d] = sum over the active entries j of row n of values_j W_dec[indices_j] (+ b_dec).
   m.def(
@@ -63,7 +63,7 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
   // The active entries grouped by latent, rows ascending: offsets [F + 1], rows [capacity], slots
   // [capacity].
   m.def(
-      "group_by_latent(Tensor values, Tensor indices, Tensor? offsets, int d_sae)"
+      "group_by_latent(Tensor values, Tensor indices, Tensor? offsets, SymInt d_sae)"
       " -> (Tensor offsets, Tensor rows, Tensor slots)");
 
   // weight[f] = sum over f's list of values[slot] x[row]; bias[f] = sum of values[slot].

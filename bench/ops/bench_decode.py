@@ -101,7 +101,7 @@ def _gradient_cases(
     def backward(decode: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(decode(*leaves), leaves, x)
 
-    def ours(v: Tensor, W: Tensor) -> Tensor:
+    def sparse(v: Tensor, W: Tensor) -> Tensor:
         return ops.sparse_decode(SparseActs(v, a.indices, None, a.d_sae), W)
 
     def bag(v: Tensor, W: Tensor) -> Tensor:
@@ -111,13 +111,13 @@ def _gradient_cases(
         return _dense(v, indices, W)
 
     def same_gradients() -> None:
-        for got, want in zip(backward(ours), backward(dense), strict=True):
+        for got, want in zip(backward(sparse), backward(dense), strict=True):
             assert_close(got, want, rtol=tolerance, atol=tolerance)
 
     yield Case(
         "sparse_decode + backward",
         describe(name, shape),
-        lambda: backward(ours),
+        lambda: backward(sparse),
         {
             "embedding_bag": lambda: backward(bag),
             "scatter + dense product": lambda: backward(dense),

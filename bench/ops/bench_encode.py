@@ -86,7 +86,7 @@ def _other_cases(
     leaves = [t.clone().requires_grad_() for t in (W, b)]
 
     def same_gradients() -> None:
-        # For the latents that ours selects: rounding decides between near ties.
+        # For the latents that fastsae selects: rounding decides between near ties.
         acts = ops.encode_topk(x, W, b, k)
         codes = x.new_zeros(n, len(W), dtype=torch.float32)
         codes.scatter_(1, acts.indices.long(), 2 * acts.values.float())

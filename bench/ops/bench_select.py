@@ -17,7 +17,7 @@ def _flat_topk(x: Tensor, budget: int) -> Tensor:
 
 
 def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[Case]:
-    """Yield the cases; every way of torch keeps what ours keeps."""
+    """Yield the cases; every way of torch keeps what fastsae keeps."""
     n, _, m, _ = shape
     for dtype in (torch.float32, torch.bfloat16):
         yield _topk_case(torch.randn(n, m, device=device).to(dtype), name, shape, gpu)

@@ -88,12 +88,37 @@ def fallback(op: str) -> Callable[[F], F]:
     def register(f: F) -> F:
         def plain(*arguments: Any) -> Any:
             warn_if_slow(op, arguments)
-            return f(*arguments)
+            return _without_autocast(f, arguments)
 
         _fallbacks.impl(op, plain, "CompositeExplicitAutograd")
         return f
 
     return register
+
+
+def composed(schema: str) -> Callable[[F], F]:
+    """Define an op that is made of other ops, on every device."""
+
+    def register(f: F) -> F:
+        _fallbacks.define(schema)
+        op = schema.partition("(")[0]
+
+        def run(*arguments: Any) -> Any:
+            return _without_autocast(f, arguments)
+
+        _fallbacks.impl(op, run, "CompositeExplicitAutograd")
+        return f
+
+    return register
+
+
+def _without_autocast(f: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Call `f` as a kernel is called: autocast has been dealt with, and is off inside."""
+    if not torch._C._is_any_autocast_enabled():
+        return f(*arguments)
+    device = next(a.device.type for a in arguments if isinstance(a, torch.Tensor))
+    with torch.autocast(device, enabled=False):
+        return f(*arguments)
 
 
 def warn_if_slow(op: str, arguments: tuple[Any, ...]) -> None:

@@ -1,13 +1,15 @@
-"""The types that ops and their references share: sparse activations and small records of tensors."""
+"""The types that ops and references share: sparse activations and small records of tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 
 @dataclass(eq=False)
@@ -17,11 +19,14 @@ class SparseActs:
     - fixed k (TopK): `values: [n, k]`, `indices: [n, k]`, `offsets = None`.
     - variable (batch-wise selection, thresholds): `values: [capacity]`, `indices: [capacity]`,
       `offsets: [n + 1]`, rows ascending. Row i owns entries `offsets[i] : offsets[i + 1]`;
-      entries at or past `offsets[-1]` are padding (value 0, index 0) and take part in nothing.
+      entries at or past `offsets[-1]` are padding (value 0, index 0), which everything ignores.
       `capacity` follows from shapes alone, so no op has to ask the device how many there are.
 
     An entry whose value is exactly 0 is inactive: it decodes to nothing, gets no gradient and does
     not count as firing.
+
+    It is a pytree whose leaves are its tensors, may be loaded with `torch.load(weights_only=True)`,
+    and a DataLoader collates a list of them with `cat`.
 
     Args:
         values: floating point; may require grad.
@@ -52,8 +57,7 @@ class SparseActs:
         device = self.values.device
         if self.offsets is None:
             return torch.arange(self.n, device=device).unsqueeze(1).expand(self.values.shape)
-        entry = torch.arange(self.values.shape[0], device=device, dtype=torch.int32)
-        return torch.searchsorted(self.offsets[1:], entry, right=True)
+        return owners(self.offsets, self.values.shape[0])
 
     def row_counts(self) -> Tensor:
         """Return the number of active entries of every row: int64 `[n]`."""
@@ -117,23 +121,91 @@ class SparseActs:
         offsets = None if self.offsets is None else self.offsets.to(values.device)
         return SparseActs(values, indices, offsets, self.d_sae)
 
+    @classmethod
+    def cat(cls, parts: Sequence[SparseActs]) -> SparseActs:
+        """Return the rows of all parts, one after the other; differentiable in their `values`.
+
+        Args:
+            parts: at least one; over the same d_sae latents, of one dtype and device.
+
+        Returns:
+            The fixed layout where all parts have it with the same k, otherwise the variable one,
+            with as many places as the parts have together and all padding at the end.
+
+        Raises:
+            ValueError: there are no parts, or their d_sae differ.
+        """
+        sizes = {part.d_sae for part in parts}
+        if len(sizes) != 1:
+            raise ValueError(
+                "SparseActs.cat: expected parts over the same d_sae latents, got d_sae = "
+                f"{sorted(sizes)}"
+            )
+        (d_sae,) = sizes
+        if all(p.offsets is None for p in parts) and len({p.values.shape[1] for p in parts}) == 1:
+            values, indices = (torch.cat([getattr(p, t) for p in parts]) for t in _LEAVES[:2])
+            return cls(values, indices, None, d_sae)
+        flat = [part._variable() for part in parts]
+        n = sum(part.n for part in parts)
+        values, indices = (torch.cat([getattr(p, t) for p in flat]) for t in _LEAVES[:2])
+        counts, rows, first = [], [], 0
+        for part in flat:
+            assert part.offsets is not None
+            counts.append(part.offsets.diff())
+            owner = part.rows()
+            rows.append(torch.where(owner < part.n, owner + first, n))
+            first += part.n
+        order = torch.cat(rows).argsort(stable=True)  # padding last
+        offsets = torch.cat([counts[0].new_zeros(1), *counts]).cumsum(0, dtype=torch.int32)
+        return cls(values[order], indices[order], offsets, d_sae)
+
+    def _variable(self) -> SparseActs:
+        """Return the same entries in the variable layout."""
+        if self.offsets is not None:
+            return self
+        n, k = self.values.shape
+        offsets = torch.arange(n + 1, device=self.values.device, dtype=torch.int32) * k
+        return SparseActs(self.values.flatten(), self.indices.flatten(), offsets, self.d_sae)
+
     def detach(self) -> SparseActs:
         """Return the same entries cut from the graph."""
         return SparseActs(self.values.detach(), self.indices, self.offsets, self.d_sae)
 
 
-def _flatten(acts: SparseActs) -> tuple[list[Any], int]:
-    return [acts.values, acts.indices, acts.offsets], acts.d_sae
+# As a pytree the tensors are the leaves: two in the fixed layout, three in the variable one.
+_LEAVES = ("values", "indices", "offsets")
 
 
-def _unflatten(leaves: Any, d_sae: Any) -> SparseActs:
-    values, indices, offsets = leaves
-    return SparseActs(values, indices, offsets, d_sae)
+def _flatten(acts: SparseActs) -> tuple[list[Tensor], int]:
+    leaves = [acts.values, acts.indices]
+    return leaves if acts.offsets is None else [*leaves, acts.offsets], acts.d_sae
+
+
+def _flatten_with_keys(acts: SparseActs) -> tuple[list[tuple[pytree.KeyEntry, Tensor]], int]:
+    leaves, d_sae = _flatten(acts)
+    return [(pytree.GetAttrKey(k), t) for k, t in zip(_LEAVES, leaves, strict=False)], d_sae
+
+
+def _unflatten(leaves: Iterable[Any], d_sae: Any) -> SparseActs:
+    values, indices, *offsets = leaves
+    return SparseActs(values, indices, offsets[0] if offsets else None, d_sae)
 
 
 pytree.register_pytree_node(
-    SparseActs, _flatten, _unflatten, serialized_type_name="fastsae.SparseActs"
+    SparseActs,
+    _flatten,
+    _unflatten,
+    serialized_type_name="fastsae.SparseActs",
+    flatten_with_keys_fn=_flatten_with_keys,
 )
+
+
+def owners(offsets: Tensor, entries: int) -> Tensor:
+    """Return which list owns each entry: int64 `[entries]`, the number of lists for padding."""
+    # The first offset is 0. Added, it makes one row per sample under vmap; searchsorted wants that,
+    # and contiguous tensors.
+    entry = torch.arange(entries, device=offsets.device, dtype=torch.int32) + offsets[0]
+    return torch.searchsorted(offsets, entry, right=True) - 1
 
 
 class TopK(NamedTuple):
@@ -159,8 +231,8 @@ class LatentLists(NamedTuple):
     """The active entries of a `SparseActs`, grouped by latent, rows ascending inside each.
 
     Latent f owns entries `offsets[f] : offsets[f + 1]` of `rows` and `slots`: the tokens, and the
-    positions in the flattened `values` of the source. `offsets: [d_sae + 1]`, `rows, slots: [capacity]`,
-    all int32; entries at or past `offsets[-1]` are 0.
+    positions in the flattened `values` of the source. `offsets: [d_sae + 1]`,
+    `rows, slots: [capacity]`, all int32; entries at or past `offsets[-1]` are 0.
     """
 
     offsets: Tensor
@@ -196,3 +268,11 @@ class LatentGradients(NamedTuple):
     """[e, d_in]"""
     b_enc: Tensor
     """[e]"""
+
+
+def _collate(parts: Sequence[SparseActs], **_: Any) -> SparseActs:
+    return SparseActs.cat(parts)
+
+
+default_collate_fn_map[SparseActs] = _collate
+torch.serialization.add_safe_globals([SparseActs, TopK, BatchTopK, LatentLists])

@@ -178,13 +178,13 @@ def test_wrong_arguments() -> None:
     for k in (-1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"batch_topk: expected a finite k >= 0, got k = "):
             ops.batch_topk(x, k)
-    with pytest.raises(ValueError, match=r"theta to be \[\] or \[d_sae\] = \[8\], got \[7\]"):
+    with pytest.raises(ValueError, match=r"threshold to be \[\] or \[d_sae\] = \[8\], got \[7\]"):
         ops.threshold_select(x, torch.zeros(7), 4)
     with pytest.raises(
         ValueError, match=r"threshold_select: expected capacity >= 0, got capacity = -1"
     ):
         ops.threshold_select(x, torch.tensor(0.0), -1)
-    with pytest.raises(TypeError, match=r"expected theta to be a Tensor, got float"):
+    with pytest.raises(TypeError, match=r"expected threshold to be a Tensor, got float"):
         ops.threshold_select(x, 0.5, 4)
 
 

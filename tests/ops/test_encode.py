@@ -72,7 +72,7 @@ def integers(n, d_in, d_sae, device="cpu"):
 
 # n, d_in, d_sae, k: whole panels, odd everything, more than one block of tokens, every latent a
 # seed, more seeds than the least, candidates that overflow, and both sides of the choice between
-# the library's product (few rows) and ours.
+# torch's matmul (few rows) and the fused one.
 @pytest.mark.parametrize(
     ("n", "d_in", "d_sae", "k"),
     [
@@ -222,7 +222,7 @@ def run(encode, selected):
 
 
 ENCODERS = {
-    "topk": lambda m, x, W, b, c, mask: m.SparseActs(
+    "topk": lambda m, x, W, b, c, mask: ops.SparseActs(
         *m.encode_topk(x, W, b, 4, b_dec=c, mask=mask), None, W.shape[0]
     ),
     "batch_topk": lambda m, x, W, b, c, mask: (
@@ -345,8 +345,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         o.encode_batch_topk.default, (x, W, b_enc, b_dec, 13, mask, False, torch.tensor(0.3))
     )
-    theta = torch.tensor(0.1)
-    torch.library.opcheck(o.encode_threshold.default, (x, W, b_enc, b_dec, theta, 30, False))
+    threshold = torch.tensor(0.1)
+    torch.library.opcheck(o.encode_threshold.default, (x, W, b_enc, b_dec, threshold, 30, False))
 
 
 def test_compiles() -> None:

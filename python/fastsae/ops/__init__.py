@@ -1,6 +1,9 @@
 """The ops: native kernels behind checked functions, differentiable, compilable, on any device.
 
 Both weight matrices are feature-major here: `W_enc [d_sae, d_in]`, `W_dec [d_sae, d_out]`.
+
+Every op has derivatives of any order in reverse and forward mode, or says that it has none. They
+work under `torch.func`, vmap, `torch.compile` and `torch.export`, with a dynamic batch size too.
 """
 
 from fastsae.ops.batch_topk import batch_topk
@@ -12,6 +15,7 @@ from fastsae.ops.feature_topk import feature_topk
 from fastsae.ops.group_by_latent import group_by_latent
 from fastsae.ops.sparse_adam_step import sparse_adam_step_
 from fastsae.ops.sparse_decode import sparse_decode
+from fastsae.ops.sparse_decode_values_grad import sparse_decode_values_grad
 from fastsae.ops.sparse_weight_grad import sparse_weight_grad
 from fastsae.ops.threshold_select import threshold_select
 from fastsae.ops.topk import topk
@@ -40,6 +44,7 @@ __all__ = [
     "group_by_latent",
     "sparse_adam_step_",
     "sparse_decode",
+    "sparse_decode_values_grad",
     "sparse_weight_grad",
     "threshold_select",
     "topk",

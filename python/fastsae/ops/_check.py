@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastsae.types import SparseActs, accumulator_dtype
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def floating(op: str, name: str, x: object) -> None:
-    """Raise TypeError unless `x` is a tensor of a floating dtype that the kernels have."""
+    """Raise TypeError unless `x` is a dense tensor of a floating dtype that the kernels have."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: expected {name} to be a Tensor, got {type(x).__name__}")
+    if type(x).__name__ == "DTensor":
+        raise TypeError(
+            f"{op}: expected {name} to be a local tensor, got a DTensor; call the op inside "
+            "torch.distributed.tensor.experimental.local_map, or on to_local() of each argument"
+        )
+    if x.is_nested:
+        raise TypeError(
+            f"{op}: expected {name} to be a dense tensor, got a nested one; call the op on its "
+            "values(), whose rows are all tokens"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: expected {name} to be a dense tensor, got layout {x.layout}")
     if x.dtype not in FLOATING:
         raise TypeError(
             f"{op}: expected {name} to be float32, float64, bfloat16 or float16, got {x.dtype}"
@@ -35,10 +50,39 @@ def k_in_range(op: str, k: object, d_sae: int) -> None:
         raise ValueError(f"{op}: expected 1 <= k <= d_sae = {d_sae}, got k = {k}")
 
 
-def mean_k(op: str, k: float) -> None:
-    """Raise ValueError unless `k`, a mean number per row, is finite and not negative."""
+def budget(op: str, k: float, n: int, d_sae: int) -> int:
+    """Return how many entries of [n, d_sae] a mean of `k` per row is, at most all of them.
+
+    Raises:
+        ValueError: `k` is negative or not finite.
+    """
+    not_traced(op)
     if not (math.isfinite(k) and k >= 0):
         raise ValueError(f"{op}: expected a finite k >= 0, got k = {k}")
+    return n * d_sae if k >= d_sae else torch.sym_int(k * n)
+
+
+def capacity(op: str, wanted: int, n: int, d_sae: int) -> int:
+    """Return `wanted`, at most the places of [n, d_sae]; ValueError if it is below 0."""
+    not_traced(op)
+    if wanted < 0:
+        raise ValueError(f"{op}: expected capacity >= 0, got capacity = {wanted}")
+    return int_min(wanted, n * d_sae)
+
+
+def int_min(a: int, b: int) -> int:
+    """Return the smaller one, as an expression where one follows from a symbolic shape."""
+    smaller: int = torch.sym_min(a, b)
+    return smaller
+
+
+def not_traced(op: str) -> None:
+    """Raise RuntimeError in torch.jit.trace, which would fix a number that follows from a shape."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise RuntimeError(
+            f"{op}: expected torch.export or torch.compile, got torch.jit.trace, which fixes the "
+            "number of entries to that of the example"
+        )
 
 
 def threshold_guess(op: str, x: Tensor | None) -> None:
@@ -59,6 +103,39 @@ def same(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
         )
 
 
+def values_of(op: str, values: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise unless `values` are on the device of `like`, in its dtype or that of its sums."""
+    floating(op, "values", values)
+    if values.device != like.device:
+        raise ValueError(
+            f"{op}: expected values on the device of {like_name}, {like.device}, "
+            f"got {values.device}"
+        )
+    wide = accumulator_dtype(like.dtype)
+    if values.dtype not in (like.dtype, wide):
+        allowed = f"{like.dtype}" if wide == like.dtype else f"{like.dtype} or {wide}"
+        raise TypeError(
+            f"{op}: expected values to have the dtype of {like_name}, {allowed}, got {values.dtype}"
+        )
+
+
+def dictionary(op: str, W_dec: object, d_sae: int) -> None:
+    """Raise unless `W_dec` is a floating [d_sae, d_out]."""
+    floating(op, "W_dec", W_dec)
+    assert isinstance(W_dec, Tensor)
+    if W_dec.ndim != 2 or W_dec.shape[0] != d_sae:
+        raise ValueError(
+            f"{op}: expected W_dec to be [d_sae, d_out] with d_sae = {d_sae}, "
+            f"got {list(W_dec.shape)}"
+        )
+
+
+def acts(op: str, x: object) -> None:
+    """Raise TypeError unless `x` is a `SparseActs`."""
+    if not isinstance(x, SparseActs):
+        raise TypeError(f"{op}: expected acts to be SparseActs, got {type(x).__name__}")
+
+
 def shape(op: str, name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
     """Raise ValueError unless `x` has exactly the expected shape."""
     if tuple(x.shape) != expected:
@@ -76,3 +153,18 @@ def rounds_to_bf16(op: str, compute_dtype: torch.dtype | None, name: str, x: Ten
             f"for a float32 {name}, got {compute_dtype}"
         )
     return rounds
+
+
+def autocast(first: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
+    """Return the tensors as `torch.nn.functional.linear` gets them under autocast.
+
+    Outside of autocast as they are, inside in its dtype, except float64. For factors and sums only:
+    what a selection depends on, thresholds above all, is never cast.
+    """
+    device = first.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return first, *rest
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (first, *rest)
+    )

@@ -1,4 +1,4 @@
-"""What the three encode ops share: argument checks and the sparse gradient."""
+"""What the encode ops share: argument checks, and derivatives from the selected entries alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae.ops import _check
+from fastsae.ops import _autograd, _check
 
 
 class EncodeInput(NamedTuple):
@@ -18,6 +18,8 @@ class EncodeInput(NamedTuple):
     b_enc: Tensor | None
     b_dec: Tensor | None
     bf16_product: bool
+    out_dtype: torch.dtype
+    """Of the values."""
 
 
 def check(
@@ -30,7 +32,7 @@ def check(
     select_dtype: torch.dtype | None,
     compute_dtype: torch.dtype | None,
 ) -> EncodeInput:
-    """Check the arguments that every encode op has; cast them to `select_dtype` if given."""
+    """Check the arguments that every encode op has; cast them as autocast and select_dtype say."""
     _check.floating(op, "x", x)
     _check.floating(op, "W_enc", W_enc)
     if W_enc.ndim != 2:
@@ -40,7 +42,6 @@ def check(
         raise ValueError(
             f"{op}: expected x to be [..., d_in] with d_in = {d_in}, got {list(x.shape)}"
         )
-    _check.same(op, "W_enc", W_enc, "x", x)
     for name, bias, size, meaning in (
         ("b_enc", b_enc, d_sae, "[d_sae]"),
         ("b_dec", b_dec, d_in, "[d_in]"),
@@ -48,6 +49,11 @@ def check(
         if bias is not None:
             _check.floating(op, name, bias)
             _check.shape(op, name, bias, (size,), meaning)
+    bf16_product = _check.rounds_to_bf16(op, compute_dtype, "x", x)
+    x, W_enc, b_enc, b_dec = _check.autocast(x, W_enc, b_enc, b_dec)
+    _check.same(op, "W_enc", W_enc, "x", x)
+    for name, bias in (("b_enc", b_enc), ("b_dec", b_dec)):
+        if bias is not None:
             _check.same(op, name, bias, "x", x)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -59,9 +65,9 @@ def check(
                 f"{op}: expected mask on the device of x, {x.device}, got {mask.device}"
             )
     x = x.reshape(-1, d_in)
-    bf16_product = _check.rounds_to_bf16(op, compute_dtype, "x", x)
     if select_dtype is None or select_dtype == x.dtype:
-        return EncodeInput(x, W_enc, b_enc, b_dec, bf16_product)
+        bf16_product = bf16_product and x.dtype == torch.float32
+        return EncodeInput(x, W_enc, b_enc, b_dec, bf16_product, x.dtype)
     if select_dtype != torch.float32 or x.dtype == torch.float64:
         raise ValueError(
             f"{op}: expected select_dtype to be None, float32 or the dtype of x, {x.dtype}, "
@@ -73,6 +79,7 @@ def check(
         None if b_enc is None else b_enc.float(),
         None if b_dec is None else b_dec.float(),
         False,
+        x.dtype,
     )
 
 
@@ -96,14 +103,38 @@ def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad = torch.where(values != 0, grad, 0)
     dx = dW = db_enc = db_dec = None
     if need_x:
-        dx = torch.ops.fastsae.sparse_decode(grad, indices, offsets, W_enc, None)
+        dx = _autograd.decode_entries(grad, indices, offsets, W_enc)
     if need_W or need_b_enc or need_b_dec:
         lists = torch.ops.fastsae.group_by_latent(values, indices, offsets, W_enc.shape[0])
-        centred = x if b_dec is None else x - b_dec
-        dW, db = torch.ops.fastsae.sparse_weight_grad(grad, *lists, centred)
+        centered = x if b_dec is None else x - b_dec
+        dW, db = torch.ops.fastsae.sparse_weight_grad(grad, *lists, centered)
         db_enc = db if need_b_enc and ctx.has_bias else None
         if need_b_dec and b_dec is not None:
             db_dec = -(db @ W_enc)
         if not need_W:
             dW = None
     return dx, dW, db_enc, db_dec
+
+
+def tangent(
+    ctx: Any,
+    x_t: Tensor | None,
+    W_t: Tensor | None,
+    b_enc_t: Tensor | None,
+    b_dec_t: Tensor | None,
+) -> Tensor | None:
+    """Return the tangent of the selected values, 0 where a value is 0.
+
+    Of entry (n, f): <x_t - b_dec_t, W_enc[f]> + <x - b_dec, W_t[f]> + b_enc_t[f].
+    """
+    x, W_enc, b_dec, values, indices, offsets = ctx.saved_tensors
+    entries, dot = (values, indices, offsets), torch.ops.fastsae.sparse_decode_values_grad
+    moved = _autograd.total(x_t, None if b_dec_t is None else (-b_dec_t).expand_as(x))
+    by_x = by_W = by_bias = None
+    if moved is not None:
+        by_x = dot(moved, *entries, W_enc)
+    if W_t is not None:
+        by_W = dot(x if b_dec is None else x - b_dec, *entries, W_t)
+    if b_enc_t is not None:
+        by_bias = torch.where(values != 0, b_enc_t[indices.long()], 0)
+    return _autograd.total(by_x, by_W, by_bias)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _encode
+from fastsae.ops import _autograd, _check, _encode, _flops, _vmap
 from fastsae.ops.batch_topk import fake_selection
-from fastsae.ops.threshold_select import check_capacity, check_threshold
+from fastsae.ops.threshold_select import check_threshold
 from fastsae.types import SparseActs
 
 
@@ -34,7 +34,8 @@ def encode_threshold(
         W_enc: [d_sae, d_in], the dtype of `x`; one row per latent, contiguous.
         b_enc: [d_sae] or None.
         threshold: [] or [d_sae], floating: one threshold for all latents, or one for each. Strict.
-        capacity: room for entries, >= 0. When more are above `threshold`, the `capacity` largest are kept.
+        capacity: places for entries, >= 0. When more are above `threshold`, the `capacity` largest
+            are kept.
         b_dec: [d_in] or None, subtracted from `x` first.
         select_dtype: as in `encode_topk`.
         compute_dtype: as in `encode_topk`.
@@ -45,26 +46,28 @@ def encode_threshold(
     Raises:
         TypeError: an argument is not a floating tensor, or dtypes differ.
         ValueError: a shape, a device or `capacity` is not as stated.
+        RuntimeError: in `torch.jit.trace`, which would fix the number of entries.
 
     Gradients:
         In `x`, `W_enc`, `b_enc` and `b_dec`, from the kept entries only; none in `threshold`.
+        Otherwise as `encode_topk`; vmap selects in each sample by itself.
 
     Numerics:
         As `encode_topk`; compared in float32 (float64 for float64 `x`).
 
     Cost:
-        2 n d_in d_sae flops, and the candidates.
+        2 n d_in d_sae flops; workspace for the candidates.
 
     Source:
         BatchTopK (arXiv 2412.06410, section 3), the inference rule; JumpReLU (arXiv 2407.14435).
     """
     a = _encode.check("encode_threshold", x, W_enc, b_enc, b_dec, None, select_dtype, compute_dtype)
     threshold = check_threshold("encode_threshold", threshold, a.x, W_enc.shape[0])
-    check_capacity("encode_threshold", capacity)
+    capacity = _check.capacity("encode_threshold", capacity, a.x.shape[0], W_enc.shape[0])
     values, indices, offsets = torch.ops.fastsae.encode_threshold(
         a.x, a.W_enc, a.b_enc, a.b_dec, threshold, capacity, a.bf16_product
     )
-    return SparseActs(values.to(x.dtype), indices, offsets, W_enc.shape[0])
+    return SparseActs(values.to(a.out_dtype), indices, offsets, W_enc.shape[0])
 
 
 @fake("encode_threshold")
@@ -99,6 +102,12 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return *_encode.gradients(ctx, grad), None, None, None
 
 
-torch.library.register_autograd(
-    "fastsae::encode_threshold", _backward, setup_context=_encode.setup_context
+def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _encode.tangent(ctx, *tangents[:4]), None, None
+
+
+_autograd.register(
+    "encode_threshold", setup_context=_encode.setup_context, backward=_backward, jvp=_jvp
 )
+_vmap.register("encode_threshold")
+_flops.register("encode_threshold", _flops.encode)

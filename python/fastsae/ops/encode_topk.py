@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _check, _encode
+from fastsae.ops import _autograd, _check, _encode, _flops, _vmap
 from fastsae.types import TopK
 
 
@@ -38,7 +38,7 @@ def encode_topk(
         relu: replace selected negative values by 0.
         select_dtype: float32 casts 16-bit inputs to float32 first. None multiplies them as they
             are; the sums are float32 and are selected on before rounding either way.
-        compute_dtype: bfloat16 lets the product of float32 inputs round both factors to bfloat16,
+        compute_dtype: bfloat16 lets the matmul of float32 inputs round both factors to bfloat16,
             with float32 sums, where the processor has instructions for that (AVX-512 BF16, `fastsae
             info`); elsewhere it changes nothing. The backward stays in float32.
 
@@ -51,13 +51,16 @@ def encode_topk(
 
     Gradients:
         In `x`, `W_enc`, `b_enc` and `b_dec`, from the selected entries only. An entry whose value
-        is exactly 0 gets none.
+        is exactly 0 gets none. Of any order, in reverse and forward mode, under `torch.func` and
+        vmap: one call for a batch of `x`, one per model for a batch of weights.
 
     Numerics:
         Sums accumulate in float32 (float64 for float64). Selection is exact for the pre-activations
         computed, with the order of `topk`. On the CPU each of these is one sum over d_in in order,
         so a row gives the same bits in every batch of 32 or more rows and with any number of
-        threads; fewer rows of float32 or float64 go through the library's matrix product.
+        threads; fewer rows of float32 or float64 go through torch's own matmul. Under autocast `x`,
+        `W_enc` and the biases are cast as those of `F.linear`; the selection is still on float32
+        sums.
 
     Cost:
         2 n d_in d_sae flops; W_enc is read once per 512 rows of x and thread; about 25 MiB of
@@ -72,7 +75,7 @@ def encode_topk(
         a.x, a.W_enc, a.b_enc, a.b_dec, k, mask, relu, a.bf16_product
     )
     shape = (*x.shape[:-1], k)
-    return TopK(values.to(x.dtype).view(shape), indices.view(shape))
+    return TopK(values.to(a.out_dtype).view(shape), indices.view(shape))
 
 
 @fake("encode_topk")
@@ -103,10 +106,14 @@ def _plain(
     return tuple(reference.encode_topk(x, W_enc, b_enc, k, b_dec=b_dec, mask=mask, relu=relu))
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return *_encode.gradients(ctx, grad), None, None, None, None
 
 
-torch.library.register_autograd(
-    "fastsae::encode_topk", _backward, setup_context=_encode.setup_context
-)
+def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _encode.tangent(ctx, *tangents[:4]), None
+
+
+_autograd.register("encode_topk", setup_context=_encode.setup_context, backward=_backward, jvp=_jvp)
+_vmap.register("encode_topk", rows=("x",))
+_flops.register("encode_topk", _flops.encode)

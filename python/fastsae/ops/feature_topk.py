@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _check
-from fastsae.ops.batch_topk import dense_gradient, fake_selection, setup_context
-from fastsae.ops.threshold_select import check_capacity
+from fastsae.ops import _autograd, _check, _vmap
+from fastsae.ops.batch_topk import backward, fake_selection, jvp, setup_context
 from fastsae.types import SparseActs
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
@@ -25,26 +22,29 @@ def feature_topk(x: Tensor, m: int | Tensor, *, capacity: int | None = None) -> 
             n rows first.
         m: number of entries to keep, >= 0: an int for all columns, or one for each, an integer
             tensor [d_sae]. More than n means every positive entry.
-        capacity: room for entries, at least the sum of min(m, n); None means as many as needed. A tensor
-            `m` is only looked into where that costs nothing, on the CPU and outside of
-            `torch.compile`. Elsewhere None means n * d_sae, so pass the sum if you know it.
+        capacity: places for entries, at least the sum of min(m, n); None means as many as needed.
+            The values of a tensor `m` are only read where that costs nothing, on the CPU outside
+            of `torch.compile`. Elsewhere None means n * d_sae, so pass the sum if you know it.
 
     Returns:
         `SparseActs` in the variable layout with `min(capacity, n * d_sae)` places.
 
     Raises:
         TypeError: `x` is not a floating tensor, or `m` neither an int nor an integer tensor.
-        ValueError: `m` has another shape or device or is negative, `capacity` is too small, or `x` has
-            no dimension. For a tensor `m` that is not looked into, the CPU kernel raises
-            RuntimeError; other devices count a negative number as 0, and where `capacity` is too small
-            keep the `capacity` largest entries.
+        ValueError: `m` has another shape or device or is negative, `capacity` is too small, or `x`
+            has no dimension. Where the values of `m` are not read, the CPU kernel raises
+            RuntimeError; other devices count a negative number as 0, and where `capacity` is too
+            small keep the `capacity` largest entries.
+        RuntimeError: in `torch.jit.trace`, which would fix the number of entries.
 
     Gradients:
-        In `x`, dense: the gradient of the kept values at their places, 0 elsewhere.
+        In `x`, dense: the gradient of the kept values at their places, 0 elsewhere. Of any
+        order, in reverse and forward mode, under `torch.func`; vmap selects in each sample by
+        itself.
 
     Numerics:
         Exact. Among equal values of a column the lowest row wins. A NaN is not positive: it is
-        never kept and takes no other row's place.
+        never kept and takes no other row's place. Autocast changes nothing.
 
     Cost:
         `x` is read once from memory; workspace of the entries kept and about 2 MiB per thread.
@@ -55,30 +55,31 @@ def feature_topk(x: Tensor, m: int | Tensor, *, capacity: int | None = None) -> 
     _check.floating("feature_topk", "x", x)
     x = _check.rows("feature_topk", "x", x)
     n, d_sae = x.shape
-    needed: int | None
+    needed = None  # unknown, or an expression that is not to be looked into
+    looks = not torch.compiler.is_compiling()
     if isinstance(m, Tensor):
         check_lengths("feature_topk", m, d_sae, x.device)
-        lengths = lengths_as_int32(m, n)
-        needed = None
-        if m.device.type == "cpu" and not torch.compiler.is_compiling():
+        lengths, most = lengths_as_int32(m, n), n * d_sae
+        if looks and m.device.type == "cpu":
             if d_sae and m.min() < 0:
                 raise ValueError(f"feature_topk: expected m >= 0, got {int(m.min())}")
-            needed = int(m.long().clamp(0, n).sum())
+            most = needed = int(m.long().clamp(0, n).sum())
     elif isinstance(m, int | torch.SymInt):
         if m < 0:
             raise ValueError(f"feature_topk: expected m >= 0, got {m}")
-        lengths = torch.full((d_sae,), min(m, n), dtype=torch.int32, device=x.device)
-        needed = min(m, n) * d_sae
+        each = _check.int_min(m, n)
+        lengths = torch.full((d_sae,), each, dtype=torch.int32, device=x.device)
+        most = each * d_sae
+        needed = most if looks else None
     else:
         raise TypeError(
             f"feature_topk: expected m to be an int or an integer Tensor, got {type(m).__name__}"
         )
-    if capacity is None:
-        capacity = n * d_sae if needed is None else needed
-    check_capacity("feature_topk", capacity)
+    capacity = _check.capacity("feature_topk", most if capacity is None else capacity, n, d_sae)
     if needed is not None and capacity < needed:
         raise ValueError(
-            f"feature_topk: expected capacity >= the sum of min(m, n) = {needed}, got capacity = {capacity}"
+            f"feature_topk: expected capacity >= the sum of min(m, n) = {needed}, "
+            f"got capacity = {capacity}"
         )
     values, indices, offsets = torch.ops.fastsae.feature_topk(x, lengths, capacity)
     return SparseActs(values, indices, offsets, d_sae)
@@ -94,7 +95,7 @@ def check_lengths(op: str, m: Tensor, d_sae: int, device: torch.device) -> None:
 
 
 def lengths_as_int32(m: Tensor, n: int) -> Tensor:
-    """Return `m` as the kernels take it: as it is, but for what int32 cannot hold."""
+    """Return `m` as int32; numbers that it cannot hold are clamped to [-1, n]."""
     return m if m.dtype == torch.int32 else m.long().clamp(-1, n).int()
 
 
@@ -110,8 +111,5 @@ def _plain(x: Tensor, m: Tensor, capacity: int) -> tuple[Tensor, ...]:
     return acts.values, acts.indices, acts.offsets
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
-    return dense_gradient(ctx, grad), None, None
-
-
-torch.library.register_autograd("fastsae::feature_topk", _backward, setup_context=setup_context)
+_autograd.register("feature_topk", setup_context=setup_context, backward=backward, jvp=jvp)
+_vmap.register("feature_topk")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
+from fastsae.ops import _check, _vmap
 from fastsae.types import LatentLists, SparseActs
 
 
@@ -17,12 +18,12 @@ def group_by_latent(acts: SparseActs) -> LatentLists:
         acts: sparse activations; padding and entries of value 0 are left out.
 
     Returns:
-        `LatentLists(offsets [d_sae + 1], rows [capacity], slots [capacity])`, int32; `capacity` is the number of
-        places of `acts.values`. `counts()` of it says how often each latent fired.
+        `LatentLists(offsets [d_sae + 1], rows [capacity], slots [capacity])`, int32, with as many
+        places as `acts.values`. Its `counts()` says how often each latent fired.
 
     Raises:
         TypeError: `acts` is not a `SparseActs`.
-        RuntimeError: an index is not in [0, d_sae) (CPU; on CUDA such an entry takes no part).
+        RuntimeError: an index is not in [0, d_sae) (CPU; on CUDA such an entry is ignored).
 
     Gradients:
         None: the lists are integers. They index into the same `values`.
@@ -33,10 +34,7 @@ def group_by_latent(acts: SparseActs) -> LatentLists:
     Cost:
         O(capacity + d_sae), about 24 bytes per entry.
     """
-    if not isinstance(acts, SparseActs):
-        raise TypeError(
-            f"group_by_latent: expected acts to be SparseActs, got {type(acts).__name__}"
-        )
+    _check.acts("group_by_latent", acts)
     return LatentLists(
         *torch.ops.fastsae.group_by_latent(
             acts.values.detach(), acts.indices, acts.offsets, acts.d_sae
@@ -61,3 +59,6 @@ def _plain(
     values: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
 ) -> tuple[Tensor, ...]:
     return tuple(reference.group_by_latent(SparseActs(values, indices, offsets, d_sae)))
+
+
+_vmap.register("group_by_latent")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _check
+from fastsae.ops import _autograd, _check, _flops, _vmap
 from fastsae.types import LatentGradients, SparseActs, StepTensors
 
 _OP = "sparse_adam_step_"
@@ -61,21 +61,25 @@ def sparse_adam_step_(
             over the entries, no memory.
         unit_norm: scale rows of W_dec to norm 1 at the end; rows of zeros stay.
         extra_grads: gradients of some latents from another loss, added to the above.
-        compute_dtype: `torch.bfloat16` rounds the rows of grad_output and of x - b_dec that g_dec and
-            g_enc are sums of, where that is faster (CUDA, float32 parameters); sums and everything
-            else keep their precision.
+        compute_dtype: `torch.bfloat16` rounds the rows of grad_output and of x - b_dec, of which
+            g_dec and g_enc are sums, where that is faster (CUDA, float32 parameters); sums and
+            everything else keep their precision.
 
     Raises:
         TypeError: a dtype is not as stated.
         ValueError: a shape, `step` or `compute_dtype` is not as stated.
-        RuntimeError: a tensor is not contiguous; an index is out of range or a latent of `extra_grads`
-            comes twice (CPU; on CUDA such an entry takes no part, and the last such row counts).
+        RuntimeError: a tensor is not contiguous or has a forward-mode tangent; vmap; an index is
+            out of range or a latent of `extra_grads` comes twice (CPU; on CUDA such an entry is
+            ignored, and the last such row counts).
+
+    Gradients:
+        None: it runs without a graph, as an optimizer does.
 
     Numerics:
         Equal to `loss.backward(); remove parallel; clip_grad_norm_; torch.optim.Adam.step();
-        normalise`: to 1e-12 in float64; in float32 the parameters agree to 2e-6 after one step of
+        normalize`: to 1e-12 in float64; in float32 the parameters agree to 2e-6 after one step of
         lr 1e-3. Bitwise the same for every number of threads. An entry whose value is exactly 0
-        takes no part.
+        is ignored. Autocast changes nothing.
 
     Cost:
         Reads and writes every parameter and both averages once, 24 bytes for each float32
@@ -111,6 +115,7 @@ def sparse_adam_step_(
         raise ValueError(f"{_OP}: expected step >= 1, got {step}")
     if clip_grad_norm is not None and not clip_grad_norm > 0:
         raise ValueError(f"{_OP}: expected clip_grad_norm > 0 or None, got {clip_grad_norm}")
+    _autograd.no_tangents(_OP, *parameters, acts.values, grad_values, x, grad_output)
     bf16_rows = _check.rounds_to_bf16(_OP, compute_dtype, "W_enc", W_enc)
     torch.ops.fastsae.sparse_adam_step_(
         *parameters,
@@ -159,3 +164,7 @@ def _plain(*arguments: object) -> None:
         unit_norm=unit_norm,  # type: ignore[arg-type]
         extra_grads=None if rows[0] is None else LatentGradients(*rows),  # type: ignore[arg-type]
     )
+
+
+_vmap.refuse(_OP)
+_flops.register(_OP, _flops.adam_step)

@@ -1,4 +1,4 @@
-"""Sparse activations times a dictionary: the decoder, and the gradient of its values."""
+"""Sparse activations times a dictionary: the decoder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _check
-from fastsae.types import SparseActs, accumulator_dtype
+from fastsae.ops import _autograd, _check, _flops, _vmap
+from fastsae.types import SparseActs
 
 
 def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
@@ -28,44 +28,32 @@ def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) 
     Raises:
         TypeError: an argument is not of the stated type or dtype.
         ValueError: shapes or devices do not fit.
-        RuntimeError: an index is not in [0, d_sae) (CPU; on CUDA such an entry takes no part).
+        RuntimeError: an index is not in [0, d_sae) (CPU; on CUDA such an entry is ignored).
 
     Gradients:
         In `acts.values`, `W_dec` and `b_dec`; needs neither [n, d_sae] nor [n, k, d_out]. An entry
-        whose value is exactly 0 is inactive and gets none.
+        whose value is exactly 0 is inactive and gets none. Of any order, in reverse and forward
+        mode, under `torch.func` and vmap.
 
     Numerics:
         Accumulates in float32 (float64 for float64) in the order of the entries; deterministic
-        whatever the number of threads.
+        whatever the number of threads. Under autocast values, `W_dec` and `b_dec` are cast as those
+        of `F.linear`.
 
     Cost:
         Reads one row of `W_dec` per active entry.
 
     Source:
-        Gao et al. (arXiv 2406.04093), appendix D, the sparse-dense product.
+        Gao et al. (arXiv 2406.04093), appendix D, the sparse-dense matmul.
     """
-    if not isinstance(acts, SparseActs):
-        raise TypeError(f"sparse_decode: expected acts to be SparseActs, got {type(acts).__name__}")
-    _check.floating("sparse_decode", "W_dec", W_dec)
-    if W_dec.ndim != 2 or W_dec.shape[0] != acts.d_sae:
-        raise ValueError(
-            f"sparse_decode: expected W_dec to be [d_sae, d_out] with d_sae = {acts.d_sae}, "
-            f"got {list(W_dec.shape)}"
-        )
-    values = acts.values
-    if values.dtype not in (W_dec.dtype, accumulator_dtype(W_dec.dtype)):
-        raise TypeError(
-            f"sparse_decode: expected values to have the dtype of W_dec, {W_dec.dtype}, or "
-            f"{accumulator_dtype(W_dec.dtype)}, got {values.dtype}"
-        )
-    if values.device != W_dec.device:
-        raise ValueError(
-            f"sparse_decode: expected values on the device of W_dec, {W_dec.device}, "
-            f"got {values.device}"
-        )
+    _check.acts("sparse_decode", acts)
+    _check.dictionary("sparse_decode", W_dec, acts.d_sae)
     if b_dec is not None:
         _check.floating("sparse_decode", "b_dec", b_dec)
         _check.shape("sparse_decode", "b_dec", b_dec, (W_dec.shape[1],), "[d_out]")
+    W_dec, values, b_dec = _check.autocast(W_dec, acts.values, b_dec)
+    _check.values_of("sparse_decode", values, "W_dec", W_dec)
+    if b_dec is not None:
         _check.same("sparse_decode", "b_dec", b_dec, "W_dec", W_dec)
     out: Tensor = torch.ops.fastsae.sparse_decode(values, acts.indices, acts.offsets, W_dec, b_dec)
     return out
@@ -94,9 +82,8 @@ def _plain(
     W_dec: Tensor,
     b_dec: Tensor | None,
 ) -> Tensor:
-    return reference.sparse_decode(
-        SparseActs(values, indices, offsets, W_dec.shape[0]), W_dec, b_dec
-    )
+    acts = SparseActs(values, indices, offsets, W_dec.shape[0])
+    return reference.sparse_decode(acts, W_dec, b_dec)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -106,7 +93,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     values, indices, offsets, W_dec = ctx.saved_tensors
-    need_values, _, _, need_W, need_b = ctx.needs_input_grad
+    need_values, _, _, need_W, need_b = ctx.needs_input_grad[:5]
     dvalues = dW = db = None
     if need_values:
         dvalues = torch.ops.fastsae.sparse_decode_values_grad(grad, values, indices, offsets, W_dec)
@@ -118,25 +105,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dvalues, None, None, dW, db
 
 
-torch.library.register_autograd("fastsae::sparse_decode", _backward, setup_context=_setup_context)
+def _jvp(
+    ctx: Any, values_t: Tensor | None, _: None, __: None, W_t: Tensor | None, b_t: Tensor | None
+) -> Tensor | None:
+    values, indices, offsets, W_dec = ctx.saved_tensors
+    by_values = by_W = by_bias = None
+    if values_t is not None:
+        moved = torch.where(values != 0, values_t, 0)
+        by_values = _autograd.decode_entries(moved, indices, offsets, W_dec)
+    if W_t is not None:
+        by_W = torch.ops.fastsae.sparse_decode(values, indices, offsets, W_t, None)
+    if b_t is not None:
+        by_bias = b_t.expand(_rows(values, offsets), -1)
+    return _autograd.total(by_values, by_W, by_bias)
 
 
-@fake("sparse_decode_values_grad")
-def _fake_values_grad(
-    grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, W_dec: Tensor
-) -> Tensor:
-    return values.new_empty(values.shape)
-
-
-@fallback("sparse_decode_values_grad")
-def _plain_values_grad(
-    grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, W_dec: Tensor
-) -> Tensor:
-    acc = accumulator_dtype(W_dec.dtype)
-    acts = SparseActs(values, indices, offsets, W_dec.shape[0])
-    rows = acts.rows()
-    active = (values != 0) & (rows < acts.n)
-    if acts.n == 0:
-        return torch.zeros_like(values)
-    picked = W_dec[indices.long()].to(acc) * grad[rows.clamp(max=acts.n - 1)].to(acc)
-    return torch.where(active, picked.sum(-1), 0).to(values.dtype)
+_autograd.register("sparse_decode", setup_context=_setup_context, backward=_backward, jvp=_jvp)
+_vmap.register("sparse_decode", rows=("values", "indices"))
+_flops.register("sparse_decode", _flops.decode)

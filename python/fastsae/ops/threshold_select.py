@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _check
-from fastsae.ops.batch_topk import dense_gradient, fake_selection, setup_context
+from fastsae.ops import _autograd, _check, _vmap
+from fastsae.ops.batch_topk import backward, fake_selection, jvp, setup_context
 from fastsae.types import SparseActs, accumulator_dtype
 
 
@@ -26,12 +24,6 @@ def check_threshold(op: str, threshold: Tensor, x: Tensor, d_sae: int) -> Tensor
     return threshold.detach().to(accumulator_dtype(x.dtype))
 
 
-def check_capacity(op: str, capacity: int) -> None:
-    """Raise ValueError unless `capacity` is at least 0."""
-    if capacity < 0:
-        raise ValueError(f"{op}: expected capacity >= 0, got capacity = {capacity}")
-
-
 def threshold_select(x: Tensor, threshold: Tensor, capacity: int) -> SparseActs:
     """Keep the entries of `x` that are above `threshold`.
 
@@ -39,22 +31,26 @@ def threshold_select(x: Tensor, threshold: Tensor, capacity: int) -> SparseActs:
         x: [..., d_sae], float32 | float64 | bfloat16 | float16. Leading dimensions are flattened to
             n rows first.
         threshold: [] or [d_sae], floating: one threshold for all latents, or one for each. Strict.
-        capacity: room for entries, >= 0. When more are above `threshold`, the `capacity` largest are kept.
+        capacity: places for entries, >= 0. When more are above `threshold`, the `capacity` largest
+            are kept.
 
     Returns:
         `SparseActs` in the variable layout with `min(capacity, n * d_sae)` places.
 
     Raises:
         TypeError: `x` or `threshold` is not a floating tensor.
-        ValueError: `threshold` has another shape or device, `capacity` is negative, `x` has no dimension.
+        ValueError: `threshold` has another shape or device, `capacity` is negative, or `x` has no
+            dimension.
+        RuntimeError: in `torch.jit.trace`, which would fix the number of entries.
 
     Gradients:
         In `x`, dense: the gradient of the kept values at their places, 0 elsewhere. None in
-        `threshold`.
+        `threshold`. Of any order, in reverse and forward mode, under `torch.func`; vmap selects in
+        each sample by itself.
 
     Numerics:
         Exact; compared in float32 (float64 for float64 `x`). NaN is never above a threshold. On
-        overflow the lowest (row, column) wins among equal values.
+        overflow the lowest (row, column) wins among equal values. Autocast changes nothing.
 
     Cost:
         `x` is read once from memory.
@@ -64,10 +60,11 @@ def threshold_select(x: Tensor, threshold: Tensor, capacity: int) -> SparseActs:
     """
     _check.floating("threshold_select", "x", x)
     x = _check.rows("threshold_select", "x", x)
-    threshold = check_threshold("threshold_select", threshold, x, x.shape[-1])
-    check_capacity("threshold_select", capacity)
+    n, d_sae = x.shape
+    threshold = check_threshold("threshold_select", threshold, x, d_sae)
+    capacity = _check.capacity("threshold_select", capacity, n, d_sae)
     values, indices, offsets = torch.ops.fastsae.threshold_select(x, threshold, capacity)
-    return SparseActs(values, indices, offsets, x.shape[1])
+    return SparseActs(values, indices, offsets, d_sae)
 
 
 @fake("threshold_select")
@@ -82,8 +79,5 @@ def _plain(x: Tensor, threshold: Tensor, capacity: int) -> tuple[Tensor, ...]:
     return acts.values, acts.indices, acts.offsets
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
-    return dense_gradient(ctx, grad), None, None
-
-
-torch.library.register_autograd("fastsae::threshold_select", _backward, setup_context=setup_context)
+_autograd.register("threshold_select", setup_context=setup_context, backward=backward, jvp=jvp)
+_vmap.register("threshold_select")

@@ -1,7 +1,12 @@
 """Every op in plain torch: the specification, and the answer that every test compares with."""
 
 from fastsae.reference.adam import sparse_adam_step_
-from fastsae.reference.decode import group_by_latent, sparse_decode, sparse_weight_grad
+from fastsae.reference.decode import (
+    group_by_latent,
+    sparse_decode,
+    sparse_decode_values_grad,
+    sparse_weight_grad,
+)
 from fastsae.reference.encode import (
     encode_batch_topk,
     encode_threshold,
@@ -27,6 +32,7 @@ __all__ = [
     "pre_activations",
     "sparse_adam_step_",
     "sparse_decode",
+    "sparse_decode_values_grad",
     "sparse_weight_grad",
     "threshold_select",
     "topk",

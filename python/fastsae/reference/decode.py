@@ -1,4 +1,4 @@
-"""Sparse-dense products and the feature-major lists, in plain torch."""
+"""Sparse-dense matmuls and the feature-major lists, in plain torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) 
     """See `fastsae.ops.sparse_decode`."""
     out = acts.to_dense().to(W_dec.dtype) @ W_dec
     return out if b_dec is None else out + b_dec
+
+
+def sparse_decode_values_grad(grad: Tensor, acts: SparseActs, W_dec: Tensor) -> Tensor:
+    """See `fastsae.ops.sparse_decode_values_grad`."""
+    if acts.n == 0:
+        return torch.zeros_like(acts.values)
+    acc, rows = accumulator_dtype(W_dec.dtype), acts.rows()
+    active = (acts.values != 0) & (rows < acts.n)
+    picked = W_dec[acts.indices.long()].to(acc) * grad[rows.clamp(max=acts.n - 1)].to(acc)
+    return torch.where(active, picked.sum(-1), 0).to(acts.values.dtype)
 
 
 def group_by_latent(acts: SparseActs) -> LatentLists:

@@ -59,7 +59,7 @@ def threshold_select(x: Tensor, threshold: Tensor, capacity: int) -> SparseActs:
 
 
 def feature_topk(x: Tensor, m: int | Tensor, capacity: int | None = None) -> SparseActs:
-    """See `fastsae.ops.feature_topk`; where `capacity` is too small, the `capacity` largest stay."""
+    """See `fastsae.ops.feature_topk`; a `capacity` that is too small keeps the largest entries."""
     x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     n, d_sae = x.shape
     lengths = torch.as_tensor(m, device=x.device).long().expand(d_sae)

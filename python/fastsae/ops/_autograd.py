@@ -1,0 +1,123 @@
+"""How an op gets its derivatives: reverse and forward mode, eager, compiled and in torch.func.
+
+`torch.library.register_autograd` covers reverse mode alone: with it `torch.func.grad` raises and a
+forward-mode tangent is silently 0. Here the same kernel for the Autograd key wraps the op into a
+Function that `torch.func` can step through, one level at a time, and that has a `jvp`.
+
+Second derivatives are right because the gradients are made of three ops that are each other's
+derivatives. For a fixed pattern P of entries (row r, latent f), and numbers v on it,
+
+    T(v, W, g) = sum over P of v <W_f, g_r>
+
+is linear in all three; `sparse_decode` is dT/dg, `sparse_decode_values_grad` dT/dv and
+`sparse_weight_grad` dT/dW. What is active is decided by the forward pass: where a gradient takes
+the place of v, its zeros remain entries of P (`decode_entries`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+Rule = Callable[..., Any]
+
+_implementations = torch.library.Library("fastsae", "IMPL")
+
+
+def register(op: str, *, setup_context: Rule, backward: Rule, jvp: Rule) -> None:
+    """Make `op` differentiable.
+
+    Args:
+        op: name of the op in `torch.ops.fastsae`.
+        setup_context: `(ctx, inputs, output)`, which saves tensors with `ctx.save_for_backward`.
+        backward: `(ctx, *grads)`, the gradient of every input; made of differentiable ops.
+        jvp: `(ctx, *tangents)`, the tangent of every output from that of every input or None; made
+            of differentiable ops. `ctx.saved_tensors` is what setup_context saved.
+    """
+    native = getattr(torch.ops.fastsae, op).default
+
+    def below_autograd(keyset: Any, inputs: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return native.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        *inputs, keyset = arguments
+        if torch._C._are_functorch_transforms_active():
+            # Inside a Function nothing is differentiated; the levels below this one still are.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                output = below_autograd(keyset, tuple(inputs))
+        else:
+            output = below_autograd(keyset, tuple(inputs))
+        setup_context(ctx, inputs, output)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*map(_primal, ctx.to_save))
+        return output
+
+    def all_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(ctx, *grads), None
+
+    def tangent(ctx: Any, *tangents: Tensor | None) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):  # as in forward; nothing saved has a tangent
+            return jvp(ctx, *tangents[:-1])
+
+    rules = {"forward": forward, "backward": all_gradients, "jvp": tangent}
+    differentiable: Any = type(
+        f"fastsae_{op}",
+        (_SingleLevelFunction,),
+        {name: staticmethod(rule) for name, rule in rules.items()},
+    )
+
+    def kernel(keyset: Any, *inputs: Any) -> Any:
+        if forward_ad._current_level < 0 and not (
+            torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        ):
+            return below_autograd(keyset, inputs)
+        if not torch._C._are_functorch_transforms_active():
+            return differentiable.apply(*inputs, keyset)
+        with enable_single_level_autograd_function():
+            return differentiable.apply(*inputs, keyset)
+
+    _implementations.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def _primal(t: Tensor | None) -> Tensor | None:
+    with forward_ad._set_fwd_grad_enabled(True):
+        return None if t is None else forward_ad.unpack_dual(t).primal
+
+
+def decode_entries(values: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
+    """Return `sparse_decode` of the entries, the derivative of which includes values of 0.
+
+    With every row as a list of its own, that is `sparse_weight_grad`. Where nobody differentiates,
+    the decoder does it.
+    """
+    native = torch.ops.fastsae
+    if not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
+        out: Tensor = native.sparse_decode(values, indices, offsets, W, None)
+        return out
+    slots = torch.arange(values.numel(), dtype=torch.int32, device=values.device)
+    if offsets is None:
+        n, k = values.shape
+        offsets = torch.arange(n + 1, dtype=torch.int32, device=values.device) * k
+    out, _ = native.sparse_weight_grad(values, offsets, indices.flatten(), slots, W)
+    return out
+
+
+def total(*terms: Tensor | None) -> Tensor | None:
+    """Return the sum of the terms that are there."""
+    present = [t for t in terms if t is not None]
+    return sum(present[1:], present[0]) if present else None
+
+
+def no_tangents(op: str, *tensors: Tensor) -> None:
+    """Raise RuntimeError if one of the tensors has a forward-mode tangent, which would be lost."""
+    if forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(f"{op}: expected no forward-mode tangent, got one; it has no derivative")
