@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastsae.nn import SAE, BatchTopKSAE, TopKSAE, load
-from fastsae.nn import io as sae_io
+import fastsae
+from fastsae import load
+from fastsae.interop import saelens
+from fastsae.nn import SAE, BatchTopKSAE, TopKSAE
 
 
 def trained(cls, dtype=torch.float32):
@@ -27,7 +29,7 @@ def trained(cls, dtype=torch.float32):
 @pytest.mark.parametrize("cls", [TopKSAE, BatchTopKSAE])
 def test_round_trip_is_exact(cls, dtype, tmp_path):
     sae = trained(cls, dtype)
-    sae.save(tmp_path)
+    fastsae.save(sae, tmp_path)
     state = torch.get_rng_state()
     back = load(tmp_path)
     assert torch.equal(state, torch.get_rng_state())
@@ -45,14 +47,14 @@ def test_round_trip_is_exact(cls, dtype, tmp_path):
 
 
 def test_an_untrained_batch_topk_comes_back_untrained(tmp_path):
-    BatchTopKSAE(8, 24, k=2.5).save(tmp_path)
+    fastsae.save(BatchTopKSAE(8, 24, k=2.5), tmp_path)
     assert load(tmp_path).threshold == torch.inf
 
 
 @pytest.mark.parametrize("cls", [TopKSAE, BatchTopKSAE])
 def test_files_mean_in_saelens_terms_what_the_module_computes(cls, tmp_path):
     sae = trained(cls).eval()
-    sae.save(tmp_path)
+    fastsae.save(sae, tmp_path)
     cfg = json.loads((tmp_path / "cfg.json").read_text())
     w = load_file(tmp_path / "sae_weights.safetensors")
     common = {"d_in": 8, "d_sae": 24, "dtype": "float32", "device": "cpu",
@@ -80,7 +82,7 @@ def test_files_mean_in_saelens_terms_what_the_module_computes(cls, tmp_path):
 @pytest.mark.parametrize("writer", ["write_tensors", "write_json"])
 def test_a_full_disk_keeps_the_previous_save(writer, tmp_path, monkeypatch):
     sae = trained(TopKSAE)
-    sae.save(tmp_path)
+    fastsae.save(sae, tmp_path)
 
     def full(file, value):
         file.write_bytes(b"half")
@@ -88,24 +90,25 @@ def test_a_full_disk_keeps_the_previous_save(writer, tmp_path, monkeypatch):
 
     other = trained(BatchTopKSAE)
     with monkeypatch.context() as patch:
-        patch.setattr(sae_io, writer, full)
+        patch.setattr(saelens, writer, full)
         with pytest.raises(RuntimeError, match=r"^save: could not write .* \(No space left on dev"):
-            other.save(tmp_path)
+            fastsae.save(other, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
     assert torch.equal(load(tmp_path).W_dec, sae.W_dec)
-    other.save(tmp_path)
+    fastsae.save(other, tmp_path)
     assert isinstance(load(tmp_path), BatchTopKSAE)
 
 
 def test_a_write_that_the_system_cuts_short_keeps_the_previous_save(tmp_path):
     sae = trained(TopKSAE)
-    sae.save(tmp_path)
+    fastsae.save(sae, tmp_path)
     code = f"""
 import resource
+import fastsae
 from fastsae.nn import TopKSAE
 sae = TopKSAE(8, 2000, k=3)
 resource.setrlimit(resource.RLIMIT_FSIZE, (9000, {resource.RLIM_INFINITY}))
-sae.save({str(tmp_path)!r})
+fastsae.save(sae, {str(tmp_path)!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "RuntimeError: save: could not write" in done.stderr.splitlines()[-1]
@@ -115,12 +118,12 @@ sae.save({str(tmp_path)!r})
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RuntimeError, match="save: could not write"):
-        trained(TopKSAE).save(tmp_path / "file" / "sae")
+        fastsae.save(trained(TopKSAE), tmp_path / "file" / "sae")
 
 
 @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
 def test_a_missing_file(name, tmp_path):
-    trained(TopKSAE).save(tmp_path)
+    fastsae.save(trained(TopKSAE), tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"^load: expected .* to hold {name}, found none$"):
         load(tmp_path)
@@ -158,7 +161,7 @@ def swap(name, tensor):
         (damage(lambda c: c["metadata"]["fastsae"].update({"class": "os.system"})), "os.system"),
         (damage(lambda c: c["metadata"]["fastsae"]["config"].pop("k")), "missing .* argument: 'k'"),
         (damage(lambda c: c["metadata"]["fastsae"]["config"].update(k=0)), "got k = 0"),
-        (damage(lambda c: c["metadata"]["fastsae"]["config"].update(d_sae=25)),
+        (damage(lambda c: c["metadata"]["fastsae"]["config"].update(d_sae=25) or c.update(d_sae=25)),
          r"W_enc to be \[8, 25\] .* got \[8, 24\]"),
         (damage(lambda c: c.update(dtype="int8")), "int8"),
         (lambda f: (f / "sae_weights.safetensors").write_bytes(b"PK\x03\x04" * 20),
@@ -168,7 +171,7 @@ def swap(name, tensor):
     ],
 )  # fmt: skip
 def test_damage_is_one_clear_line(break_it, message, tmp_path):
-    trained(TopKSAE).save(tmp_path)
+    fastsae.save(trained(TopKSAE), tmp_path)
     break_it(tmp_path)
     with pytest.raises(ValueError, match=f"^load: expected .*{message}") as caught:
         load(tmp_path)
@@ -176,7 +179,7 @@ def test_damage_is_one_clear_line(break_it, message, tmp_path):
 
 
 def test_a_truncated_weights_file(tmp_path):
-    trained(TopKSAE).save(tmp_path)
+    fastsae.save(trained(TopKSAE), tmp_path)
     file = tmp_path / "sae_weights.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="to be a safetensors file"):
@@ -187,8 +190,40 @@ def test_a_class_of_the_user_comes_back(tmp_path):
     class LoudTopKSAE(TopKSAE):
         pass
 
+    name = f"{__name__}.{LoudTopKSAE.__qualname__}"
     try:
-        LoudTopKSAE(8, 24, k=3).save(tmp_path)
+        fastsae.save(LoudTopKSAE(8, 24, k=3), tmp_path)
         assert type(load(tmp_path)) is LoudTopKSAE
+        cfg = json.loads((tmp_path / "cfg.json").read_text())
+        assert cfg["metadata"]["fastsae"]["class"] == name
     finally:
-        del SAE.registry["LoudTopKSAE"]
+        del SAE.registry[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(k=4), r"expected k = 3 in .*cfg\.json, as metadata.fastsae says, got 4"),
+        (lambda c: c.update(d_sae=25), "expected d_sae = 24 .* got 25"),
+        (lambda c: c.update(architecture="jumprelu"), "expected architecture = 'topk' .* got 'jump"),
+    ],
+)
+def test_a_cfg_that_contradicts_itself_is_refused(change, message, tmp_path):
+    fastsae.save(trained(TopKSAE), tmp_path)
+    damage(change)(tmp_path)
+    with pytest.raises(ValueError, match=f"^load: {message}.*; change both, or neither"):
+        load(tmp_path)
+
+
+def test_arguments_under_their_earlier_names_are_read(tmp_path):
+    sae = trained(TopKSAE)
+    fastsae.save(sae, tmp_path)
+
+    def rename(cfg):
+        config = cfg["metadata"]["fastsae"]["config"]
+        config["aux_k"], config["aux_alpha"] = config.pop("k_aux"), config.pop("auxk_alpha")
+
+    damage(rename)(tmp_path)
+    back = load(tmp_path)
+    assert (back.k_aux, back.auxk_alpha) == (5, 0.125)
+    assert back.config() == sae.config()

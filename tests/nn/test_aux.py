@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from fastsae.nn import SAE, TopKSAE
-from fastsae.train import DeadLatents, TrainConfig, Trainer, UnderusedLatents
+from fastsae.nn import SAE, StepContext, TopKSAE
+from fastsae.train import DeadLatents, TrainConfig, Trainer, UnderusedLatents, why_not_fused
 
 
 def counted(counter, rows):
@@ -31,7 +31,7 @@ def test_the_loss_of_the_dead_is_auxk():
     found = []
     for aux in ("auxk", "zipf"):
         torch.manual_seed(3)
-        found.append(TopKSAE(8, 20, 3, aux=aux).loss(x, dead=dead).aux_loss)
+        found.append(TopKSAE(8, 20, 3, aux=aux).loss(x, context=StepContext(dead=dead)).aux_loss)
     assert found[0] == found[1] > 0
     with pytest.raises(ValueError, match="TopKSAE: expected aux to be auxk or zipf, got 'both'"):
         TopKSAE(8, 20, 3, aux="both")
@@ -69,5 +69,5 @@ def test_multi_topk_adds_an_eighth_of_the_loss_at_4k(k):
     torch.testing.assert_close(out.loss, want)
     torch.testing.assert_close(got, torch.autograd.grad(want, parameters))
     sae.multi_topk = True
-    assert not sae.feature_major_update
+    assert "multi_topk" in why_not_fused(sae, TrainConfig())
     assert SAE.registry["TopKSAE"](**sae.config()).multi_topk

@@ -69,11 +69,11 @@ def test_other_buffers_are_those_of_the_first():
     assert average_saes(parts).batches_seen == 3
 
 
-def test_a_settled_average_encodes_like_any():
+def test_an_average_with_estimated_thresholds_encodes_like_any():
     base = make(BatchTopKSAE)
     x = torch.randn(600, 12)
     merged = average_saes([tuned(base, seed) for seed in (1, 2)])
-    merged.settle_(x.split(100))
+    merged.estimate_threshold_(x.split(100))
     assert merged.encode_sparse(x).l0() == pytest.approx(4, rel=0.1)
 
 

@@ -130,12 +130,12 @@ def test_calibration_gives_k_on_the_rows_it_is_given():
         identity(1).calibrate_(-torch.ones(2, 4))
 
 
-def test_settling_takes_the_mean_of_the_smallest_kept_values():
+def test_the_estimate_is_the_mean_of_the_smallest_kept_values():
     sae = identity(1)
     first = torch.tensor([[5.0, 2, 0, 0], [4, 1, 0, 0]])
     silent = -torch.ones(2, 4)
-    sae.settle_([])
-    sae.settle_([silent])
+    sae.estimate_threshold_([])
+    sae.estimate_threshold_([silent])
     assert sae.threshold == math.inf
-    sae.settle_([first, silent, 2 * first])
+    sae.estimate_threshold_([first, silent, 2 * first])
     assert sae.threshold == (4 + 8) / 2

@@ -16,7 +16,8 @@ from fastsae import (
     Trainer,
     Transcoder,
 )
-from fastsae.nn.loss import variation
+from fastsae.nn import ActivationScaler, StepContext
+from fastsae.nn.loss import total_variance
 from tests.nn.randomized import make, rows
 
 TRANSCODERS = (Transcoder, BatchTopKTranscoder, JumpReLUTranscoder, ReLUTranscoder)
@@ -33,7 +34,7 @@ def test_transcoder_loss_and_gradients_are_the_written_ones(skip):
     y_hat = f @ coder.W_dec + coder.b_dec
     if skip:
         y_hat = y_hat + x @ coder.W_skip.t()
-    expected = (y - y_hat).square().sum() / variation(y)
+    expected = (y - y_hat).square().sum() / total_variance(y)
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(out.reconstruction, y_hat)
     torch.testing.assert_close(coder(x.reshape(4, 5, 6)), y_hat.reshape(4, 5, 4))
@@ -47,13 +48,13 @@ def test_dead_latents_of_a_transcoder_reconstruct_what_is_left_of_the_output():
     coder = make(Transcoder, 6, 4, 16, 1)
     x, y = rows(20, 6), rows(20, 4)
     dead = torch.arange(16) < 4
-    out = coder.loss(x, y, dead=dead)
+    out = coder.loss(x, y, context=StepContext(dead=dead))
     residual = (y - out.reconstruction).detach()
     z = (x @ coder.W_enc[:, :4] + coder.b_enc[:4]).relu()
     k = min(coder.k_aux, 4)
     guess = (z * torch.zeros_like(z).scatter(1, z.topk(k).indices, 1.0)) @ coder.W_dec[:4]
     torch.testing.assert_close(
-        out.aux_loss, (residual - guess).square().sum() / variation(residual)
+        out.aux_loss, (residual - guess).square().sum() / total_variance(residual)
     )
 
 
@@ -63,7 +64,7 @@ def test_scales_fold_away(cls):
     x, y = rows(20, 6), rows(20, 4)
     a.loss(2 * x, 8 * y)
     b.loss(2 * x, 8 * y)
-    b.fold_input_scales_([2, 8])
+    ActivationScaler(b.columns, [2, 8]).fold_(b)
     a.eval()
     b.eval()
     torch.testing.assert_close(b(x), a(2 * x) / 8)
@@ -95,27 +96,40 @@ def test_training_a_transcoder_finds_a_sparse_map(cls, tmp_path):
 def test_training_starts_from_centred_inputs_and_the_outputs_that_go_with_a_latent():
     coder = Transcoder(6, 4, 16, 3)
     batch = torch.randn(50, 10) + 7
-    coder.start_(batch, "mean")
+    coder.initialize_from_data_(batch, "mean")
     x, y = batch.split([6, 4], 1)
     torch.testing.assert_close(coder.b_enc, -(x.mean(0) @ coder.W_enc))
     torch.testing.assert_close(coder.b_dec, y.mean(0))
     f = ((x - x.mean(0)) @ coder.W_enc).relu()  # d_sae < 32: all positive latents
     rows = torch.nn.functional.normalize(f.t() @ (y - y.mean(0)), dim=1)
     torch.testing.assert_close(coder.W_dec, rows)
-    coder.loss(x, y)
-    before = coder.b_enc.clone(), coder.W_dec.clone()
-    coder.start_(batch + 1, "mean")
-    assert torch.equal(coder.b_enc, before[0])
-    assert torch.equal(coder.W_dec, before[1])
-    torch.testing.assert_close(coder.b_dec, y.mean(0) + 1)
 
 
-@pytest.mark.parametrize("coder", [Transcoder(6, 4, 16, 3), TopKCrossCoder(5, 2, 16, 3)])
-def test_scales_leave_what_was_never_trained(coder):
-    before = [p.clone() for p in coder.parameters()]
-    coder.fold_input_scales_([2, 8])
-    for p, q in zip(coder.parameters(), before, strict=True):
+@pytest.mark.parametrize(
+    "build", [lambda: Transcoder(6, 4, 16, 3), lambda: TopKCrossCoder(5, 2, 16, 3)]
+)
+def test_the_trainer_starts_a_fresh_module_and_keeps_a_trained_one(build):
+    fresh, trained = build(), build()
+    x = torch.cat([torch.randn(50, 5), 9 * torch.randn(50, 5)], 1) + 7
+    config = TrainConfig(batch_size=10, steps=5, b_dec_init="zeros", progress=False)
+    before = [p.clone() for p in fresh.parameters()]
+    trainer = Trainer(fresh, None, config)
+    trainer.prepare(x)
+    assert not trainer.scaler.keeps_matrices
+    for p, q in zip(fresh.parameters(), before, strict=True):
         assert torch.equal(p, q)
+    with torch.no_grad():
+        trained.b_enc[3] = 0.5
+    given = trained.columns.split(x).x
+    wanted = trained(given)
+    config = TrainConfig(batch_size=10, steps=5, progress=False)
+    trainer = Trainer(trained, None, config)
+    trainer.prepare(x)
+    scaled = trainer.scaler.scale(x)
+    got = trainer.scaler.unscale_target(trained(trained.columns.split(scaled).x))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    trainer.finish()
+    torch.testing.assert_close(trained(given), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_transcoder_does_not_take():
@@ -132,8 +146,8 @@ def test_what_a_transcoder_does_not_take():
         ValueError, match=r"expected k to be an integer in 1..d_sae = 16, got k = None"
     ):
         Transcoder(6, 4, 16)
-    with pytest.raises(ValueError, match="expected scales above 0 and finite"):
-        coder.fold_input_scales_([1, 0])
+    with pytest.raises(ValueError, match="expected 2 scales above 0 and finite, got"):
+        ActivationScaler(coder.columns, [1, 0]).fold_(coder)
 
 
 def test_a_transcoder_latent_is_the_sum_of_what_feeds_it():
@@ -172,11 +186,11 @@ def test_scales_of_layers_fold_away(cls):
     factor = torch.tensor([2.0, 8, 0.5]).double().repeat_interleave(4)
     a.loss(factor * x)
     b.loss(factor * x)
-    b.fold_input_scales_([2, 8, 0.5])
+    ActivationScaler(b.columns, [2, 8, 0.5]).fold_(b)
     a.eval()
     b.eval()
     torch.testing.assert_close(b(x), a(factor * x) / factor)
-    b.fold_input_scales_([1 / 2, 1 / 8, 1 / 0.5])
+    ActivationScaler(b.columns, [1 / 2, 1 / 8, 1 / 0.5]).fold_(b)
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p, q)
 

@@ -10,7 +10,7 @@ import torch
 
 import fastsae
 from fastsae import ops, reference
-from fastsae.nn import FeatureChoiceSAE
+from fastsae.nn import ActivationScaler, FeatureChoiceSAE
 from fastsae.train import TrainConfig, Trainer
 from tests.properties import given, settings, st
 
@@ -120,12 +120,12 @@ def test_training_reaches_k_and_no_latent_dies(tmp_path):
     assert abs(result.final["val_l0"] - 3) < 0.45
     sae.calibrate_(val[:1000])
     assert (sae.encode(val[:1000]) != 0).sum() / 1000 == pytest.approx(3, abs=0.01)
-    sae.save(tmp_path)
+    fastsae.save(sae, tmp_path)
     loaded = fastsae.load(tmp_path)
     assert isinstance(loaded, FeatureChoiceSAE)
     assert torch.equal(loaded.encode(x), sae.encode(x))
     scaled = copy.deepcopy(sae)
-    scaled.fold_input_scale_(4.0)
+    ActivationScaler(scaled.columns, [4.0]).fold_(scaled)
     torch.testing.assert_close(scaled(x), sae(4 * x) / 4, rtol=1e-4, atol=1e-5)
 
 
@@ -155,6 +155,6 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             FeatureChoiceSAE(4, 8, **arguments)
-    with pytest.raises(RuntimeError, match="expected thresholds in eval mode, got none yet"):
+    with pytest.raises(RuntimeError, match="expected a threshold in eval mode, got none yet"):
         FeatureChoiceSAE(4, 8, 2).eval()(torch.randn(3, 4))
     assert math.isinf(FeatureChoiceSAE(4, 8, 2).threshold.min())

@@ -5,7 +5,8 @@ import torch
 
 import fastsae
 from fastsae import BatchTopKSAE, HierarchicalTopKSAE, MatryoshkaSAE, TopKSAE, TrainConfig, Trainer
-from fastsae.nn.loss import variation
+from fastsae.nn import StepContext
+from fastsae.nn.loss import total_variance
 from tests.nn.randomized import make, rows
 
 
@@ -23,8 +24,8 @@ def test_the_loss_and_its_gradients_are_the_written_ones():
     errors = [
         (x - f[:, :end] @ sae.W_dec[:end] - sae.b_dec).square().sum() for end in (0, 2, 6, 16)
     ]
-    torch.testing.assert_close(out.fvu, errors[-1] / variation(x))
-    expected = sum(errors) / 4 / variation(x)
+    torch.testing.assert_close(out.fvu, errors[-1] / total_variance(x))
+    expected = sum(errors) / 4 / total_variance(x)
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(gradients(out.loss, sae), gradients(expected, sae))
 
@@ -33,7 +34,7 @@ def test_one_group_is_batch_topk_and_the_error_of_the_bias():
     one = make(MatryoshkaSAE, 6, 16, 3, groups=[16])
     plain = make(BatchTopKSAE, 6, 16, 3)
     x = rows(20, 6)
-    of_bias = (x - plain.b_dec).square().sum() / variation(x)
+    of_bias = (x - plain.b_dec).square().sum() / total_variance(x)
     expected = (plain.loss(x).loss + of_bias) / 2
     loss = one.loss(x).loss
     torch.testing.assert_close(loss, expected)
@@ -46,9 +47,11 @@ def test_dead_latents_are_revived_on_the_full_residual():
     plain = make(BatchTopKSAE, 6, 16, 1)
     dead = torch.arange(16) % 2 == 0
     x = rows(20, 6)
-    torch.testing.assert_close(sae.loss(x, dead=dead).aux_loss, plain.loss(x, dead=dead).aux_loss)
-    difference = sae.loss(x, dead=dead).loss - sae.loss(x).loss
-    torch.testing.assert_close(difference, sae.auxk_alpha * plain.loss(x, dead=dead).aux_loss)
+    context = StepContext(dead=dead)
+    wanted = plain.loss(x, context=context).aux_loss
+    torch.testing.assert_close(sae.loss(x, context=context).aux_loss, wanted)
+    difference = sae.loss(x, context=context).loss - sae.loss(x).loss
+    torch.testing.assert_close(difference, sae.auxk_alpha * wanted)
 
 
 def test_inference_can_leave_out_later_groups_after_the_selection():
@@ -105,7 +108,7 @@ def test_hierarchical_loss_and_gradients_are_the_written_ones():
     for j in range(1, 6):
         kept = torch.zeros_like(z).scatter(1, z.topk(j).indices, 1.0)
         total = total + (x - (z * kept) @ sae.W_dec - sae.b_dec).square().sum()
-    expected = total / 5 / variation(x)
+    expected = total / 5 / total_variance(x)
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(gradients(out.loss, sae), gradients(expected, sae))
     torch.testing.assert_close(out.fvu, make(TopKSAE, 6, 16, 5).loss(x).fvu)
@@ -114,8 +117,8 @@ def test_hierarchical_loss_and_gradients_are_the_written_ones():
 def test_hierarchical_with_one_latent_is_topk():
     a, b = make(HierarchicalTopKSAE, 6, 16, 1), make(TopKSAE, 6, 16, 1)
     x = rows(20, 6)
-    dead = torch.arange(16) < 5
-    torch.testing.assert_close(a.loss(x, dead=dead).loss, b.loss(x, dead=dead).loss)
+    context = StepContext(dead=torch.arange(16) < 5)
+    torch.testing.assert_close(a.loss(x, context=context).loss, b.loss(x, context=context).loss)
 
 
 @pytest.mark.parametrize("cls", [MatryoshkaSAE, HierarchicalTopKSAE])
@@ -123,7 +126,7 @@ def test_save_and_load(cls, tmp_path):
     sae = make(cls, 6, 16, 3)
     x = rows(20, 6)
     sae.loss(x)
-    sae.save(tmp_path)
+    fastsae.save(sae, tmp_path)
     again = fastsae.load(tmp_path)
     assert type(again) is cls
     assert again.config() == sae.config()

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import fastsae
-from fastsae import GatedSAE, JumpReLUSAE, ReLUSAE, TrainConfig, Trainer
-from fastsae.nn.loss import variation
+from fastsae import GatedSAE, JumpReLUSAE, ReLUSAE, StepContext, TrainConfig, Trainer
+from fastsae.nn import ActivationScaler
+from fastsae.nn.loss import total_variance
 
 CLASSES = (ReLUSAE, GatedSAE, JumpReLUSAE)
 
@@ -27,17 +28,16 @@ def pre_activations(sae, x):
 
 
 def error(x, x_hat):
-    return (x - x_hat).square().sum() / variation(x)
+    return (x - x_hat).square().sum() / total_variance(x)
 
 
 @pytest.mark.parametrize("penalty", ["l1", "tanh", "p_anneal"])
 def test_relu_loss_is_the_written_one(penalty):
     sae = make(ReLUSAE, penalty=penalty, coefficient=0.7, p_end=0.5)
-    sae.progress = 0.4
     x = 3 * torch.randn(20, 5, dtype=torch.float64)
-    out = sae.loss(x)
+    out = sae.loss(x, context=StepContext(progress=0.4))
     f = pre_activations(sae, x).relu()
-    unit = (variation(x) / x.numel()).sqrt()
+    unit = (total_variance(x) / x.numel()).sqrt()
     assert sae.unit == pytest.approx(float(unit), rel=1e-6)
     u = f / sae.unit.double()
     if penalty == "tanh":
@@ -162,7 +162,7 @@ def test_jumprelu_calibration_gives_k_on_the_rows_it_is_given():
     sae.calibrate_(x)
     assert float(sae.encode_sparse(x).l0()) == pytest.approx(3, rel=0.01)
     torch.testing.assert_close(sae.threshold / sae.threshold[0], ratios)
-    with pytest.raises(ValueError, match="expected a wanted k, got None"):
+    with pytest.raises(ValueError, match="expected a target k, got None"):
         make(JumpReLUSAE).calibrate_(torch.ones(2, 5, dtype=torch.float64))
     with torch.no_grad():
         sae.b_enc.fill_(-1e6)
@@ -174,7 +174,7 @@ def test_jumprelu_calibration_gives_k_on_the_rows_it_is_given():
 def test_the_unit_makes_the_loss_free_of_units(cls):
     a, b = make(cls), make(cls)
     x = torch.randn(30, 5, dtype=torch.float64)
-    b.fold_input_scale_(1 / 8)  # for inputs 8 times as large
+    ActivationScaler(b.columns, [1 / 8]).fold_(b)  # for inputs 8 times as large
     torch.testing.assert_close(a.loss(x).loss, b.loss(8 * x).loss)
     torch.testing.assert_close(8 * a.encode(x), b.encode(8 * x))
 
@@ -191,7 +191,7 @@ def test_the_first_batch_measures_the_unit_and_no_other(cls):
     first = sae.unit.clone()
     sae.loss(x)
     assert sae.unit == first
-    assert first == pytest.approx(float((variation(4 * x) / x.numel()).sqrt()), rel=1e-6)
+    assert first == pytest.approx(float((total_variance(4 * x) / x.numel()).sqrt()), rel=1e-6)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -204,8 +204,7 @@ def test_the_coefficient_follows_the_wanted_l0(cls):
     assert low.coefficient > 1 > high.coefficient
     assert fixed.coefficient == 1
     waiting = make(cls, k=0.1)
-    waiting.sparsity_scale = 0.5
-    waiting.loss(x)
+    waiting.loss(x, context=StepContext(sparsity_scale=0.5))
     assert waiting.coefficient == 1
 
 
@@ -229,7 +228,7 @@ def test_save_and_load(cls, tmp_path):
     sae = make(cls, k=2)
     x = torch.randn(30, 5, dtype=torch.float64)
     sae.loss(3 * x).loss.backward()
-    sae.save(tmp_path)
+    fastsae.save(sae, tmp_path)
     again = fastsae.load(tmp_path)
     assert type(again) is cls
     assert again.config() == sae.config()

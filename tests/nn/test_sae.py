@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastsae import ops
-from fastsae.nn import BatchTopKSAE, MutualChoiceSAE, TopKSAE
+from fastsae.nn import ActivationScaler, BatchTopKSAE, MutualChoiceSAE, TopKSAE
 
 CLASSES = [TopKSAE, BatchTopKSAE]
 both = pytest.mark.parametrize("cls", CLASSES)
@@ -39,9 +39,11 @@ def test_W_enc_stays_feature_major():
     sae = TopKSAE(16, 48, k=4)
     adam = torch.optim.Adam(sae.parameters(), fused=True)
     sae.loss(torch.randn(8, 16)).loss.backward()
-    assert feature_major(sae.W_enc.grad)
+    assert sae.W_enc_rows.is_contiguous()
+    assert feature_major(sae.W_enc_rows.grad.t())
     adam.step()
-    assert all(feature_major(adam.state[sae.W_enc][key]) for key in ("exp_avg", "exp_avg_sq"))
+    state = adam.state[sae.W_enc_rows]
+    assert all(feature_major(state[key].t()) for key in ("exp_avg", "exp_avg_sq"))
     other = TopKSAE(16, 48, k=4)
     other.load_state_dict(copy.deepcopy(sae.state_dict()))
     assert torch.equal(other.W_enc, sae.W_enc)
@@ -53,19 +55,34 @@ def test_a_row_major_W_enc_gives_the_same_code():
     sae = TopKSAE(16, 48, k=4)
     x = torch.randn(8, 16)
     before = sae.encode(x)
-    sae.load_state_dict({k: v.contiguous() for k, v in sae.state_dict().items()}, assign=True)
-    assert not sae.W_enc.t().is_contiguous()
+    state = sae.state_dict()
+    state["W_enc_rows"] = state["W_enc_rows"].t().contiguous().t()
+    sae.load_state_dict(state, assign=True)
+    assert sae.W_enc.is_contiguous()
+    assert not sae.W_enc_rows.is_contiguous()
     torch.testing.assert_close(sae.encode(x), before)
 
 
-@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec"])
+def test_a_state_dict_with_the_matrix_of_the_papers_is_converted():
+    sae, other = TopKSAE(16, 48, k=4), TopKSAE(16, 48, k=4)
+    state = sae.state_dict()
+    assert "W_enc" not in state
+    state["W_enc"] = state.pop("W_enc_rows").t().contiguous()
+    other.load_state_dict(state)
+    assert torch.equal(other.W_enc, sae.W_enc)
+    assert other.W_enc_rows.is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["W_enc", "W_enc_rows", "W_dec", "b_enc", "b_dec"])
 def test_assigning_a_tensor_copies_it_into_the_parameter(name):
     sae = TopKSAE(16, 48, k=4)
-    parameter = getattr(sae, name)
-    value = torch.randn_like(parameter).contiguous()
+    held = "W_enc_rows" if name == "W_enc" else name
+    parameter, before = getattr(sae, held), getattr(sae, name)
+    value = torch.randn_like(before).contiguous()
     setattr(sae, name, value)
-    assert getattr(sae, name) is parameter
-    assert torch.equal(parameter, value)
+    assert getattr(sae, held) is parameter
+    assert torch.equal(before, value)  # a view, or the parameter itself
+    assert torch.equal(getattr(sae, name), value)
     assert feature_major(sae.W_enc)
     with pytest.raises(ValueError, match=rf"TopKSAE: expected {name} to be \[.*\], got \[7, 3\]"):
         setattr(sae, name, torch.zeros(7, 3))
@@ -191,7 +208,7 @@ def test_folding_the_input_scale(cls, scale):
     x = torch.randn(9, 16, dtype=torch.float64)
     sae.loss(scale * torch.randn_like(x))  # gives a BatchTopK its threshold
     folded = copy.deepcopy(sae)
-    folded.fold_input_scale_(scale)
+    ActivationScaler(folded.columns, [scale]).fold_(folded)
     for mode in (True, False):
         sae.train(mode)
         folded.train(mode)
@@ -200,22 +217,22 @@ def test_folding_the_input_scale(cls, scale):
         torch.testing.assert_close(folded(x) * scale, sae(scale * x))
     assert torch.equal(folded.W_dec, sae.W_dec)
     for wrong in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="expected 0 < scale < inf"):
-            folded.fold_input_scale_(wrong)
+        with pytest.raises(ValueError, match="expected 1 scales above 0 and finite, got"):
+            ActivationScaler(folded.columns, [wrong]).fold_(folded)
 
 
 def test_geometric_median_against_facts_that_define_it():
     sae = TopKSAE(3, 4, k=1, dtype=torch.float64)
     x = torch.randn(50, 3, dtype=torch.float64)
-    sae.init_b_dec(x)
+    sae.initialize_b_dec_(x)
     away = sae.b_dec - x  # at the minimum of sum |x - y| the unit vectors add up to zero
     assert (away / away.norm(dim=1, keepdim=True)).sum(0).norm() < 1e-3
     x[:4] = 1e6  # fewer than half of the rows cannot carry it away
-    sae.init_b_dec(x)
+    sae.initialize_b_dec_(x)
     assert sae.b_dec.norm() < 1
-    sae.init_b_dec(x.reshape(5, 10, 3), "mean")
+    sae.initialize_b_dec_(x.reshape(5, 10, 3), "mean")
     torch.testing.assert_close(sae.b_dec.detach(), x.mean(0))
-    sae.init_b_dec(torch.ones(5, 3, dtype=torch.float64))
+    sae.initialize_b_dec_(torch.ones(5, 3, dtype=torch.float64))
     assert sae.b_dec.tolist() == [1.0, 1.0, 1.0]
 
 
@@ -226,11 +243,11 @@ def test_b_dec_is_not_set_from_bad_rows(method):
     x[2, 1] = torch.nan
     x[5, 0] = torch.inf
     with pytest.raises(ValueError, match="expected finite rows, got 2 of 6 with NaN or Inf"):
-        sae.init_b_dec(x, method)
+        sae.initialize_b_dec_(x, method)
     with pytest.raises(ValueError, match="at least one row, got none"):
-        sae.init_b_dec(x[:0], method)
+        sae.initialize_b_dec_(x[:0], method)
     with pytest.raises(ValueError, match="geometric_median or mean, got 'median'"):
-        sae.init_b_dec(x[:1], "median")
+        sae.initialize_b_dec_(x[:1], "median")
     assert sae.b_dec.abs().max() == 0
 
 
@@ -244,7 +261,7 @@ def test_bfloat16_parameters_keep_statistics_in_float32(cls):
     assert out.loss.dtype == out.fvu.dtype == out.mse.dtype == torch.float32
     torch.testing.assert_close(out.fvu, full.fvu, rtol=0.02, atol=0)
     out.loss.backward()
-    assert sae.W_enc.grad.dtype == torch.bfloat16
+    assert sae.W_enc_rows.grad.dtype == torch.bfloat16
 
 
 @both

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastsae import ops
-from fastsae.nn import BatchTopKSAE, TopKSAE
+from fastsae.nn import BatchTopKSAE, StepContext, TopKSAE
 
 D_IN, D_SAE, N = 12, 40, 30
 
@@ -55,7 +55,7 @@ def test_loss_and_gradients_equal_dense_float64(cls, k, n_dead, own_target, dtyp
     x = torch.randn(N, D_IN, dtype=dtype)
     target = torch.randn(N, D_IN, dtype=dtype) if own_target else None
     dead = None if n_dead is None else first(n_dead)
-    out = sae.loss(x, target, dead=dead)
+    out = sae.loss(x, target, context=StepContext(dead=dead))
     exact = make(cls, k=k, auxk_alpha=0.7)
     exact.load_state_dict(sae.state_dict())
     goal = x if target is None else target
@@ -82,9 +82,9 @@ def test_output_fields():
 def test_loss_has_no_unit():
     sae = make(TopKSAE)
     x = torch.randn(N, D_IN, dtype=torch.float64)
-    small = sae.loss(x, dead=first(5))
+    small = sae.loss(x, context=StepContext(dead=first(5)))
     sae.b_enc, sae.b_dec = sae.b_enc * 1000, sae.b_dec * 1000
-    large = sae.loss(1000 * x, dead=first(5))
+    large = sae.loss(1000 * x, context=StepContext(dead=first(5)))
     torch.testing.assert_close(large.loss, small.loss)
     torch.testing.assert_close(large.aux_loss, small.aux_loss)
     torch.testing.assert_close(large.mse, 1e6 * small.mse)
@@ -105,8 +105,9 @@ def test_aux_gradient_reaches_dead_latents_only():
     sae = make(TopKSAE, k_aux=3)
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     dead[[4, 11, 12, 30, 39]] = True
-    sae.loss(torch.randn(N, D_IN, dtype=torch.float64), dead=dead).aux_loss.backward()
-    for grad in (sae.W_enc.grad.t(), sae.W_dec.grad, sae.b_enc.grad.unsqueeze(1)):
+    x = torch.randn(N, D_IN, dtype=torch.float64)
+    sae.loss(x, context=StepContext(dead=dead)).aux_loss.backward()
+    for grad in (sae.W_enc_rows.grad, sae.W_dec.grad, sae.b_enc.grad.unsqueeze(1)):
         assert grad[~dead].abs().max() == 0
         assert (grad[dead].abs().amax(1) > 0).any()
 
@@ -116,8 +117,8 @@ def test_a_single_dead_latent_learns():
     dead = first(1)
     x = torch.randn(N, D_IN, dtype=torch.float64)
     sae.b_enc = torch.where(dead, 1.0, sae.b_enc.double())
-    sae.loss(x, dead=dead).aux_loss.backward()
-    assert sae.W_enc.grad[:, 0].abs().max() > 0
+    sae.loss(x, context=StepContext(dead=dead)).aux_loss.backward()
+    assert sae.W_enc_rows.grad[0].abs().max() > 0
     assert sae.b_enc.grad[0].abs() > 0
     assert sae.W_dec.grad[0].abs().max() > 0
 
@@ -126,7 +127,8 @@ def test_dead_latents_that_are_not_among_the_aux_k_get_nothing():
     sae = make(TopKSAE, k_aux=1)
     dead = first(2)
     sae.b_enc = torch.where(torch.arange(D_SAE) == 0, 50.0, sae.b_enc.double())
-    sae.loss(torch.randn(N, D_IN, dtype=torch.float64), dead=dead).aux_loss.backward()
+    x = torch.randn(N, D_IN, dtype=torch.float64)
+    sae.loss(x, context=StepContext(dead=dead)).aux_loss.backward()
     assert sae.W_dec.grad[0].abs().max() > 0
     assert sae.W_dec.grad[1].abs().max() == 0
 
@@ -138,7 +140,7 @@ def test_aux_reconstruction_has_no_bias():
     sae.b_enc = torch.where(dead, -1e3, sae.b_enc.double())
     sae.b_dec = 5 * torch.ones(D_IN, dtype=torch.float64)
     x = torch.randn(N, D_IN, dtype=torch.float64)
-    out = sae.loss(x, dead=dead)
+    out = sae.loss(x, context=StepContext(dead=dead))
     e = (x - out.reconstruction).detach()
     torch.testing.assert_close(out.aux_loss, e.square().sum() / (e - e.mean(0)).square().sum())
 
@@ -150,7 +152,7 @@ def test_nothing_is_computed_when_nothing_is_dead(n_dead, monkeypatch):
     calls = []
     original = ops.encode_topk
     monkeypatch.setattr(ops, "encode_topk", lambda *a, **k: calls.append(1) or original(*a, **k))
-    out = sae.loss(x, dead=None if n_dead is None else first(n_dead))
+    out = sae.loss(x, context=StepContext(dead=None if n_dead is None else first(n_dead)))
     assert len(calls) == 1
     assert out.aux_loss == 0
     assert torch.equal(out.loss, out.fvu)
@@ -161,14 +163,14 @@ def test_a_perfect_and_a_constant_residual_have_no_aux_loss():
     x = torch.randn(N, D_IN, dtype=torch.float64)
     shift = torch.randn(D_IN, dtype=torch.float64)
     for target in (sae(x).detach(), sae(x).detach() + shift):
-        out = sae.loss(x, target, dead=first(5))
+        out = sae.loss(x, target, context=StepContext(dead=first(5)))
         assert out.aux_loss == 0
         assert all(g.isfinite().all() for g in gradients(out.loss, sae))
 
 
 def test_a_batch_without_variance_stays_finite():
     sae = make(TopKSAE, torch.float32)
-    out = sae.loss(torch.ones(1, D_IN), dead=first(3))
+    out = sae.loss(torch.ones(1, D_IN), context=StepContext(dead=first(3)))
     out.loss.backward()
     assert out.loss.isfinite()
     assert sae.W_dec.grad.isfinite().all()
@@ -181,7 +183,7 @@ def test_all_negative_pre_activations_give_no_gradient():
     out = sae.loss(x)
     assert not out.acts.fired().any()
     W_enc, W_dec, b_enc, b_dec = torch.autograd.grad(
-        out.loss, (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)
+        out.loss, (sae.W_enc_rows, sae.W_dec, sae.b_enc, sae.b_dec)
     )
     assert W_enc.abs().max() == W_dec.abs().max() == b_enc.abs().max() == 0
     variance = (x - x.mean(0)).square().sum()
@@ -195,6 +197,6 @@ def test_dead_errors(dead):
     sae = make(TopKSAE)
     x = torch.randn(N, D_IN, dtype=torch.float64)
     with pytest.raises(ValueError, match=rf"TopKSAE: expected dead to be bool \[{D_SAE}\], got"):
-        sae.loss(x, dead=dead)
+        sae.loss(x, context=StepContext(dead=dead))
     with pytest.raises(ValueError, match="expected target to have 30 rows like x, got 29"):
         sae.loss(x, x[1:])

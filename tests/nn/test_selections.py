@@ -59,7 +59,7 @@ def test_the_code_and_all_gradients_are_those_of_a_dense_one(case, chunk, monkey
     torch.testing.assert_close(acts.to_dense(), f)
     assert (acts.indices.diff(dim=1) > 0).all()
     weight = rows(20, 16)
-    wanted = (x, sae.W_enc, sae.b_enc, sae.b_dec)
+    wanted = (x, sae.W_enc_rows, sae.b_enc, sae.b_dec)
     torch.testing.assert_close(
         torch.autograd.grad((acts.to_dense() * weight).sum(), wanted),
         torch.autograd.grad((f * weight).sum(), wanted),
@@ -70,7 +70,7 @@ def test_the_code_and_all_gradients_are_those_of_a_dense_one(case, chunk, monkey
 def test_save_load_and_an_empty_batch(case, tmp_path):
     build, extra, _ = CASES[case]
     sae, x = build(), rows(20, 6)
-    sae.save(tmp_path)
+    fastsae.save(sae, tmp_path)
     again = fastsae.load(tmp_path)
     assert type(again) is type(sae)
     assert torch.equal(

@@ -98,7 +98,7 @@ def test_the_gradient_reaches_the_encoder_but_not_the_decoder(dtype):
     loss = head.loss(sae.loss(x).acts, labels)
     assert loss.dtype == torch.float32
     loss.backward()
-    assert sae.W_enc.grad.any()
+    assert sae.W_enc_rows.grad.any()
     assert sae.b_enc.grad.any()
     assert sae.W_dec.grad is None
 

@@ -99,6 +99,7 @@ class Parameters(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         # A plain tensor is copied into the parameter, which keeps its layout and its optimizer
         # state; anything else (a new nn.Parameter too) is assigned as in every module.
+        given = name
         if name == "W_enc" and isinstance(value, Tensor):
             name, value = "W_enc_rows", value.detach().t()
         held = self.__dict__.get("_parameters", {}).get(name)
@@ -106,10 +107,9 @@ class Parameters(nn.Module):
             super().__setattr__(name, value)
             return
         if value.shape != held.shape:
-            shown = ("W_enc", [*held.t().shape], [*value.t().shape])
-            if name != "W_enc_rows":
-                shown = (name, [*held.shape], [*value.shape])
-            self._fail("{} to be {}, got {}".format(*shown))
+            if given == "W_enc":
+                held, value = held.t(), value.t()
+            self._fail(f"{given} to be {[*held.shape]}, got {[*value.shape]}")
         with torch.no_grad():
             held.copy_(value)
 
