@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+import fastsae
 from fastsae import TopKSAE, cli, load
 from fastsae.models import load as models
 from tests.models.tiny import DOCUMENTS, CharTokenizer, D, tiny_model
@@ -191,7 +192,7 @@ def test_missing_folders(tmp_path, capsys) -> None:
     nowhere = tmp_path / "nowhere"
     assert str(nowhere) in fails(capsys, 1, "train", nowhere, "--out", tmp_path / "sae")
     assert str(nowhere) in fails(capsys, 1, "inspect", nowhere)
-    TopKSAE(D, 32, k=3).save(tmp_path / "sae")
+    fastsae.save(TopKSAE(D, 32, k=3), tmp_path / "sae")
     assert str(nowhere) in fails(capsys, 1, "eval", tmp_path / "sae", nowhere)
     assert str(nowhere) in fails(capsys, 1, "eval", nowhere, nowhere)
 

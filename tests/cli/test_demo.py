@@ -10,7 +10,7 @@ import pytest
 
 import fastsae.train
 from fastsae.cli import main
-from fastsae.nn import load
+from fastsae import load
 
 
 @pytest.fixture

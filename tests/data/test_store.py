@@ -37,7 +37,7 @@ def store(request, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 10, 16, 103, 500])
 def test_an_epoch_visits_every_row_once(store, batch_size):
-    batches = list(store.batches(batch_size, seed=3, epoch=1))
+    batches = list(store.epoch(batch_size, seed=3, epoch=1))
     assert sorted(ids(batches)) == list(range(ROWS))
     assert [len(b) for b in batches[:-1]] == [batch_size] * ((ROWS - 1) // batch_size)
     assert torch.equal(torch.cat(batches)[:, 1], torch.cat(batches)[:, 0] + 0.25)
@@ -45,22 +45,49 @@ def test_an_epoch_visits_every_row_once(store, batch_size):
 
 
 def test_the_order_depends_on_seed_and_epoch_only(store):
-    first = ids(store.batches(16, seed=1, epoch=2))
-    assert first == ids(store.batches(16, seed=1, epoch=2))
-    assert first == ids(store.batches(5, seed=1, epoch=2))
-    orders = {tuple(ids(store.batches(16, seed=s, epoch=e))) for s in (0, 1) for e in (0, 1)}
+    first = ids(store.epoch(16, seed=1, epoch=2))
+    assert first == ids(store.epoch(16, seed=1, epoch=2))
+    assert first == ids(store.epoch(5, seed=1, epoch=2))
+    orders = {tuple(ids(store.epoch(16, seed=s, epoch=e))) for s in (0, 1) for e in (0, 1)}
     assert len(orders) == 4
     assert first != sorted(first)
 
 
 @pytest.mark.parametrize("batch_size", [4, 10, 16])
 def test_start_continues_exactly(store, batch_size):
-    every = list(store.batches(batch_size, seed=5, epoch=1))
+    every = list(store.epoch(batch_size, seed=5, epoch=1))
     for start in range(len(every) + 2):
-        rest = list(store.batches(batch_size, seed=5, epoch=1, start=start))
+        rest = list(store.epoch(batch_size, seed=5, epoch=1, start=start))
         assert len(rest) == max(0, len(every) - start)
         for a, b in zip(rest, every[start:], strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_batches_are_the_full_ones_of_epoch_after_epoch(store, batch_size):
+    count = ROWS // batch_size
+    batches = store.batches(batch_size, seed=2)
+    epochs = [list(store.epoch(batch_size, seed=2, epoch=e))[:count] for e in range(3)]
+    for expected in [b for epoch in epochs for b in epoch]:
+        assert torch.equal(next(batches), expected)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5, 6, 7, 13])
+def test_batches_continue_where_their_state_was_taken(store, taken):
+    batches = store.batches(16, seed=2)  # 6 an epoch
+    for _ in range(taken):
+        next(batches)
+    again = store.batches(16, seed=2)
+    again.load_state_dict(batches.state_dict())
+    for _ in range(9):
+        assert torch.equal(next(again), next(batches))
+
+
+def test_without_a_seed_all_rows_come_once_in_the_order_of_the_text(store):
+    batches = list(store.batches(7, seed=None))
+    assert ids(batches) == list(range(ROWS))
+    assert max(len(b) for b in batches) == 7
+    assert all(b.dtype == torch.float32 for b in batches)
 
 
 def test_memory_is_bounded_by_the_buffer(tmp_path, monkeypatch):
@@ -69,11 +96,11 @@ def test_memory_is_bounded_by_the_buffer(tmp_path, monkeypatch):
     held = []
     load = store._load
     monkeypatch.setattr(store, "_load", lambda group: held.append(load(group)) or held[-1])
-    ids(store.batches(16))
+    ids(store.epoch(16))
     assert max(len(x) for x in held) == 30
     assert store._held is None
     # Rows are mixed across shards, not only inside each.
-    assert len({i // 10 for i in ids(store.batches(16))[:30]}) == 3
+    assert len({i // 10 for i in ids(store.epoch(16))[:30]}) == 3
 
 
 def test_skipped_groups_are_not_read(tmp_path, monkeypatch):
@@ -82,7 +109,7 @@ def test_skipped_groups_are_not_read(tmp_path, monkeypatch):
     reads = []
     load = store._load
     monkeypatch.setattr(store, "_load", lambda group: reads.append(1) or load(group))
-    ids(store.batches(10, start=6))
+    ids(store.epoch(10, start=6))
     assert len(reads) == 2  # of 4 groups, the last two
 
 
@@ -111,7 +138,7 @@ def test_an_empty_split_is_an_empty_store(tmp_path):
     write(tmp_path)
     store = ActivationStore(tmp_path, split="val")
     assert len(store) == 0
-    assert list(store.batches(4)) == []
+    assert list(store.epoch(4)) == list(store.batches(4, seed=None)) == []
     assert store.sample(4).shape == (0, D)
 
 
@@ -154,9 +181,8 @@ def test_damage_is_found_when_the_store_is_opened(tmp_path):
     with pytest.raises(ValueError, match=r"to hold acts.a \[10, 3\], got \[3, 3\]"):
         ActivationStore(tmp_path)
     shard.write_bytes(data)
-    batches = ActivationStore(tmp_path).batches(0)
     with pytest.raises(ValueError, match="expected batch_size >= 1, got 0"):
-        next(batches)
+        ActivationStore(tmp_path).batches(0)
 
 
 def test_several_sites_lie_side_by_side(tmp_path):
@@ -165,7 +191,7 @@ def test_several_sites_lie_side_by_side(tmp_path):
     assert (one.d_in, two.d_in) == (D, 2 * D)
     assert torch.equal(two.rows(slice(5, 31)), x[5:31].repeat(1, 2))
     assert two.sample(7).shape == (7, 2 * D)
-    for a, b in zip(one.batches(16, seed=1), two.batches(16, seed=1), strict=True):
+    for a, b in zip(one.epoch(16, seed=1), two.epoch(16, seed=1), strict=True):
         assert torch.equal(a.repeat(1, 2), b)
     with pytest.raises(ValueError, match=r"expected site to be one of a, b in .*, got c"):
         ActivationStore(tmp_path, ["a", "c"])

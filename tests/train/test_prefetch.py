@@ -6,9 +6,13 @@ import time
 import pytest
 import torch
 
-from fastsae.train.ahead import ahead
+from fastsae.train.prefetch import Prepared, prefetch
 
 CPU = torch.device("cpu")
+
+
+def made(i):
+    return Prepared(torch.tensor(i), {"batch": i})
 
 
 def threads():
@@ -16,39 +20,39 @@ def threads():
 
 
 def test_yields_the_same_in_order():
-    assert [int(x) for x in ahead(map(torch.tensor, range(20)), CPU)] == list(range(20))
+    assert [(int(x), at) for x, at in prefetch(map(made, range(20)), CPU)] == [(i, {"batch": i}) for i in range(20)]
     assert not threads()
 
 
 def test_works_ahead_but_not_far():
-    made = []
+    found = []
 
     def make():
         for i in range(20):
-            made.append(i)
-            yield torch.tensor(i)
+            found.append(i)
+            yield made(i)
 
-    batches = ahead(make(), CPU, depth=2)
+    batches = prefetch(make(), CPU, depth=2)
     next(batches)
     for _ in range(100):
-        if len(made) == 4:  # one taken, two wait, one is ready to
+        if len(found) == 4:  # one taken, two wait, one is ready to
             break
         time.sleep(0.02)
     time.sleep(0.05)
-    assert len(made) == 4
+    assert len(found) == 4
     batches.close()
     assert not threads()
 
 
 def test_an_error_comes_in_its_turn():
     def make():
-        yield torch.tensor(0)
-        yield torch.tensor(1)
+        yield made(0)
+        yield made(1)
         raise ValueError("bad rows")
 
     got = []
     with pytest.raises(ValueError, match="bad rows"):
-        got.extend(map(int, ahead(make(), CPU)))
+        got.extend(int(batch.x) for batch in prefetch(make(), CPU))
     assert got == [0, 1]
     assert not threads()
 
@@ -56,10 +60,10 @@ def test_an_error_comes_in_its_turn():
 def test_stops_with_whoever_reads():
     def endless():
         while True:
-            yield torch.zeros(1)
+            yield made(0)
 
     def read():
-        for _ in ahead(endless(), CPU):
+        for _ in prefetch(endless(), CPU):
             raise KeyError("the step failed")
 
     with pytest.raises(KeyError):

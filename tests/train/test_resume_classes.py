@@ -4,6 +4,7 @@ On a GPU sums of autograd may differ in the last bits from run to run.
 """
 
 import shutil
+from itertools import islice
 
 import pytest
 import torch
@@ -31,28 +32,104 @@ CLASSES = {
 }
 
 
+def interrupted(build, x, config, at, folder, device="cpu"):
+    """Return an SAE of a whole run, and of one continued from the checkpoint of step `at`."""
+
+    def run(out, resume):
+        torch.manual_seed(1)
+        settings = TrainConfig(**config, keep_checkpoints=99, out=out)
+        return Trainer(build().to(device), x, settings).fit(resume=resume).sae
+
+    whole = run(folder / "a", False)
+    found = f"checkpoints/step_{at:09d}"
+    shutil.copytree(folder / "a" / found, folder / "b" / found)
+    return whole, run(folder / "b", True)
+
+
+def assert_same(a, b, device="cpu"):
+    """Compare everything two modules hold, to the last bit on a CPU."""
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for key, tensor in a.state_dict().items():
+        if device == "cpu":
+            assert torch.equal(b.state_dict()[key], tensor), key
+        else:
+            torch.testing.assert_close(b.state_dict()[key], tensor, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_resumed_run_is_the_uninterrupted_one(name, device, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(300, 8) @ torch.randn(8, 8) + 3
     config = {"batch_size": 50, "steps": 12, "lr": 3e-3, "checkpoint_every": 6, "progress": False}
-
-    def run(folder, resume):
-        torch.manual_seed(1)
-        sae = CLASSES[name]().to(device)
-        return Trainer(sae, x, TrainConfig(**config, out=folder)).fit(resume=resume).sae
-
-    whole = run(tmp_path / "a", False)
-    shutil.copytree(tmp_path / "a" / "checkpoints", tmp_path / "b" / "checkpoints")
-    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step_000000012")
-    resumed = run(tmp_path / "b", True)
-    for key, tensor in whole.state_dict().items():
-        again = resumed.state_dict()[key]
-        if device == "cpu":
-            assert torch.equal(again, tensor), key
-        else:
-            torch.testing.assert_close(again, tensor, rtol=1e-4, atol=1e-5)
+    whole, resumed = interrupted(CLASSES[name], x, config, 6, tmp_path, device)
+    assert_same(whole, resumed, device)
     loaded = fastsae.load(tmp_path / "a").to(device)
-    part = whole.split(x[:20].to(device))[0]
+    part = whole.columns.split(x[:20].to(device)).x
     torch.testing.assert_close(loaded(part), whole(part))
+
+
+@pytest.mark.parametrize("at", [4, 24, 39, 40])
+@pytest.mark.parametrize("name", ["BatchTopK", "Sampled", "FeatureChoice", "Matryoshka"])
+def test_thresholds_are_estimated_from_the_same_last_batches(name, at, tmp_path):
+    """The last 32 of 40 steps are 8 to 39: interrupted before them, among them, and after all."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 8) @ torch.randn(8, 8) + 3
+    config = {"batch_size": 50, "steps": 40, "lr": 3e-3, "checkpoint_every": 1, "progress": False}
+    whole, resumed = interrupted(CLASSES[name], x, config, at, tmp_path)
+    assert_same(whole, resumed)
+    assert whole.threshold.isfinite().all()
+
+
+@pytest.mark.parametrize("update", ["auto", "autograd"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_loop_of_your_own_is_fit(name, update):
+    torch.manual_seed(0)
+    x = torch.randn(300, 8) @ torch.randn(8, 8) + 3
+    config = TrainConfig(
+        batch_size=50, steps=40, lr=3e-3, dead_after_tokens=200, update=update, progress=False
+    )
+
+    def trainer():
+        torch.manual_seed(1)
+        return Trainer(CLASSES[name](), x, config)
+
+    fitted = trainer().fit()
+    mine = trainer()
+    mine.prepare()
+    for batch in islice(mine.data.batches(50, seed=config.seed), 40):
+        out = mine.step(batch)
+    assert mine.steps_done == 40
+    assert float(out.mse) == fitted.final["mse"]
+    sae = mine.finish()
+    assert not sae.training
+    assert_same(fitted.sae, sae)
+
+
+def test_a_step_without_prepare_and_one_too_many():
+    x = torch.randn(60, 8)
+    trainer = Trainer(fastsae.TopKSAE(8, 24, 3), None, TrainConfig(batch_size=20, steps=2))
+    with pytest.raises(RuntimeError, match=r"expected a step after prepare\(\), got one more"):
+        trainer.step(x)
+    with pytest.raises(ValueError, match=r"expected prepare\(sample\) without data, got no sample"):
+        trainer.prepare()
+    trainer.prepare(x)
+    trainer.step(x)
+    trainer.step(x)
+    with pytest.raises(RuntimeError, match="expected a step of 2 steps, got one more"):
+        trainer.step(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_step_takes_raw_rows_and_returns_raw_reconstructions(dtype):
+    torch.manual_seed(0)
+    x = (40 * torch.randn(200, 8) + 300).to(dtype)
+    sae = fastsae.TopKSAE(8, 24, 3)
+    trainer = Trainer(sae, None, TrainConfig(batch_size=50, steps=9, lr=1e-3))
+    trainer.prepare(x)
+    before = trainer._raw_copy()
+    out = trainer.step(x)
+    rows = x.float()
+    torch.testing.assert_close(out.reconstruction, before(rows).detach())
+    error = (rows - out.reconstruction).square().sum(1).mean()
+    torch.testing.assert_close(out.mse, error)

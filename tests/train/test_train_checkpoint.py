@@ -1,48 +1,83 @@
 """Checkpoints: complete or absent, the newest few, and usable as a module."""
 
+import copy
+
 import pytest
 import torch
 
-from fastsae.nn import BatchTopKSAE, TopKSAE, load
-from fastsae.train import DeadLatents, latest
-from fastsae.train.checkpoint import TrainState, load_checkpoint, prepare_adam, save_checkpoint
+from fastsae import load
+from fastsae.nn import BatchTopKSAE, TopKSAE
+from fastsae.train import TrainConfig, Trainer, latest
+from fastsae.train.autograd_update import _make_state
+from fastsae.train.checkpoint import load_checkpoint, save_checkpoint
 
 
-def state(seed=0, cls=BatchTopKSAE, scale=0.5):
+def rows(seed):
+    return 4 * torch.randn(10, 6, generator=torch.Generator().manual_seed(seed)) + 1
+
+
+def fresh(seed, cls, **settings):
     torch.manual_seed(seed)
-    sae = cls(6, 20, k=2)
-    adam = torch.optim.Adam(sae.parameters(), fused=True)
-    prepare_adam(adam)
-    sae.loss(torch.randn(10, 6)).loss.backward()
-    adam.step()
-    dead = DeadLatents(20, 100)
-    dead.update(torch.rand(20) < 0.5, 10)
-    return TrainState(sae, adam, dead, scales=[scale], step=seed + 1)
+    config = TrainConfig(batch_size=10, steps=9, dead_after_tokens=15, progress=False, **settings)
+    return Trainer(cls(6, 20, k=2), None, config)
 
 
+def trained(seed=0, cls=BatchTopKSAE, **settings):
+    """A trainer after `seed + 1` steps."""
+    trainer, x = fresh(seed, cls, **settings), rows(seed)
+    trainer.prepare(x)
+    for _ in range(seed + 1):
+        trainer.step(x)
+    return trainer
+
+
+def save(folder, trainer, keep=2):
+    raw = copy.deepcopy(trainer.sae)
+    trainer.scaler.fold_(raw)
+    return save_checkpoint(folder, raw, trainer.state_dict(), {"batch_size": 10}, keep)
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert_same(value, b[key])
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+        assert (a.dtype, a.stride()) == (b.dtype, b.stride())
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("update", ["fused", "autograd"])
 @pytest.mark.parametrize("cls", [TopKSAE, BatchTopKSAE])
-def test_everything_comes_back(cls, tmp_path):
-    a = state(0, cls)
-    path = save_checkpoint(tmp_path, a, {}, keep=2)
+def test_everything_comes_back(cls, update, tmp_path):
+    a = trained(0, cls, update=update)
+    path = save(tmp_path, a)
     numbers = torch.rand(3)
-    b = state(5, cls, scale=9.0)
-    load_checkpoint(path, b)
-    assert (b.step, b.scales) == (1, [0.5])
-    assert torch.equal(torch.rand(3), numbers)
-    assert torch.equal(b.dead.tokens_since_fired, a.dead.tokens_since_fired)
-    for name, tensor in a.sae.state_dict().items():
-        assert torch.equal(b.sae.state_dict()[name], tensor)
-    for p, q in zip(a.sae.parameters(), b.sae.parameters(), strict=True):
-        for key, tensor in a.optimizer.state[p].items():
-            assert torch.equal(b.optimizer.state[q][key], tensor)
-            assert b.optimizer.state[q][key].stride() == tensor.stride()
+    for b in (trained(5, cls, update=update), fresh(6, cls, update=update)):
+        state, about = load_checkpoint(path)
+        assert about == {"batch_size": 10}
+        b.load_state_dict(state)
+        assert torch.equal(torch.rand(3), numbers)
+        torch.set_rng_state(a.state_dict()["rng"]["cpu"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        assert (b.steps_done, b.scaler.scales) == (1, a.scaler.scales)
+        torch.set_rng_state(state["rng"]["cpu"])
+        assert_same(b.state_dict(), {**a.state_dict(), "rng": state["rng"]})
+        x = rows(1)
+        torch.set_rng_state(state["rng"]["cpu"])
+        again = copy.deepcopy(a)
+        assert_same(again.step(x).loss, b.step(x).loss)
+        assert_same(again.sae.state_dict(), b.sae.state_dict())
 
 
 def test_prepared_adam_equals_an_unprepared_one():
     saes = [TopKSAE(6, 20, k=2) for _ in range(2)]
     saes[1].load_state_dict(saes[0].state_dict())
     adams = [torch.optim.Adam(sae.parameters(), fused=True) for sae in saes]
-    prepare_adam(adams[0])
+    _make_state(adams[0])
     x = torch.randn(10, 6)
     for sae, adam in zip(saes, adams, strict=True):
         for _ in range(3):
@@ -53,16 +88,18 @@ def test_prepared_adam_equals_an_unprepared_one():
 
 
 def test_the_exported_module_takes_raw_activations(tmp_path):
-    a = state()
-    exported = load(save_checkpoint(tmp_path, a, {}, keep=1))
+    a = trained()
+    (scale,) = a.scaler.scales
+    assert scale != 1
+    exported = load(save(tmp_path, a, keep=1))
     x = torch.randn(7, 6)
-    torch.testing.assert_close(exported(x), a.sae.eval()(a.scales[0] * x) / a.scales[0])
-    assert a.sae.threshold == exported.threshold * a.scales[0]
+    torch.testing.assert_close(exported(x), a.sae.eval()(scale * x) / scale)
+    torch.testing.assert_close(a.sae.threshold, exported.threshold * scale)
 
 
 def test_only_the_newest_stay(tmp_path):
     for seed in range(4):
-        save_checkpoint(tmp_path, state(seed), {}, keep=2)
+        save(tmp_path, trained(seed))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000000003", "step_000000004"]
 
 
@@ -80,11 +117,11 @@ def test_only_the_newest_stay(tmp_path):
 )
 def test_the_latest_complete_one_is_found(damage, tmp_path):
     assert latest(tmp_path) is None
-    good = save_checkpoint(tmp_path, state(0), {}, keep=2)
-    bad = save_checkpoint(tmp_path, state(1), {}, keep=2)
+    good = save(tmp_path, trained(0))
+    bad = save(tmp_path, trained(1))
     assert latest(tmp_path) == bad
     damage(bad)
     assert latest(tmp_path) == good
     assert latest(tmp_path / "none") is None
     # the step is reached again and written again
-    assert latest(tmp_path) != save_checkpoint(tmp_path, state(1), {}, keep=2) == latest(tmp_path)
+    assert latest(tmp_path) != save(tmp_path, trained(1)) == latest(tmp_path)

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastsae.nn import BatchTopKSAE, TopKSAE, load
-from fastsae.train import TensorData, TrainConfig, Trainer, latest
+from fastsae import load
+from fastsae.data.source import EpochBatches, TensorSource
+from fastsae.nn import BatchTopKSAE, TopKSAE
+from fastsae.train import TrainConfig, Trainer, latest
 from fastsae.train import checkpoint as checkpoint_module
 
 D_IN, D_SAE = 8, 64
@@ -37,19 +39,32 @@ def settings(**arguments):
     )
 
 
-class Watched(TensorData):
+class Watched(TensorSource):
     """Data that call `act(i)` before batch i of the whole run."""
 
     def __init__(self, x, act):
         super().__init__(x)
-        self.act, self.count = act, 0
+        self.act = act
 
-    def batches(self, batch_size, seed, epoch, start):
-        self.count = epoch * (len(self) // batch_size) + start
-        for batch in super().batches(batch_size, seed, epoch, start):
-            replaced = self.act(self.count)
-            self.count += 1
-            yield batch if replaced is None else replaced
+    def batches(self, batch_size, *, seed=0):
+        return Watcher(super().batches(batch_size, seed=seed), self.act)
+
+
+class Watcher:
+    """An iterator of batches with a state, from the first batch of a run on."""
+
+    def __init__(self, batches, act):
+        self.batches, self.act, self.count = batches, act, 0
+        self.state_dict, self.load_state_dict = batches.state_dict, batches.load_state_dict
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        replaced = self.act(self.count)
+        self.count += 1
+        batch = next(self.batches)
+        return batch if replaced is None else replaced
 
 
 def same_tensors(a, b):
@@ -83,23 +98,25 @@ def test_training_works_and_reports(cls, tmp_path):
 
 def test_each_step_projects_updates_and_normalises(monkeypatch):
     sae = make()
-    trainer = Trainer(sae, rows(), settings(clip_grad_norm=1e-3))
-    state = trainer._start(resume=False)
-    x = next(trainer._inputs(state))
+    trainer = Trainer(sae, rows(), settings(clip_grad_norm=1e-3, update="autograd"))
+    trainer.prepare()
+    x = next(trainer.data.batches(20))
     seen = []
-    step = state.optimizer.step
-    monkeypatch.setattr(state.optimizer, "step", lambda: seen.append(
+    optimizer = trainer._update.optimizer
+    step = optimizer.step
+    monkeypatch.setattr(optimizer, "step", lambda: seen.append(
         ((sae.W_dec.grad * sae.W_dec).sum(1).abs().max(),
          torch.nn.utils.get_total_norm([p.grad for p in sae.parameters()]),
          sae.W_dec.norm(dim=1))) or step())  # fmt: skip
     for _ in range(3):
-        trainer._step(x, state)
+        trainer.step(x)
+    assert len(seen) == 3
     for parallel, norm, rows_before in seen:
         assert parallel < 1e-8
         assert norm == pytest.approx(1e-3, rel=1e-3)
         torch.testing.assert_close(rows_before, torch.ones(D_SAE))
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
-    assert state.step == 3
+    assert trainer.steps_done == 3
 
 
 @pytest.mark.parametrize("unit", [1e-3, 40.0])
@@ -119,20 +136,21 @@ def test_the_scale_makes_the_spread_d_in_and_ignores_outliers():
     scales = []
     for data in (x, wild):
         trainer = Trainer(make(), data, settings())
-        scales.append(trainer._start(resume=False).scales[0])
+        trainer.prepare()
+        scales.append(trainer.scaler.scales[0])
     spread = (scales[0] * (x - x.mean(0))).square().sum(1).mean()
     assert spread == pytest.approx(D_IN, rel=1e-4)
     assert scales[1] == pytest.approx(scales[0], rel=1e-6)
     assert trainer.sae.b_dec.abs().max() < 100
 
 
-@pytest.mark.parametrize("start", ["geometric_median", "mean", "zeros", "keep"])
+@pytest.mark.parametrize("start", ["geometric_median", "mean", "zeros"])
 def test_b_dec_starts_where_it_is_told(start):
     x, sae = rows(), make()
-    sae.b_dec = torch.full((D_IN,), 7.0)
-    expected = {"mean": x.mean(0), "zeros": torch.zeros(D_IN), "keep": sae.b_dec.detach().clone()}
-    state = Trainer(sae, x, settings(b_dec_init=start))._start(resume=False)
-    sae.fold_input_scale_(state.scales[0])
+    expected = {"mean": x.mean(0), "zeros": torch.zeros(D_IN)}
+    trainer = Trainer(sae, x, settings(b_dec_init=start))
+    trainer.prepare()
+    trainer.finish()
     if start == "geometric_median":
         away = torch.nn.functional.normalize(sae.b_dec - x, dim=1)
         assert away.sum(0).norm() < 0.05
@@ -140,7 +158,21 @@ def test_b_dec_starts_where_it_is_told(start):
         torch.testing.assert_close(sae.b_dec.detach(), expected[start])
 
 
-def test_the_threshold_is_settled_on_the_last_training_batches():
+@pytest.mark.parametrize("start", ["geometric_median", "mean", "zeros"])
+@pytest.mark.parametrize("name", ["b_dec", "b_enc"])
+def test_biases_that_are_not_zero_are_kept(name, start):
+    sae = make()
+    setattr(sae, name, torch.full_like(getattr(sae, name), 0.7))
+    before = copy.deepcopy(sae.state_dict())
+    trainer = Trainer(sae, rows(), settings(b_dec_init=start))
+    trainer.prepare()
+    assert trainer.scaler.scales[0] != 1
+    trainer.finish()
+    for key, tensor in sae.state_dict().items():
+        torch.testing.assert_close(tensor, before[key])
+
+
+def test_the_threshold_is_estimated_on_the_last_training_batches():
     x = rows(4000)
     sae = Trainer(make(BatchTopKSAE), x, settings(steps=200, lr=1e-2)).fit().sae
     l0 = sae.encode_sparse(x).l0()
@@ -152,8 +184,9 @@ def test_auxk_revives_dead_latents():
     counts = {}
     for alpha in (0.0, 1 / 32):
         sae = make(auxk_alpha=alpha)
+        sae.initialize_b_dec_(x, "mean")
         sae.b_enc = torch.where(torch.arange(D_SAE) < 40, -50.0, 0.0)
-        result = Trainer(sae, x, settings(steps=300, b_dec_init="mean", lr=1e-2)).fit()
+        result = Trainer(sae, x, settings(steps=300, lr=1e-2)).fit()
         assert result.history[2]["dead"] >= 30
         assert (max(row["aux_loss"] for row in result.history) > 0) == (alpha > 0)
         counts[alpha] = result.final["dead"]
@@ -293,9 +326,9 @@ def test_a_folder_with_another_run_is_not_overwritten(tmp_path):
 
 
 def test_data_that_end_early_are_an_error():
-    class Short(TensorData):
-        def batches(self, *arguments):
-            return iter(list(super().batches(*arguments))[:3])
+    class Short(TensorSource):
+        def batches(self, batch_size, *, seed=0):
+            return EpochBatches(lambda epoch, start: iter(self.x[:60].split(batch_size)), 20)
 
     with pytest.raises(RuntimeError, match="expected 20 batches in epoch 0, got 3"):
         Trainer(make(), Short(rows()), settings()).fit()
@@ -354,15 +387,17 @@ def test_a_resumed_run_of_sgd_sai_is_the_same_to_the_last_bit(cls, stop_at, tmp_
     for name in ("checkpoints/step_000000050/state.safetensors", "sae_weights.safetensors"):
         assert same_tensors(whole / name, cut / name), name
     state = load_file(whole / "checkpoints/step_000000050/state.safetensors")
-    assert state["sgdsai.W_enc.gsnr"] > 1
-    assert state["sgdsai.W_dec.momentum"].any()
+    assert state["update.W_enc_rows.gsnr"] > 1
+    assert state["update.W_dec.momentum"].any()
 
 
 def test_the_state_of_sgd_sai_is_half_of_adams():
     count = {}
     for name in ("adam", "sgd_sai"):
-        state = Trainer(make(), rows(), settings(optimizer=name))._start(resume=False)
-        tensors = [t for held in state.optimizer.state.values() for t in held.values()]
+        trainer = Trainer(make(), rows(), settings(optimizer=name))
+        trainer.prepare()
+        state = trainer.state_dict()["update"]
+        tensors = [t for held in state.values() if isinstance(held, dict) for t in held.values()]
         count[name] = sum(t.numel() for t in tensors if t.ndim)  # but one number per parameter
     assert 2 * count["sgd_sai"] == count["adam"] > 2 * 2 * D_IN * D_SAE
 
@@ -371,12 +406,19 @@ def test_another_optimizer_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"^TrainConfig: .* in adam, sgd_sai, got 'lion'$"):
         TrainConfig(optimizer="lion")
     Trainer(make(), rows(), settings(out=tmp_path)).fit()
+    other = Trainer(make(), rows(), settings(out=tmp_path, optimizer="sgd_sai"))
+    with pytest.raises(ValueError, match=r"expected optimizer = 'adam' as in .* 'sgd_sai'"):
+        other.fit(resume=True)
+    assert Trainer(make(), rows(), settings(out=tmp_path)).fit(resume=True).final["step"] == 50
+
+
+def test_a_checkpoint_of_a_development_version_is_refused_in_one_line(tmp_path):
+    Trainer(make(), rows(), settings(out=tmp_path)).fit()
     about = latest(tmp_path / "checkpoints") / "state.json"
     header = json.loads(about.read_text())
-    for _ in range(2):
-        other = Trainer(make(), rows(), settings(out=tmp_path, optimizer="sgd_sai"))
-        with pytest.raises(ValueError, match=r"expected optimizer = 'adam' as in .* 'sgd_sai'"):
-            other.fit(resume=True)
-        header["about"].pop("optimizer", None)  # as written before there was a choice
-        about.write_text(json.dumps(header))
-    assert Trainer(make(), rows(), settings(out=tmp_path)).fit(resume=True).final["step"] == 50
+    for found, shown in ((None, "one of a development version"), (1, "1")):
+        header.pop("format", None)
+        about.write_text(json.dumps(header if found is None else {**header, "format": found}))
+        with pytest.raises(ValueError, match=f"a checkpoint of format 2 in .*, got {shown};") as e:
+            Trainer(make(), rows(), settings(out=tmp_path)).fit(resume=True)
+        assert "\n" not in str(e.value)

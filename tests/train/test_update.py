@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from fastsae import _library
-from fastsae.nn import BatchTopKSAE, TopKSAE
-from fastsae.train import TrainConfig, Trainer
-from fastsae.train.update import compute_dtype, is_fused
+from fastsae.nn import BatchTopKSAE, GatedSAE, StepContext, TopKSAE
+from fastsae.train import TrainConfig, Trainer, make_update, why_not_fused
+from fastsae.train.autograd_update import AutogradUpdate
+from fastsae.train.fused_update import FusedUpdate
+from fastsae.train.precision import compute_dtype
 
 D_IN, D_SAE = 24, 96
 
@@ -60,27 +62,36 @@ def test_the_fused_update_is_repeatable_whatever_the_threads():
 
 
 def test_what_is_fused():
-    sae, config = TopKSAE(8, 16, k=2), TrainConfig()
-    adam = torch.optim.Adam(sae.parameters())
-    assert is_fused(sae, adam, config)
-    assert not is_fused(sae, adam, TrainConfig(update="autograd"))
-    assert not is_fused(sae.to(torch.bfloat16), adam, config)
-    assert not is_fused(TopKSAE(8, 16, k=2), torch.optim.AdamW(sae.parameters()), config)
-    frozen = TopKSAE(8, 16, k=2)
+    def sae():
+        return TopKSAE(8, 16, k=2)
+
+    auto, fused = TrainConfig(), TrainConfig(update="fused")
+    assert why_not_fused(sae(), auto) is None
+    assert type(make_update(sae(), auto)) is type(make_update(sae(), fused)) is FusedUpdate
+    assert type(make_update(sae(), TrainConfig(update="autograd"))) is AutogradUpdate
+    frozen, replaced = sae(), sae()
     frozen.b_dec.requires_grad_(False)
-    assert not is_fused(frozen, adam, config)
-    replaced = TopKSAE(8, 16, k=2)
-    replaced.W_enc = torch.nn.Parameter(torch.randn(8, 16))
-    assert not is_fused(replaced, adam, config)
-    other = TopKSAE(8, 16, k=2)
-    other.feature_major_update = False
-    assert not is_fused(other, adam, config)
+    replaced.W_enc_rows = torch.nn.Parameter(torch.randn(8, 16).t())
+    mine = type("Mine", (TopKSAE,), {"decode": lambda self, acts: acts}, register=False)
+    for module, reason in (
+        (sae().to(torch.bfloat16), "the parameters are torch.bfloat16"),
+        (frozen, "b_dec is frozen"),
+        (replaced, "W_enc_rows is not contiguous"),
+        (TopKSAE(8, 16, k=2, multi_topk=True), "multi_topk decodes a second"),
+        (GatedSAE(8, 16, k=2), "GatedSAE has no fused update"),
+        (mine(8, 16, k=2), "Mine overrides decode"),
+    ):
+        assert reason in why_not_fused(module, auto)
+        assert type(make_update(module, auto)) is AutogradUpdate
+        with pytest.raises(ValueError, match=f"expected update='fused' to apply, but .*{reason}"):
+            make_update(module, fused)
+    assert "sgd_sai" in why_not_fused(sae(), TrainConfig(optimizer="sgd_sai"))
 
 
 def test_a_replaced_encoder_matrix_still_trains():
-    """A new parameter is laid out like any matrix; the fused update would refuse it."""
+    """A new parameter may lie in any way; the fused update would refuse it."""
     sae = TopKSAE(D_IN, D_SAE, k=4)
-    sae.W_enc = torch.nn.Parameter(torch.randn(D_IN, D_SAE))
+    sae.W_enc_rows = torch.nn.Parameter(torch.randn(D_IN, D_SAE).t())
     before = sae.W_enc.detach().clone()
     Trainer(sae, rows(), TrainConfig(batch_size=50, steps=3, progress=False)).fit()
     assert not torch.equal(sae.W_enc, before)
@@ -99,15 +110,15 @@ def test_inference_is_exact_after_a_bfloat16_product():
     sae = TopKSAE(D_IN, D_SAE, k=4)
     config = TrainConfig(batch_size=50, steps=5, compute_dtype="bfloat16", progress=False)
     Trainer(sae, rows(), config).fit()
-    assert sae.compute_dtype is None
     x = rows()[:100]
-    sae.compute_dtype = torch.bfloat16
+    rounded = sae.encode_for_training(x, StepContext(compute_dtype=torch.bfloat16))
+    assert not torch.equal(rounded.values, sae.encode_sparse(x).values)
     pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
     torch.testing.assert_close(sae.encode_sparse(x).values.sum(), pre.topk(4).values.relu().sum())
 
 
 def test_wrong_choices():
-    with pytest.raises(ValueError, match=r"expected update in fused, autograd, got 'fast'"):
+    with pytest.raises(ValueError, match=r"expected update in auto, fused, autograd, got 'fast'"):
         TrainConfig(update="fast")
     with pytest.raises(ValueError, match=r"compute_dtype in auto, float32, bfloat16, got 'half'"):
         TrainConfig(compute_dtype="half")
