@@ -342,3 +342,91 @@ def test_a_wrapper_is_refused_by_the_trainer():
         Trainer(wrapper, rows())
     with pytest.raises(TypeError, match=r"^Trainer: expected sae to be an SAE, got Linear$"):
         Trainer(nn.Linear(2, 2), rows())
+
+
+# -- autocast ----------------------------------------------------------------------------------
+
+
+@classes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_activations_of_any_dtype_enter_under_autocast(cls, dtype):
+    """The code is that of the rounded inputs, as F.linear's would be; what selects is float32."""
+    sae, x = make(cls), rows(64)
+    sae.training_loss(x)
+    before = {name: t.clone() for name, t in sae.named_buffers()}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sae.training_loss(x.to(dtype))
+        assert sae.encode(x.to(dtype)).dtype == torch.bfloat16
+    out.loss.backward()
+    assert all(
+        p.grad is not None and p.grad.dtype == p.dtype and p.grad.isfinite().all()
+        for p in sae.parameters()
+    )
+    for name, buffer in sae.named_buffers():
+        assert buffer.dtype == before[name].dtype, name
+    sae.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = sae(x.to(dtype))
+    exact = sae(x.bfloat16().float())
+    assert mixed.dtype == torch.bfloat16
+    error = (mixed.float() - exact).square().sum() / exact.square().sum()
+    assert error < 0.05, float(error)
+
+
+@pytest.mark.parametrize("kwargs", [{"absolute": True}, {"multi_topk": True}], ids=str)
+def test_variants_of_topk_take_autocast(kwargs):
+    sae = make(fastsae.TopKSAE, **kwargs)
+    with torch.autocast("cpu", torch.bfloat16):
+        sae.training_loss(rows().bfloat16()).loss.backward()
+    assert sae.W_enc_rows.grad.any()
+
+
+def test_without_autocast_another_dtype_is_an_error():
+    with pytest.raises(TypeError, match=r"^TopKSAE: expected x to be torch.float32 like the"):
+        make()(rows().bfloat16())
+
+
+# -- derivatives -------------------------------------------------------------------------------
+
+
+def dense_topk(sae, x, absolute=False):
+    z = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    indices = (z.abs() if absolute else z).topk(K).indices
+    values = z.gather(1, indices)
+    values = values if absolute else values.relu()
+    return torch.zeros_like(z).scatter(1, indices, values) @ sae.W_dec + sae.b_dec
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_second_derivatives_are_those_of_the_dense_composition(absolute):
+    sae = make(fastsae.TopKSAE, absolute=absolute, dtype=torch.float64)
+    x = rows(6).double().requires_grad_()
+
+    def second(f):
+        g = torch.autograd.grad(f(x).pow(2).sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(g.square().sum(), [sae.W_dec, sae.W_enc_rows, sae.b_enc])
+
+    for got, want in zip(second(sae), second(lambda y: dense_topk(sae, y, absolute)), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_torch_func_goes_through_modules(absolute):
+    sae = make(fastsae.TopKSAE, absolute=absolute, dtype=torch.float64)
+    x, v = rows(6).double(), rows(6, seed=2).double()
+    _, tangent = torch.func.jvp(sae, (x,), (v,))
+    _, expected = torch.func.jvp(lambda y: dense_topk(sae, y, absolute), (x,), (v,))
+    torch.testing.assert_close(tangent, expected)
+    gradient = torch.func.grad(lambda y: sae(y).pow(2).sum())(x)
+    expected = torch.func.grad(lambda y: dense_topk(sae, y, absolute).pow(2).sum())(x)
+    torch.testing.assert_close(gradient, expected)
+    jacobian = torch.func.jacrev(lambda y: sae(y[None])[0])(x[0])
+    expected = torch.func.jacrev(lambda y: dense_topk(sae, y[None], absolute)[0])(x[0])
+    torch.testing.assert_close(jacobian, expected)
+
+
+def test_second_derivatives_that_are_not_there_are_refused():
+    sae = make(fastsae.HierarchicalTopKSAE)
+    x = rows().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"expected create_graph=False, the loss has no second"):
+        torch.autograd.grad(sae.training_loss(x).loss, sae.W_dec, create_graph=True)

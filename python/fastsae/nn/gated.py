@@ -56,7 +56,7 @@ class GatedSAE(PenalizedSAE):
         """Return f where the gate is open: the same entries with the other path's values."""
         j = gate.indices.long()
         magnitude = (gate.values - self.b_enc[j]) * self.r_mag.exp()[j] + self.b_mag[j]
-        values = torch.where(gate.values > 0, magnitude.relu(), 0)
+        values = torch.where(gate.values > 0, magnitude.relu(), 0).to(gate.values.dtype)
         return SparseActs(values, gate.indices, gate.offsets, gate.d_sae)
 
     def _encode(self, x: Tensor, context: StepContext = STEP) -> SparseActs:

@@ -117,9 +117,8 @@ def _step(goal: Tensor, weights: Tensor, indices: Tensor, W_dec: Tensor) -> None
     free = held.int().argmin(1, keepdim=True)
     indices.scatter_(1, free, torch.where(new, best.indices, indices.gather(1, free)))
     support = held.scatter(1, free, new)
-    gradient = torch.ops.fastsae.sparse_decode_values_grad(
-        residual, support.to(goal.dtype), indices, None, W_dec
-    )
+    on_support = SparseActs(support.to(goal.dtype), indices, None, W_dec.shape[0])
+    gradient = ops.sparse_decode_values_grad(residual, on_support, W_dec)
     # <c, r> = |g|^2, which is never negative.
     along, length = (t.square().sum(1, keepdim=True) for t in (gradient, decode(gradient)))
     alpha = torch.where(length > 0, along / length, 0)

@@ -73,29 +73,6 @@ def _apply(function: type[_Elementwise], *inputs: Tensor) -> Tensor:
     return out
 
 
-class _DecodeAll(torch.autograd.Function):
-    """`ops.sparse_decode` whose entries of value 0 get a gradient as well."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, indices: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(values, indices, offsets, W_dec)
-        out: Tensor = torch.ops.fastsae.sparse_decode(values, indices, offsets, W_dec, b_dec)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        values, indices, offsets, W_dec = ctx.saved_tensors
-        grad, native = grads[0].contiguous(), torch.ops.fastsae
-        ones = torch.ones_like(values)
-        dvalues = native.sparse_decode_values_grad(grad, ones, indices, offsets, W_dec)
-        lists = native.group_by_latent(values, indices, offsets, W_dec.shape[0])
-        dW = native.sparse_weight_grad(values, *lists, grad)[0]
-        return dvalues, None, None, dW, grad.sum(0)
-
-
 class JumpReLUSAE(PenalizedSAE):
     """Sparse autoencoder with a trained threshold for every latent.
 
@@ -176,12 +153,9 @@ class JumpReLUSAE(PenalizedSAE):
         return z, self.threshold[acts.indices.long()]
 
     def decode(self, acts: Tensor | SparseActs) -> Tensor:
-        """See `SAE.decode`; entries of value 0 get gradients, which estimates need."""
-        if isinstance(acts, SparseActs) and acts.offsets is not None and acts.values.requires_grad:
-            out: Tensor = _DecodeAll.apply(  # type: ignore[no-untyped-call]
-                acts.values, acts.indices, acts.offsets, self.W_dec, self.b_dec
-            )
-            return out
+        """See `SAE.decode`; entries of value 0 get gradients, which the estimates need."""
+        if isinstance(acts, SparseActs) and acts.d_sae == self.d_sae and acts.values.requires_grad:
+            return ops.sparse_decode(acts, self.W_dec, self.b_dec, inactive_grad=True)
         return super().decode(acts)
 
     def encode_for_training(self, x: Tensor, context: StepContext) -> SparseActs:

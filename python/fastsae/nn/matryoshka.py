@@ -165,7 +165,11 @@ class _PrefixErrors(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable would not notice: the gradient of the loss itself has no graph.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "HierarchicalTopKSAE: expected create_graph=False, the loss has no second derivative"
+            )
         df, dW, db = (t * grads[0].to(t.dtype) for t in ctx.saved_tensors)
         return df, None, dW, db, None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsae.ops import _encode
+from fastsae import ops
 from fastsae.types import SparseActs
 
 CHUNK_BYTES = 1 << 26
@@ -42,28 +41,21 @@ def encode_selected(
         `SparseActs` in the fixed layout.
 
     Gradients: as those of `ops.encode_topk`: x, both biases and W_enc, from active entries only.
-    Cost: 2 n d_in d_sae flops in torch's matmul, and what `select` does to every entry.
+    Numerics: under autocast as `F.linear`, with selection on the rounded pre-activations.
+    Cost: 2 n d_in d_sae flops in torch's matmul, what `select` does to every entry, and one dot
+        product for each active entry.
     """
-    values, indices = _Encode.apply(x, W_enc, b_enc, b_dec, select)  # type: ignore[no-untyped-call]
-    return SparseActs(values, indices, None, W_enc.shape[0])
-
-
-class _Encode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, select: Select
-    ) -> tuple[Tensor, Tensor]:
+    centered = x if b_dec is None else x - b_dec
+    with torch.no_grad():
         rows = max(1, CHUNK_BYTES // (W_enc.shape[0] * W_enc.element_size()))
-        centered = x if b_dec is None else x - b_dec
         parts = []
         for start in range(0, max(x.shape[0], 1), rows):
             part = slice(start, min(start + rows, x.shape[0]))
             parts.append(select(torch.addmm(b_enc, centered[part], W_enc.t()), part))
         values, indices = (torch.cat(column) for column in zip(*parts, strict=True))
-        _encode.setup_context(ctx, (x, W_enc, b_enc, b_dec), (values, indices))
-        ctx.mark_non_differentiable(indices)
-        return values, indices
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_encode.gradients(ctx, grads[0]), None
+    # The same numbers again, from the chosen rows alone and with a graph.
+    chosen = SparseActs(values, indices, None, W_enc.shape[0])
+    again = ops.sparse_decode_values_grad(centered, chosen, W_enc) + b_enc[indices.long()]
+    kept = (values != 0) & (again.detach().sign() != -values.sign())
+    again = torch.where(kept, again, 0).to(values.dtype)
+    return SparseActs(again, indices, None, W_enc.shape[0])

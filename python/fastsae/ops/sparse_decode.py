@@ -13,7 +13,9 @@ from fastsae.ops import _autograd, _check, _flops, _vmap
 from fastsae.types import SparseActs
 
 
-def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+def sparse_decode(
+    acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None, *, inactive_grad: bool = False
+) -> Tensor:
     """Return `sum_j values_j W_dec[indices_j] + b_dec` for every token.
 
     Args:
@@ -21,6 +23,8 @@ def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) 
             in float32 for a 16-bit `W_dec`.
         W_dec: [d_sae, d_out], float32 | float64 | bfloat16 | float16; one row per latent.
         b_dec: [d_out] or None.
+        inactive_grad: whether entries of value 0 get a gradient as well, which estimates of a step
+            function need.
 
     Returns:
         [n, d_out] in the dtype of `W_dec`.
@@ -32,7 +36,7 @@ def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) 
 
     Gradients:
         In `acts.values`, `W_dec` and `b_dec`; needs neither [n, d_sae] nor [n, k, d_out]. An entry
-        whose value is exactly 0 is inactive and gets none. Of any order, in reverse and forward
+        whose value is exactly 0 is inactive and gets none, unless `inactive_grad`. Of any order, in reverse and forward
         mode, under `torch.func` and vmap.
 
     Numerics:
@@ -55,7 +59,11 @@ def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) 
     _check.values_of("sparse_decode", values, "W_dec", W_dec)
     if b_dec is not None:
         _check.same("sparse_decode", "b_dec", b_dec, "W_dec", W_dec)
-    out: Tensor = torch.ops.fastsae.sparse_decode(values, acts.indices, acts.offsets, W_dec, b_dec)
+    entries = (values, acts.indices, acts.offsets, W_dec)
+    if inactive_grad:
+        decoded = _autograd.decode_entries(*entries)
+        return decoded if b_dec is None else decoded + b_dec
+    out: Tensor = torch.ops.fastsae.sparse_decode(*entries, b_dec)
     return out
 
 

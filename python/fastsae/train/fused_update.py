@@ -50,9 +50,7 @@ class FusedUpdate:
         inputs = [x_hat, *leaves] if penalty is None else [x_hat, *leaves, values]
         grads = torch.autograd.grad(out.loss, inputs)
         out.acts, out.reconstruction = acts.detach(), x_hat.detach()
-        grad_values = torch.ops.fastsae.sparse_decode_values_grad(
-            grads[0], out.acts.values, out.acts.indices, out.acts.offsets, sae.W_dec.detach()
-        )
+        grad_values = ops.sparse_decode_values_grad(grads[0], out.acts, sae.W_dec.detach())
         if penalty is not None:
             grad_values = grad_values + grads[-1]
         self.count += 1
