@@ -239,7 +239,7 @@ def measure(
     """Train one architecture and return its lines of results: one for each inference rule."""
     rows, held_out = source.split(name)
     sae, known = train(name, seed, rows, k, steps, expansion)
-    x, y = sae.split(held_out)
+    x, y, _ = sae.columns.split(held_out)
     if hasattr(sae, "calibrate_"):
         sae.calibrate_(x[::2])
     x, y = x[1::2], y[1::2]

@@ -95,7 +95,7 @@ def recovery(sae: SAE, data: Planted) -> Recovery:
     """Compare what `sae` learned with what was planted, on the tokens of `data`."""
     rows = torch.nn.functional.normalize(sae.W_dec.float(), dim=1)
     cosine = (data.directions @ rows.t()).amax(1).mean()
-    fired, true = (sae.encode(sae.split(data.x)[0]) != 0).float(), (data.code != 0).float()
+    fired, true = (sae.encode(sae.columns.split(data.x).x) != 0).float(), (data.code != 0).float()
     both = true.t() @ fired
     f1 = 2 * both / (true.sum(0)[:, None] + fired.sum(0)[None]).clamp_min(1)
     return Recovery(float(cosine), float(f1.amax(1).mean()))

@@ -89,16 +89,16 @@ def rest(shape: str, seconds: float) -> Row:
     """
     n, d, d_sae, k = SHAPES[shape]
     s = start(n, d, d_sae, k)
-    run, state = trainer(s, "fused", "float32")
-    sae = state.sae
+    run = trainer(s, "fused", "float32")
+    sae = run.sae
 
     @torch.no_grad()
     def encode() -> ops.TopK:
-        return ops.encode_topk(s.x, sae.W_enc.t(), sae.b_enc, k, b_dec=sae.b_dec)
+        return ops.encode_topk(s.x, sae.W_enc_rows, sae.b_enc, k, b_dec=sae.b_dec)
 
     source, target = torch.randn(COPIED), torch.empty(COPIED)
     works: dict[str, timing.Work] = {
-        "step": lambda: run._step(s.x, state),
+        "step": lambda: run.step(s.x),
         "encode": encode,
         "copy": lambda: target.copy_(source),
     }

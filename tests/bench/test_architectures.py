@@ -70,8 +70,8 @@ def test_every_architecture_gets_the_columns_it_reads():
     data = planted("independent", 100, 16, 8, 2, seed=0)
     for name in ARCHITECTURES | OTHERS:
         own, sae = for_architecture(name, data, 0), build(name, 8, 16, 2)
-        assert own.x.shape[1] == sum(sae.data_widths), name
-        goal = sae.split(own.x)[1]
+        assert own.x.shape[1] == sum(sae.columns.widths), name
+        goal = sae.columns.split(own.x).target
         scale = len(LAYERS) ** 0.5 if name.startswith("CrossCoder") else 1
         torch.testing.assert_close(goal, scale * own.code @ own.directions)
         norms = own.directions.norm(dim=1)
