@@ -68,7 +68,10 @@ def growth(seconds: float) -> list[Row]:
         for axis in GROWTH_BASE
     }
     sizes = {str(size): size for points in axes.values() for size in points}
-    works = {name: build("fastsae", start(size["n"], size["d"], size["d_sae"], 32)).step for name, size in sizes.items()}
+    works = {
+        name: build("fastsae", start(size["n"], size["d"], size["d_sae"], 32)).step
+        for name, size in sizes.items()
+    }
     times = timing.medians(works, "cpu", seconds)
     rows: list[Row] = []
     for axis, points in axes.items():

@@ -1,6 +1,6 @@
 """fastsae: sparse autoencoders over handwritten C++ and CUDA ops."""
 
-from fastsae import data, eval, nn, ops, reference, train
+from fastsae import analysis, data, eval, nn, ops, reference, report, train
 from fastsae.nn import (
     SAE,
     BatchTopKSAE,
@@ -58,6 +58,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "Transcoder",
+    "analysis",
     "average_saes",
     "data",
     "eval",
@@ -66,5 +67,6 @@ __all__ = [
     "nn",
     "ops",
     "reference",
+    "report",
     "train",
 ]

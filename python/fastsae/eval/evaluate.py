@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastsae.eval.metrics import FVU, firing_counts, norm_limit
+from fastsae.eval.metrics import FVU, norm_limit
 from fastsae.nn import SAE
 
 
@@ -92,7 +92,7 @@ def evaluate(
             given, x = sae.split(batch)
             acts = sae.encode_sparse(given)
             x_hat = sae.reconstruct(given, acts)
-            counts += firing_counts(acts)
+            counts += acts.counts()
             small = x.float().norm(dim=1) <= limit
             every.update(x, x_hat)
             inliers.update(x[small], x_hat[small])
