@@ -2,14 +2,16 @@
 
 Docstrings are in Google's style with some sections of our own, and in Markdown as far as they are
 marked up: single backticks for code, an indented block for formulas. `to_rst` turns them into what
-Sphinx reads. In backticks, a public name of the package is a link; `fastsae.` before it says that it
-has to be one.
+Sphinx reads. In backticks, a public name of the package is a link; `fastsae.` before it says that
+it has to be one.
 """
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import re
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -38,6 +40,9 @@ napoleon_custom_sections = [(section, "notes_style") for section in SECTIONS]
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 
+HERE = Path(__file__).parent
+OUTSIDE = {"bench": "../bench/README.md", "contributing": "../CONTRIBUTING.md"}
+
 # Packages whose __all__ has a page in docs/api, in the order in which a name is looked for.
 PACKAGES = ("ops", "nn", "train", "data", "models", "eval", "analysis", "report", "interop")
 
@@ -47,6 +52,12 @@ def places() -> dict[int, str]:
     found: dict[int, str] = {}
     for package in PACKAGES:
         module = importlib.import_module(f"fastsae.{package}")
+        if not hasattr(module, "__all__"):  # its modules are documented one by one
+            for info in pkgutil.iter_modules(module.__path__):
+                inner = importlib.import_module(f"{module.__name__}.{info.name}")
+                for name, value in vars(inner).items():
+                    if getattr(value, "__module__", None) == inner.__name__ and name[0] != "_":
+                        found.setdefault(id(value), f"{inner.__name__}.{name}")
         for name in getattr(module, "__all__", ()):
             found.setdefault(id(getattr(module, name)), f"fastsae.{package}.{name}")
     return found
@@ -71,13 +82,28 @@ def place_of(target: str) -> str | None:
     return None
 
 
+def exists(target: str) -> bool:
+    """Return whether `target` is a class or function of a module of the package."""
+    module, _, name = target.rpartition(".")
+    try:
+        return hasattr(importlib.import_module(module), name)
+    except (ImportError, ValueError):
+        return False
+
+
 def resolve(
     app: Sphinx, env: Any, node: pending_xref, content: nodes.Element
 ) -> nodes.Element | None:
-    """Find a public object by another of its names: `fastsae.TopKSAE`, `fastsae.nn.topk.TopKSAE`."""
-    place = place_of(str(node.get("reftarget", "")))
-    if node.get("refdomain") != "py" or place is None or place == node["reftarget"]:
+    """Find a public object by another of its names, such as `fastsae.nn.topk.TopKSAE`.
+
+    Signatures and bases name internal classes too: those stay without a link if they exist.
+    """
+    if node.get("refdomain") != "py":
         return None
+    target = str(node["reftarget"])
+    place = place_of(target)
+    if place is None or place == target:
+        return content if node["reftype"] == "class" and exists(target) else None
     domain, document = env.get_domain("py"), node.get("refdoc")
     return domain.resolve_xref(env, document, app.builder, "obj", place, node, content)
 
@@ -104,7 +130,9 @@ def to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: lis
     section, block = False, False
     for line in lines:
         indent = len(line) - len(line.lstrip())
-        if re.match(r"(Args|Returns|Raises|Yields|Attributes|Example|" + "|".join(SECTIONS) + "):$", line):
+        if re.match(
+            r"(Args|Returns|Raises|Yields|Attributes|Example|" + "|".join(SECTIONS) + "):$", line
+        ):
             section = True
         elif line and not indent:
             section = False
@@ -129,8 +157,20 @@ def escape(line: str) -> str:
     )
 
 
+def link_within_site(app: Sphinx, page: str, source: list[str]) -> None:
+    """Show files from outside of docs, and point links to them at where the site has them."""
+    if page in OUTSIDE:
+        source[0] = (
+            (HERE / OUTSIDE[page]).read_text().replace("](../docs/", "](").replace("](docs/", "](")
+        )
+    for name, file in OUTSIDE.items():
+        source[0] = source[0].replace(f"]({file}", f"]({name}.md")
+    source[0] = re.sub(r"\]\(\.\./examples/\w+\.py\)", "](examples.md)", source[0])
+
+
 def setup(app: Sphinx) -> None:
     """Register the above."""
     app.add_role("name", name_role)
     app.connect("autodoc-process-docstring", to_rst, priority=100)
     app.connect("missing-reference", resolve)
+    app.connect("source-read", link_within_site)
