@@ -129,7 +129,8 @@ $(VENV)/.test: $(VENV)/.base
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5 'torch-abi-audit>=0.3' codespell==2.4.3
+	$(PIP) ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5 'torch-abi-audit>=0.3' codespell==2.4.3 \
+	  pre-commit-hooks==6.0.0
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.base
