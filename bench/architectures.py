@@ -114,7 +114,7 @@ class Source:
     def __init__(self, file: Path, cache: Path, with_model: bool) -> None:
         self.with_model = with_model
         with safe_open(file, "pt") as f:
-            self.acts = f.get_tensor("acts").float()
+            self.acts: Tensor = f.get_tensor("acts").float()
             self.n_train = int(f.metadata()["n_train"])
             ids, chunk = f.get_tensor("token_ids"), f.get_tensor("chunk_ids")
         self.contexts = torch.stack(
@@ -240,8 +240,8 @@ def measure(
     rows, held_out = source.split(name)
     sae, known = train(name, seed, rows, k, steps, expansion)
     x, y, _ = sae.columns.split(held_out)
-    if hasattr(sae, "calibrate_"):
-        sae.calibrate_(x[::2])
+    if calibrate := getattr(sae, "calibrate_", None):
+        calibrate(x[::2])
     x, y = x[1::2], y[1::2]
     lines = [known | scores(sae, x, y, sae.encode_sparse(x))]
     if source.with_model and (name in ARCHITECTURES or name == "Gradient"):

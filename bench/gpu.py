@@ -252,7 +252,7 @@ def write(record: Line, folder: Path) -> Path:
 
 def collect(lines: list[Line], steps: list[Line], machine: Line) -> Line:
     """Return the record of a run."""
-    ceilings = next((line["ceilings"] for line in lines if "ceilings" in line), {})
+    ceilings: Line = next((line["ceilings"] for line in lines if "ceilings" in line), {})
     return {
         "machine": {**machine, **ceilings},
         "steps": steps,

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsae import BatchTopKSAE, TopKSAE, TrainConfig, Trainer
+from parity import dictionary_learning, saelens, sparsify
+from parity.problem import NAMES, fill
 
 STEPS = 100_000  # of the runs that the timed steps are the first of
 
@@ -34,6 +36,11 @@ class Start:
     k: int
     lr: float
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """By the names of fastsae."""
+        return {"W_enc": self.W.t(), "W_dec": self.W, "b_enc": self.b_enc, "b_dec": self.b_dec}
+
 
 @dataclass
 class Way:
@@ -46,7 +53,7 @@ class Way:
 
 def start(n: int, d: int, d_sae: int, k: int, device: str = "cpu") -> Start:
     """Return tokens made of k random latents of very unequal frequency (log-normal), and noise."""
-    made = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    made: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     W = F.normalize(torch.randn(d_sae, d, **made), dim=1)
     popularity = (1.5 * torch.randn(d_sae, **made)).exp()
     latents = torch.multinomial(popularity.expand(n, d_sae), k, generator=made["generator"])
@@ -63,7 +70,7 @@ def trainer(s: Start, update: str, compute_dtype: str, batch: bool = False) -> T
     cls = BatchTopKSAE if batch else TopKSAE
     sae = cls(s.W.shape[1], s.W.shape[0], k=s.k).to(s.x.device).train()
     sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec = s.W.t(), s.W, s.b_enc, s.b_dec
-    run = {"lr": s.lr, "batch_size": len(s.x), "steps": STEPS, "warmup_steps": 0, "progress": False}
+    run: dict[str, Any] = {"lr": s.lr, "batch_size": len(s.x), "steps": STEPS, "warmup_steps": 0, "progress": False}
     run |= {"dead_after_tokens": 10**7, "normalize": False}
     found = Trainer(sae, None, TrainConfig(**run, update=update, compute_dtype=compute_dtype))
     found.prepare(s.x)  # keeps the biases, which are not zero
@@ -98,6 +105,7 @@ def _dense_torch(s: Start, autocast: bool = False, batch: bool = False) -> Way:
     def step() -> None:
         forward()[1].backward()
         with torch.no_grad():
+            assert W_dec.grad is not None
             along = torch.einsum("fd,fd->f", W_dec.grad, W_dec)
             W_dec.grad.addcmul_(along.unsqueeze(1), W_dec, value=-1)
             adam.step()
@@ -112,12 +120,9 @@ def _sparsify(s: Start) -> Way:
 
     Decoder rows are normalised before the forward. Adam is fused, which it does not ask for.
     """
-    from sparsify import SparseCoder, SparseCoderConfig
-
-    config = SparseCoderConfig(num_latents=s.W.shape[0], k=s.k)
-    sae = SparseCoder(s.W.shape[1], config, device=s.x.device)
-    weights = {"encoder.weight": s.W, "encoder.bias": s.b_enc, "W_dec": s.W, "b_dec": s.b_dec}
-    sae.load_state_dict(weights)
+    d_sae, d = s.W.shape
+    sae = sparsify.coder(d, d_sae, s.k, dtype=torch.float32, device=s.x.device)
+    fill(sae, sparsify.NAMES, s.weights)
     adam = torch.optim.Adam(sae.parameters(), lr=s.lr, fused=True)
 
     def step() -> None:
@@ -132,12 +137,10 @@ def _sparsify(s: Start) -> Way:
 
 def _dictionary_learning(s: Start) -> Way:
     """Run TopKTrainer.update: mse loss, gradient clipped to norm 1, its own Adam (not fused)."""
-    from dictionary_learning.trainers import TopKTrainer
-
-    run = {"lr": s.lr, "warmup_steps": 0, "device": "cpu", "layer": 0, "lm_name": "none"}
-    trainer = TopKTrainer(STEPS, s.W.shape[1], s.W.shape[0], s.k, **run)
-    weights = {"encoder.weight": s.W, "encoder.bias": s.b_enc, "decoder.weight": s.W.t()}
-    trainer.ae.load_state_dict(trainer.ae.state_dict() | weights | {"b_dec": s.b_dec})
+    d_sae, d = s.W.shape
+    run = {"lr": s.lr, "warmup_steps": 0, "k": s.k}
+    trainer = dictionary_learning.make_trainer("TopKTrainer", d, d_sae, STEPS, **run)
+    fill(trainer.ae, dictionary_learning.LINEAR_TOPK, s.weights)
 
     def forward() -> tuple[Tensor, Tensor]:
         out = trainer.loss(s.x, step=1, logging=True)
@@ -152,17 +155,12 @@ def _sae_lens(s: Start, sparse: bool = False) -> Way:
 
     Decoder rows keep their norms; latents are scaled by them, which sparse ones cannot be here.
     """
-    from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.saes.sae import TrainStepInput
-
-    config = TopKTrainingSAEConfig(d_in=s.W.shape[1], d_sae=s.W.shape[0], k=s.k)
-    config.use_sparse_activations, config.rescale_acts_by_decoder_norm = sparse, not sparse
-    sae = TopKTrainingSAE(config)
-    sae.load_state_dict({"W_enc": s.W.t(), "W_dec": s.W, "b_enc": s.b_enc, "b_dec": s.b_dec})
-    run = SAETrainerConfig(len(s.x) * STEPS, len(s.x), lr=s.lr, lr_end=s.lr)
-    trainer = SAETrainer(run, sae, data_provider=iter(()))
-    batch, found = TrainStepInput(s.x, {}, None, 0, False), attrgetter("sae_out", "loss")
+    options = {"use_sparse_activations": sparse, "rescale_acts_by_decoder_norm": not sparse}
+    d_sae, d = s.W.shape
+    sae = saelens.module("TopKTrainingSAE", d, d_sae, torch.float32, k=s.k, **options)
+    fill(sae, NAMES, s.weights)
+    trainer = saelens.make_trainer(sae, len(s.x), STEPS, s.lr)
+    batch, found = saelens.step_input(s.x), attrgetter("sae_out", "loss")
 
     def step() -> None:
         trainer.step(s.x)

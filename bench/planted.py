@@ -120,7 +120,7 @@ def main() -> None:
                 data = planted(kind, arguments.tokens + 5000, features, d, active, seed)
                 data = for_architecture(name, data, seed)
                 train, held_out = (
-                    Planted(*(t[part] for t in data[:2]), data.directions)
+                    Planted(data[0][part], data[1][part], data.directions)
                     for part in (slice(5000, None), slice(5000))
                 )
                 torch.manual_seed(1000 + seed)  # the same seed would draw the features again

@@ -63,13 +63,15 @@ def memory(names: list[str]) -> list[Row]:
 
 def growth(seconds: float) -> list[Row]:
     """Return how fastsae's step grows with n, d and d_sae: exponents fitted to log times."""
-    base = tuple(GROWTH_BASE.values())
     axes = {
-        axis: [(*base[:i], f * base[i], *base[i + 1 :]) for f in GROWTH_FACTORS]
-        for i, axis in enumerate(GROWTH_BASE)
+        axis: [GROWTH_BASE | {axis: factor * GROWTH_BASE[axis]} for factor in GROWTH_FACTORS]
+        for axis in GROWTH_BASE
     }
     sizes = {str(size): size for points in axes.values() for size in points}
-    works = {name: build("fastsae", start(*size, 32)).step for name, size in sizes.items()}
+    works = {
+        name: build("fastsae", start(size["n"], size["d"], size["d_sae"], 32)).step
+        for name, size in sizes.items()
+    }
     times = timing.medians(works, "cpu", seconds)
     rows: list[Row] = []
     for axis, points in axes.items():

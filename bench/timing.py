@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+# `Case.torch` hides the module.
+Dtype = torch.dtype
+FLOAT32 = torch.float32
 Work = Callable[[], object]
 
 
@@ -30,7 +33,7 @@ class Case:
     bytes: float = 0.0
     """Bytes that have to move between memory and the processor."""
     flops: float = 0.0
-    dtype: torch.dtype = torch.float32
+    dtype: Dtype = FLOAT32
     gather_bytes: float = 0.0
     """Bytes if every gathered row comes from memory, each time."""
     parts: dict[str, Work] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """fastsae: sparse autoencoders over handwritten C++ and CUDA ops."""
 
-from fastsae import data, eval, interop, models, nn, ops, reference, train
+from fastsae import analysis, data, eval, interop, models, nn, ops, reference, report, train
 from fastsae.interop import load, save
 from fastsae.nn import (
     SAE,
@@ -60,6 +60,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "Transcoder",
+    "analysis",
     "average_saes",
     "data",
     "eval",
@@ -70,6 +71,7 @@ __all__ = [
     "nn",
     "ops",
     "reference",
+    "report",
     "save",
     "train",
 ]

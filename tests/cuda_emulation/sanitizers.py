@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class Build:
 
     recipe: dict[str, Any]
     folder: Path
+    emulators: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
     def of(cls, recipe: Path, folder: Path) -> Build:
@@ -85,10 +86,13 @@ class Build:
         return cls(json.loads(recipe.read_text()), folder)
 
     def emulator(self, kind: str) -> Path:
-        """Return the emulator's object of that kind."""
-        # It is not instrumented for ThreadSanitizer, but tells it which thread it runs.
-        flags = ("-DEMU_TSAN=1",) if kind == "tsan" else FLAGS[kind]
-        return self._compile(HERE / "emulator.cpp", ROOT / "csrc", f"emulator_{kind}.o", flags)
+        """Return the emulator's object of that kind, compiled at the first call."""
+        if kind not in self.emulators:
+            # It is not instrumented for ThreadSanitizer, but tells it which thread it runs.
+            flags = ("-DEMU_TSAN=1",) if kind == "tsan" else FLAGS[kind]
+            source, name = HERE / "emulator.cpp", f"emulator_{kind}.o"
+            self.emulators[kind] = self._compile(source, ROOT / "csrc", name, flags)
+        return self.emulators[kind]
 
     def launcher(self, file: str, csrc: Path, kind: str) -> Path:
         """Return the object of `cuda/<file>.cu` of a copy of csrc, for float32 only."""
@@ -117,7 +121,12 @@ class Build:
         return out
 
     def _run(self, *arguments: str) -> None:
-        done = subprocess.run([self.recipe["compiler"], *arguments], capture_output=True, text=True)
+        command = [*filter(None, [shutil.which("ccache")]), self.recipe["compiler"], *arguments]
+        # The folder is another one each time, which is nothing that an object depends on.
+        cached = {"CCACHE_BASEDIR": str(self.folder), "CCACHE_NOHASHDIR": "1"}
+        done = subprocess.run(
+            command, cwd=self.folder, env=os.environ | cached, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsae.eval import FVU, evaluate, firing_counts, fvu, norm_limit
+from fastsae.eval import FVU, evaluate, fvu, norm_limit
 from fastsae.types import SparseActs
 
 
@@ -83,7 +83,7 @@ def test_shapes_are_checked():
 def test_zeros_do_not_fire():
     values = torch.tensor([[1.0, 0.0], [2.0, 3.0]])
     indices = torch.tensor([[0, 1], [0, 3]], dtype=torch.int32)
-    assert firing_counts(SparseActs(values, indices, None, 5)).tolist() == [2, 0, 0, 1, 0]
+    assert SparseActs(values, indices, None, 5).counts().tolist() == [2, 0, 0, 1, 0]
 
 
 def test_norm_limit_is_a_multiple_of_the_median():

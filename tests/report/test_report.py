@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from fastsae.analysis.examples import Firings
+from fastsae.analysis.examples import ActivatingExamples
 from fastsae.analysis.lens import promoted_tokens
 from fastsae.data import ActivationStore
 from fastsae.data.shards import Manifest, ShardWriter
@@ -49,7 +49,7 @@ def trained(tmp_path_factory):
 
 def test_firings_are_sorted_and_complete(trained):
     sae, store = trained
-    firings = Firings(sae, store, batch_size=300)
+    firings = ActivatingExamples(sae, store, batch_size=300)
     rows, values = firings.of(7)
     assert sorted(rows.tolist()) == list(range(7, ROWS, 50))
     assert values.tolist() == sorted(values.tolist(), reverse=True)
@@ -59,12 +59,12 @@ def test_firings_are_sorted_and_complete(trained):
 
 def test_contexts_stay_in_their_document_and_do_not_repeat(trained):
     sae, store = trained
-    contexts = Firings(sae, store).contexts(7, n=8, width=12)
+    contexts = ActivatingExamples(sae, store).contexts(7, n=8, width=12)
     assert len(contexts) == 1  # the text repeats every 50 tokens, so there is one context
     assert contexts[0].token_ids[contexts[0].peak] == 7
     assert contexts[0].acts[contexts[0].peak] == 7.0
     assert all(a == 0 for i, a in enumerate(contexts[0].acts) if i != contexts[0].peak)
-    firings = Firings(sae, store)
+    firings = ActivatingExamples(sae, store)
     firings.token_ids = list(range(ROWS))  # now every context is another
     contexts = firings.contexts(3, n=6, width=12)
     assert len(contexts) == 6
@@ -76,7 +76,7 @@ def test_contexts_stay_in_their_document_and_do_not_repeat(trained):
 
 def test_interesting_latents_are_neither_rare_nor_dense_nor_copies(trained):
     sae, store = trained
-    shown = Firings(sae, store).interesting(50)
+    shown = ActivatingExamples(sae, store).interesting(50)
     assert all(abs(latent.frequency - 0.02) < 1e-9 for latent in shown)
     assert [latent.selectivity for latent in shown] == sorted(
         (latent.selectivity for latent in shown), reverse=True
@@ -85,14 +85,14 @@ def test_interesting_latents_are_neither_rare_nor_dense_nor_copies(trained):
     with torch.no_grad():
         copy.W_enc = torch.cat([torch.eye(50), torch.eye(50)[:, 7:8]], dim=1)
         copy.W_dec = torch.cat([torch.eye(50), torch.eye(50)[7:8]])
-    again = Firings(copy, store).interesting(51)
+    again = ActivatingExamples(copy, store).interesting(51)
     assert len(again) == len(shown)
     assert len({latent.index for latent in again} & {7, 50}) == 1
     with torch.no_grad():  # fires on 4 % of the tokens: too many
         sae2 = TopKSAE(50, 50, k=2)
         sae2.W_enc = torch.eye(50) + torch.eye(50).roll(1, 0)
         sae2.W_dec = torch.eye(50)
-    assert Firings(sae2, store).interesting(50) == []
+    assert ActivatingExamples(sae2, store).interesting(50) == []
 
 
 class Checker(HTMLParser):

@@ -1,0 +1,37 @@
+"""What one does with a trained SAE: attribution, circuits, examples, the anatomy of its error."""
+
+from fastsae.analysis.attention import (
+    head_attribution,
+    recursive_attribution,
+    source_attribution,
+)
+from fastsae.analysis.circuits import connections, latent_attribution
+from fastsae.analysis.error import ErrorAnatomy, error_anatomy
+from fastsae.analysis.examples import ActivatingExamples, Context, Latent
+from fastsae.analysis.head_codes import (
+    edge_scores,
+    head_codes,
+    node_scores,
+    roc_auc,
+    train_code_sae,
+)
+from fastsae.analysis.lens import promoted_tokens
+
+__all__ = [
+    "ActivatingExamples",
+    "Context",
+    "ErrorAnatomy",
+    "Latent",
+    "connections",
+    "edge_scores",
+    "error_anatomy",
+    "head_attribution",
+    "head_codes",
+    "latent_attribution",
+    "node_scores",
+    "promoted_tokens",
+    "recursive_attribution",
+    "roc_auc",
+    "source_attribution",
+    "train_code_sae",
+]

@@ -77,16 +77,15 @@ def error_anatomy(
     sae.eval()
     try:
         weights = _regress(sae, fit, batch_size)
-        before, after, columns = FVU(), FVU(), _Columns(weights[0])
+        before, after, columns = FVU(), FVU(), FVU()
         for x, y, y_hat in _reconstructions(sae, held_out, batch_size):
-            goal = _goal(y - y_hat)
-            guess = x @ weights
+            prediction = x @ weights
             before.update(y, y_hat)
-            after.update(y, y_hat + guess[:, :-1])
-            columns.update(goal, guess)
+            after.update(y, y_hat + prediction[:, :-1])
+            columns.update(_target(y - y_hat), prediction)
     finally:
         sae.train(training)
-    residual, deviation = columns.residual, columns.deviation
+    residual, deviation = columns.squared_error, columns.squared_deviation
     r2 = _r2(residual, deviation)
     return ErrorAnatomy(
         fvu=before.value,
@@ -106,7 +105,7 @@ def _reconstructions(
         yield x.double(), y.double(), sae.reconstruct(x, sae.encode_sparse(x)).double()
 
 
-def _goal(error: Tensor) -> Tensor:
+def _target(error: Tensor) -> Tensor:
     """Return what is predicted from `error: [n, d_out]`: itself and its squared norm, side by side.
 
     Columns are fitted independently of each other, so one fit answers both questions.
@@ -121,7 +120,7 @@ def _regress(sae: SAE, rows: Tensor, batch_size: int) -> Tensor:
     moments = gram.new_zeros(d_in, d_out + 1)
     for x, y, y_hat in _reconstructions(sae, rows, batch_size):
         gram.addmm_(x.t(), x)
-        moments.addmm_(x.t(), _goal(y - y_hat))
+        moments.addmm_(x.t(), _target(y - y_hat))
     # Only the CPU has drivers for a singular matrix. The default one, gelsy, can be wrong where
     # columns depend on each other (seen in torch 2.13).
     solution: Tensor = torch.linalg.lstsq(gram.cpu(), moments.cpu(), driver="gelsd").solution
@@ -131,23 +130,3 @@ def _regress(sae: SAE, rows: Tensor, batch_size: int) -> Tensor:
 def _r2(residual: Tensor, deviation: Tensor) -> Tensor:
     """Return 1 - residual / deviation; nan where nothing deviates."""
     return torch.where(deviation > 0, 1 - residual / deviation, torch.nan)
-
-
-class _Columns:
-    """Streaming sums of squares by column: what a guess leaves, and the deviation from the mean.
-
-    Means of batches are merged (Chan et al. 1979), as in `eval.metrics`.
-    """
-
-    def __init__(self, like: Tensor) -> None:
-        self.rows = 0
-        self.mean, self.residual, self.deviation = like.new_zeros(3, len(like))
-
-    def update(self, goal: Tensor, guess: Tensor) -> None:
-        """Add rows `goal, guess: [n, d]`."""
-        n, mean = len(goal), goal.mean(0)
-        shift, weight = mean - self.mean, n / (self.rows + n)
-        self.residual += (goal - guess).square().sum(0)
-        self.deviation += (goal - mean).square().sum(0) + shift.square() * self.rows * weight
-        self.mean += shift * weight
-        self.rows += n

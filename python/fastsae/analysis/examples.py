@@ -1,4 +1,4 @@
-"""Where latents fire: their strongest tokens over a store, with the text around each."""
+"""Max-activating examples: the strongest tokens of each latent over a store, with their text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Latent:
     """Strongest first, no two of them alike or overlapping."""
 
 
-class Firings:
+class ActivatingExamples:
     """Every activation of every latent over the rows of a store, by latent, strongest first.
 
     Args:

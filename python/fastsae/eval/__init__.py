@@ -2,7 +2,7 @@
 
 from fastsae.eval.cross_entropy import CrossEntropy, cross_entropy
 from fastsae.eval.evaluate import EvalResult, evaluate
-from fastsae.eval.metrics import FVU, firing_counts, fvu, norm_limit
+from fastsae.eval.metrics import FVU, fvu, norm_limit
 from fastsae.models.splice import ablate, replace, splice
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "ablate",
     "cross_entropy",
     "evaluate",
-    "firing_counts",
     "fvu",
     "norm_limit",
     "replace",

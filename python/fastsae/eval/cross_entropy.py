@@ -117,12 +117,12 @@ def cross_entropy(
     try:
         if mean is None:
             clean, tokens = run(lambda pads: replace(model, found, watch, keep=pads, **rules))
-            mean = seen.mean
-            if mean is None:
+            if not seen.rows:
                 raise ValueError(
                     f"cross_entropy: expected rows of a norm of at most max_norm = {max_norm} at "
                     f"{site}, got none"
                 )
+            mean = seen.mean
         else:
             clean, tokens = run(lambda pads: nullcontext())
         through, _ = run(lambda pads: splice(model, found, sae, keep=pads, **rules))

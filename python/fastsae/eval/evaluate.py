@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsae.data.source import ActivationSource, as_source, sample_rows, source_len
-from fastsae.eval.metrics import FVU, firing_counts, norm_limit
+from fastsae.eval.metrics import FVU, norm_limit
 from fastsae.nn import SAE
 
 
@@ -79,7 +79,7 @@ def evaluate(
             given, x, _ = columns.split(batch)
             acts = sae.encode_sparse(given)
             x_hat = sae.reconstruct(given, acts)
-            counts += firing_counts(acts)
+            counts += acts.counts()
             small = x.float().norm(dim=1) <= limit
             every.update(x, x_hat)
             inliers.update(x[small], x_hat[small])

@@ -21,18 +21,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsae.types import SparseActs
-
 
 class FVU:
-    """Streaming `sum |x - x_hat|^2 / sum |x - mean|^2` over rows, in float64."""
+    """Streaming `sum |x - x_hat|^2 / sum |x - mean|^2` over rows, in float64, by column too."""
 
     def __init__(self) -> None:
         self.rows = 0
-        self.squared_error = 0.0
-        self.squared_deviation = 0.0
-        self.mean: Tensor | None = None
-        """Mean of the rows so far: [d], float64."""
+        self.mean = self.squared_error = self.squared_deviation = torch.zeros(0).double()
+        """Mean of the rows so far, and both sums, by column: [d], float64."""
 
     def update(self, x: Tensor, x_hat: Tensor) -> None:
         """Add rows `x: [n, d]` and their reconstructions, of the same shape."""
@@ -43,27 +39,25 @@ class FVU:
         if not len(x):
             return
         x, x_hat = x.detach().double(), x_hat.detach().double()
+        if not self.rows:
+            self.mean, self.squared_error, self.squared_deviation = x.new_zeros(3, x.shape[1])
         n, mean = len(x), x.mean(0)
-        self.squared_error += float((x - x_hat).square().sum())
-        self.squared_deviation += float((x - mean).square().sum())
-        if self.mean is None:
-            self.mean = mean
-        else:
-            shift = mean - self.mean
-            weight = n / (self.rows + n)
-            self.squared_deviation += float(shift.square().sum()) * self.rows * weight
-            self.mean = self.mean + shift * weight
+        shift, weight = mean - self.mean, n / (self.rows + n)
+        self.squared_error = self.squared_error + (x - x_hat).square().sum(0)
+        between = shift.square() * (self.rows * weight)
+        self.squared_deviation = self.squared_deviation + (x - mean).square().sum(0) + between
+        self.mean = self.mean + shift * weight
         self.rows += n
 
     @property
     def value(self) -> float:
         """The fraction of variance unexplained; nan without rows or without variance."""
-        return self.squared_error / self.squared_deviation if self.squared_deviation else torch.nan
+        return _ratio(self.squared_error.sum(), self.squared_deviation.sum())
 
     @property
     def mse(self) -> float:
         """Mean squared error per token, summed over d; nan without rows."""
-        return self.squared_error / self.rows if self.rows else torch.nan
+        return float(self.squared_error.sum()) / self.rows if self.rows else torch.nan
 
 
 def fvu(x: Tensor, x_hat: Tensor) -> float:
@@ -77,12 +71,10 @@ def fvu(x: Tensor, x_hat: Tensor) -> float:
     return total.value
 
 
-def firing_counts(acts: SparseActs) -> Tensor:
-    """Return on how many tokens each latent is active: int64 `[d_sae]`."""
-    active = acts.values.detach().flatten() != 0
-    return torch.bincount(acts.indices.flatten()[active].long(), minlength=acts.d_sae)
-
-
 def norm_limit(x: Tensor, ratio: float = 3.0) -> float:
     """Return `ratio` times the median norm of the rows of `x: [n, d]`; above it is an outlier."""
     return ratio * float(x.float().norm(dim=1).median())
+
+
+def _ratio(error: Tensor, deviation: Tensor) -> float:
+    return float(error / deviation) if float(deviation) else torch.nan

@@ -1,1 +1,5 @@
 """Pages to look at: what was learned, what it costs the model, what latents mean."""
+
+from fastsae.report.write import write_report
+
+__all__ = ["write_report"]

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from fastsae._files import write_atomic
-from fastsae.analysis.examples import Firings
+from fastsae.analysis.examples import ActivatingExamples
 from fastsae.analysis.lens import promoted_tokens
 from fastsae.data import ActivationStore
 from fastsae.eval import CrossEntropy, EvalResult
@@ -55,8 +55,8 @@ def write_report(
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    firings = Firings(sae, store, max_rows=max_rows)
-    latents = firings.interesting(n_latents)
+    examples = ActivatingExamples(sae, store, max_rows=max_rows)
+    latents = examples.interesting(n_latents)
     rows = sae.W_dec.detach()[[latent.index for latent in latents]]
     promoted = promoted_tokens(model, store.site, rows) if model is not None else None
     decode = _decoder(tokenizer)
@@ -67,7 +67,7 @@ def write_report(
         figures=sections.figures(result, cross_entropy),
         numbers=sections.numbers(sae, result, cross_entropy),
         plots=sections.plots(sae, result, history),
-        about=sections.about(latents, firings.n, store, promoted is not None),
+        about=sections.about(latents, examples.n, store, promoted is not None),
         latents="\n".join(
             latent_section(latent, promoted[i] if promoted else [], decode)
             for i, latent in enumerate(latents)

@@ -1,4 +1,4 @@
-"""The bench of equality: it hides no difference, with or without other libraries."""
+"""The comparison with other libraries: it hides no difference, with or without them."""
 
 import importlib
 import math
@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from bench import equality
-from bench.equality import CASES, Comparison, Differs, compare, difference, report, run
+from parity.__main__ import CASES, MODULES, run, unavailable
+from parity.compare import Comparison, Differs, compare, difference, table
+from parity.problem import problem
 
 
 def test_a_difference_in_one_number_is_found():
@@ -15,7 +16,7 @@ def test_a_difference_in_one_number_is_found():
     theirs = {name: tensor.clone() for name, tensor in ours.items()}
     (row,) = compare("A", "B", Comparison("training", ours, theirs))
     assert row.ok
-    assert report([row]).splitlines()[-1] == (
+    assert table([row]).splitlines()[-1] == (
         "| A | B | training: loss, gradients (b_dec) | 0.0e+00 | equal |"
     )
     theirs["gradient of b_dec"][1, 2] += 1e-4
@@ -51,6 +52,18 @@ def test_every_case_has_a_row_without_the_other_libraries(monkeypatch):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
 
     monkeypatch.setattr(importlib, "import_module", absent)
-    rows = run(equality.problem())
+    rows = run(problem())
     assert [row.ours for row in rows] == [case[0] for case in CASES]
     assert {row.verdict for row in rows} == {"not installed"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # other libraries warn about themselves
+@pytest.mark.parametrize("package", MODULES)
+def test_what_has_to_be_equal_is_equal(package):
+    reason = unavailable(package)
+    if reason:
+        pytest.skip(f"{package}: {reason}; pip install 'fastsae[bench]'")
+    rows = run(problem(), package)
+    assert {row.ours for row in rows} == {case[0] for case in CASES if case[2] == package}
+    assert [row for row in rows if not row.ok] == []

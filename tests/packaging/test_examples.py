@@ -1,0 +1,49 @@
+"""The examples run as a user would start them, and do what they say."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastsae
+
+FOLDER = Path(__file__).parents[2] / "examples"
+
+# To be removed with the condition once the names are there.
+pending = pytest.mark.skipif(
+    not (hasattr(fastsae.Trainer, "prepare") and hasattr(fastsae, "save")),
+    reason="written for Trainer.prepare, step and finish, and fastsae.save",
+)
+
+
+def run(name: str):
+    return runpy.run_path(str(FOLDER / name))["main"]()
+
+
+@pending
+def test_train_two() -> None:
+    assert all(fvu < 0.3 for fvu in run("train_two.py").values())
+
+
+def test_op_in_your_code() -> None:
+    first, last = run("op_in_your_code.py")
+    assert last < 0.5 * first
+
+
+@pending
+def test_load_and_steer() -> None:
+    moved = run("load_and_steer.py")
+    assert 0 < moved["spliced"] < moved["steered"]
+
+
+def test_every_example_is_tested_and_starts_by_itself() -> None:
+    tested = {"train_two.py", "op_in_your_code.py", "load_and_steer.py"}
+    assert {path.name for path in FOLDER.glob("*.py")} == tested
+    command = [sys.executable, str(FOLDER / "op_in_your_code.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "->" in done.stdout
