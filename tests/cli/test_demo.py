@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import fastsae.train
-from fastsae.cli import main
 from fastsae import load
+from fastsae.cli import main
 
 
 @pytest.fixture

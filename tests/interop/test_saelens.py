@@ -161,7 +161,9 @@ def swap(name, tensor):
         (damage(lambda c: c["metadata"]["fastsae"].update({"class": "os.system"})), "os.system"),
         (damage(lambda c: c["metadata"]["fastsae"]["config"].pop("k")), "missing .* argument: 'k'"),
         (damage(lambda c: c["metadata"]["fastsae"]["config"].update(k=0)), "got k = 0"),
-        (damage(lambda c: c["metadata"]["fastsae"]["config"].update(d_sae=25) or c.update(d_sae=25)),
+        (damage(lambda c: c["metadata"]["fastsae"]["config"].update(d_sae=25)),
+         "d_sae = 25 in .* got 24"),
+        (damage(lambda c: [d.update(d_sae=25) for d in (c, c["metadata"]["fastsae"]["config"])]),
          r"W_enc to be \[8, 25\] .* got \[8, 24\]"),
         (damage(lambda c: c.update(dtype="int8")), "int8"),
         (lambda f: (f / "sae_weights.safetensors").write_bytes(b"PK\x03\x04" * 20),
@@ -203,9 +205,15 @@ def test_a_class_of_the_user_comes_back(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(k=4), r"expected k = 3 in .*cfg\.json, as metadata.fastsae says, got 4"),
+        (
+            lambda c: c.update(k=4),
+            r"expected k = 3 in .*cfg\.json, as metadata.fastsae says, got 4",
+        ),
         (lambda c: c.update(d_sae=25), "expected d_sae = 24 .* got 25"),
-        (lambda c: c.update(architecture="jumprelu"), "expected architecture = 'topk' .* got 'jump"),
+        (
+            lambda c: c.update(architecture="jumprelu"),
+            "expected architecture = 'topk' .* got 'jump",
+        ),
     ],
 )
 def test_a_cfg_that_contradicts_itself_is_refused(change, message, tmp_path):

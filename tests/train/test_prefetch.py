@@ -20,7 +20,9 @@ def threads():
 
 
 def test_yields_the_same_in_order():
-    assert [(int(x), at) for x, at in prefetch(map(made, range(20)), CPU)] == [(i, {"batch": i}) for i in range(20)]
+    assert [(int(x), at) for x, at in prefetch(map(made, range(20)), CPU)] == [
+        (i, {"batch": i}) for i in range(20)
+    ]
     assert not threads()
 
 

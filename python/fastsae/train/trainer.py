@@ -298,6 +298,8 @@ class Trainer:
                 raise ValueError(
                     f"Trainer: expected {name} = {theirs.get(name)!r} as in {found}, got {value!r}"
                 )
+        if 0 < state["step"] < self.plan.steps and state["data"] is None:
+            raise ValueError(self._no_position())
         self.load_state_dict(state)
         self._read_recent()
 
@@ -399,10 +401,7 @@ class Trainer:
         stateful = hasattr(iterator, "state_dict") and hasattr(iterator, "load_state_dict")
         if position is not None:
             if not stateful:
-                raise ValueError(
-                    "Trainer: expected data whose batches have state_dict and load_state_dict to "
-                    f"resume, got {type(self.data).__name__}"
-                )
+                raise ValueError(self._no_position())
             iterator.load_state_dict(position)  # type: ignore[attr-defined]
         for _ in range(count):
             batch = next(iterator, None)
@@ -426,8 +425,8 @@ class Trainer:
 
     def _read_recent(self) -> None:
         """Read again what the interrupted run remembered."""
-        if self._recent_from is None:
-            return
+        if self._recent_from is None or self.steps_done == self.plan.steps:
+            return  # a finished run has estimated its thresholds
         count = self.steps_done - self._recent_from["step"]
         for x, _ in self._read(self._recent_from["data"], count):
             self._recent.append(self.sae.columns.split(x).x)
@@ -478,6 +477,12 @@ class Trainer:
         kept = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
         about: dict[str, Any] = json.loads(json.dumps(kept))
         return about
+
+    def _no_position(self) -> str:
+        return (
+            "Trainer: expected data whose batches have state_dict and load_state_dict to resume, "
+            f"got {type(self.data).__name__}"
+        )
 
     def _how_to_resume(self, signal_name: str) -> str:
         done = f"{signal_name} at step {self.steps_done} of {self.plan.steps}"
