@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from fastsae.data.source import TensorSource
 from fastsae.eval import FVU, evaluate, fvu, norm_limit
+from fastsae.nn import Columns
 from fastsae.types import SparseActs
 
 
@@ -18,8 +20,13 @@ class Dense(nn.Module):
     def __init__(self, d_in: int = 6, d_sae: int = 10) -> None:
         super().__init__()
         self.d_in, self.d_sae = d_in, d_sae
-        self.W_enc = nn.Parameter(torch.randn(d_in, d_sae))
+        self.columns = Columns((d_in,))
+        self.W_enc_rows = nn.Parameter(torch.randn(d_sae, d_in))
         self.W_dec = nn.Parameter(torch.randn(d_sae, d_in))
+
+    @property
+    def W_enc(self):
+        return self.W_enc_rows.t()
 
     def encode_sparse(self, x):
         assert not self.training
@@ -27,9 +34,6 @@ class Dense(nn.Module):
 
     def decode(self, acts):
         return acts.to_dense() @ self.W_dec
-
-    def split(self, batch):
-        return batch, batch
 
     def reconstruct(self, x, acts):
         return self.decode(acts)
@@ -113,6 +117,15 @@ def test_evaluate_equals_the_definitions(batch_size):
     assert set(result.to_dict()) >= {"fvu", "fvu_inliers", "mse", "l0", "dead", "d_sae", "rows"}
 
 
+def test_evaluate_reads_any_source():
+    sae = Dense()
+    x = torch.randn(200, 6)
+    x[17] *= 100
+    whole = evaluate(sae, x).to_dict()
+    for source in (TensorSource(x), list(x.split(31)), iter(x.split(31))):
+        assert evaluate(sae, source, batch_size=13).to_dict() == pytest.approx(whole, rel=1e-6)
+
+
 def test_dead_latents_are_those_that_never_fire():
     sae = Dense()
     with torch.no_grad():
@@ -124,5 +137,5 @@ def test_max_rows_and_empty_data():
     assert evaluate(Dense(), torch.randn(100, 6), batch_size=30, max_rows=50).rows == 50
     with pytest.raises(ValueError, match="expected at least one row, got none"):
         evaluate(Dense(), torch.zeros(0, 6))
-    with pytest.raises(ValueError, match=r"expected data to be \[n, d_in\], got \[2, 3, 6\]"):
+    with pytest.raises(ValueError, match=r"expected floating x \[n, d_in\], got .* \[2, 3, 6\]"):
         evaluate(Dense(), torch.zeros(2, 3, 6))
