@@ -70,7 +70,13 @@ def trainer(s: Start, update: str, compute_dtype: str, batch: bool = False) -> T
     cls = BatchTopKSAE if batch else TopKSAE
     sae = cls(s.W.shape[1], s.W.shape[0], k=s.k).to(s.x.device).train()
     sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec = s.W.t(), s.W, s.b_enc, s.b_dec
-    run: dict[str, Any] = {"lr": s.lr, "batch_size": len(s.x), "steps": STEPS, "warmup_steps": 0, "progress": False}
+    run: dict[str, Any] = {
+        "lr": s.lr,
+        "batch_size": len(s.x),
+        "steps": STEPS,
+        "warmup_steps": 0,
+        "progress": False,
+    }
     run |= {"dead_after_tokens": 10**7, "normalize": False}
     found = Trainer(sae, None, TrainConfig(**run, update=update, compute_dtype=compute_dtype))
     found.prepare(s.x)  # keeps the biases, which are not zero

@@ -161,9 +161,8 @@ def compare_jumprelu(p: Problem) -> Iterator[Comparison]:
         "threshold gradient of L0",
         "that from z > theta alone",
     )
-    sae.sparsity_scale, without = 0.0, "threshold gradient without L0"
-    mine[without] = trained(sae, p)[GRADIENT + "log_threshold"] / theta
-    sae.sparsity_scale = 1.0
+    without = "threshold gradient without L0"
+    mine[without] = trained(sae, p, sparsity_scale=0.0)[GRADIENT + "log_threshold"] / theta
     theirs[without], theirs[part] = found[0.0][key], theirs.pop(key) - found[0.0][key]
     mine[part] = mine[key] - mine[without]
     z, eps = (p.x - b_dec) @ W_enc + p.weights["b_enc"], sae.bandwidth * unit

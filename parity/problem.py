@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsae import SAE, JumpReLUSAE
-from fastsae.nn.loss import variation
+from fastsae import SAE, JumpReLUSAE, StepContext
+from fastsae.nn.loss import total_variance
 from parity.compare import GRADIENT, Comparison, Tensors
 
 D_IN, D_SAE, N, K = 32, 256, 64, 8
@@ -35,7 +35,7 @@ class Problem:
     @property
     def V(self) -> float:
         """sum |x - mean x|^2."""
-        return float(variation(self.x))
+        return float(total_variance(self.x))
 
     def dead(self, count: int) -> Tensor:
         """Return the mask [d_sae] of `count` of the latents that never fire."""
@@ -69,6 +69,7 @@ def make(cls: type[SAE], p: Problem, *args: Any, **kwargs: Any) -> Any:
     """Return one of our modules with the weights of `p`, in training mode."""
     sae = cls(D_IN, D_SAE, *args, dtype=p.x.dtype, **kwargs)
     for name, _ in list(sae.named_parameters()):
+        name = name.removesuffix("_rows")  # W_enc, as all others have it
         setattr(sae, name, p.weights[name])
     return sae.train()
 
@@ -82,15 +83,18 @@ def fill(module: nn.Module, names: dict[str, str], weights: Tensors) -> Any:
     return module
 
 
-def trained(sae: Any, p: Problem, dead: Tensor | None = None) -> Tensors:
-    """Return what a training step of ours computes."""
+def trained(
+    sae: Any, p: Problem, dead: Tensor | None = None, *, sparsity_scale: float = 1.0
+) -> Tensors:
+    """Return what a training step of fastsae computes."""
     sae.zero_grad()
-    out = sae.loss(p.x, dead=dead)
+    out = sae.loss(p.x, context=StepContext(dead=dead, sparsity_scale=sparsity_scale))
     out.loss.backward()
     found = {"code": out.acts.to_dense(), "reconstruction": out.reconstruction}
     found |= {"loss": out.loss, "fvu": out.fvu, "aux loss": out.aux_loss}
-    found["V_res"] = variation(p.x - out.reconstruction)
+    found["V_res"] = total_variance(p.x - out.reconstruction)
     gradients = {GRADIENT + name: w.grad.clone() for name, w in sae.named_parameters()}
+    gradients[GRADIENT + "W_enc"] = gradients.pop(GRADIENT + "W_enc_rows").t()
     return {**found, **gradients}
 
 

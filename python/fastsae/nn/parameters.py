@@ -62,6 +62,12 @@ class Parameters(nn.Module):
         """
         return self.W_enc_rows.t()
 
+    @W_enc.setter
+    def W_enc(self, value: Tensor) -> None:
+        if value.shape != (self.d_in, self.d_sae):
+            self._fail(f"W_enc to be {[self.d_in, self.d_sae]}, got {[*value.shape]}")
+        self.W_enc_rows = value.detach().t()
+
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
         """Scale every row of W_dec to norm 1; rows of zeros stay.
@@ -100,16 +106,15 @@ class Parameters(nn.Module):
         # A plain tensor is copied into the parameter, which keeps its layout and its optimizer
         # state; anything else (a new nn.Parameter too) is assigned as in every module.
         given = name
-        if name == "W_enc" and isinstance(value, Tensor):
-            name, value = "W_enc_rows", value.detach().t()
+        if name == "W_enc":
+            object.__setattr__(self, name, value)  # the property, for an nn.Parameter too
+            return
         held = self.__dict__.get("_parameters", {}).get(name)
         if held is None or not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
             super().__setattr__(name, value)
             return
         if value.shape != held.shape:
-            if given == "W_enc":
-                held, value = held.t(), value.t()
-            self._fail(f"{given} to be {[*held.shape]}, got {[*value.shape]}")
+            self._fail(f"{name} to be {[*held.shape]}, got {[*value.shape]}")
         with torch.no_grad():
             held.copy_(value)
 
