@@ -15,9 +15,10 @@ D_IN, FEATURES, BATCH, STEPS = 32, 64, 256, 150
 
 
 def batches(steps: int, seed: int = 0):
-    """Yield sums of 3 out of 64 random directions."""
+    """Yield sums of 3 out of 64 fixed random directions."""
+    fixed = torch.Generator().manual_seed(7)
+    directions = torch.nn.functional.normalize(torch.randn(FEATURES, D_IN, generator=fixed))
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.nn.functional.normalize(torch.randn(FEATURES, D_IN, generator=generator))
     for _ in range(steps):
         active = torch.rand(BATCH, FEATURES, generator=generator).topk(3).indices
         strength = 1 + torch.rand(BATCH, 3, generator=generator)
@@ -26,17 +27,17 @@ def batches(steps: int, seed: int = 0):
 
 def main() -> dict[str, float]:
     """Train, and return the last FVU of each."""
-    data = torch.cat(list(batches(STEPS)))
     config = fastsae.TrainConfig(batch_size=BATCH, steps=STEPS, lr=3e-3, progress=False)
     saes = {
         "TopK": fastsae.TopKSAE(D_IN, 2 * FEATURES, k=3),
         "BatchTopK": fastsae.BatchTopKSAE(D_IN, 2 * FEATURES, k=3),
     }
-    trainers = {name: fastsae.Trainer(sae, data, config) for name, sae in saes.items()}
+    trainers = {name: fastsae.Trainer(sae, None, config) for name, sae in saes.items()}
+    sample = torch.cat(list(batches(8, seed=1)))  # for the scale and the starting biases
     for trainer in trainers.values():
-        trainer.prepare()
+        trainer.prepare(sample)
     last = {}
-    for batch in data.split(BATCH):
+    for batch in batches(STEPS):
         for name, trainer in trainers.items():
             last[name] = float(trainer.step(batch).fvu)
     for trainer in trainers.values():

@@ -165,8 +165,8 @@ class Trainer:
             batch: raw rows `[n, columns]`, in any floating dtype and on any device.
 
         Returns:
-            The loss before the update, detached from the graph but for scalars;
-            `reconstruction` and `mse` in raw units (scaled ones for several targets).
+            What `training_loss` gave before the update, without a graph; `reconstruction` and
+            `mse` in raw units (`mse` in scaled ones for several targets).
 
         Raises:
             RuntimeError: `prepare` was not called, or all steps are done.
@@ -347,6 +347,8 @@ class Trainer:
         self._dead.count(out.acts.counts(), x.shape[0])
         self.steps_done += 1
         self._remember(x)
+        for name in ("loss", "fvu", "aux_loss", "sparsity_loss"):
+            setattr(out, name, getattr(out, name).detach())
         out.mse = out.mse / self.scaler.error_scale**2
         out.reconstruction = self.scaler.unscale_target(out.reconstruction)
         return out
