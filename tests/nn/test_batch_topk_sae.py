@@ -77,6 +77,13 @@ def test_inference_keeps_what_is_strictly_above_whatever_the_neighbours():
     assert torch.equal(sae.encode(x[:1]), sae.encode(x)[:1])
 
 
+def test_inference_never_keeps_what_is_not_positive():
+    sae = identity(1)
+    sae.threshold = torch.tensor(-2.0)
+    x = torch.tensor([[1.0, 2, 0, -1], [-3, 8, -1.5, 6]])
+    assert torch.equal(sae.eval().encode(x), x.relu())
+
+
 def test_inference_before_training_says_what_to_do():
     sae = identity(1).eval()
     with pytest.raises(RuntimeError, match="expected a threshold in eval mode, got none yet; call"):

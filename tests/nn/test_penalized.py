@@ -155,6 +155,54 @@ def test_jumprelu_starts_where_the_first_batch_keeps_k():
     assert torch.equal(fixed.log_threshold, before)
 
 
+def test_jumprelu_starts_on_given_data_before_any_batch():
+    sae = make(JumpReLUSAE, k=2)
+    x = 3 * torch.randn(100, 5, dtype=torch.float64) + 4
+    sae.initialize_from_data_(x)
+    before = sae.log_threshold.clone()
+    assert before.unique().numel() == 1
+    out = sae.loss(x)
+    assert torch.equal(sae.log_threshold, before)
+    assert int(out.acts.row_counts().sum()) in (199, 200)
+
+
+def test_jumprelu_reconstructs_with_the_estimate_while_training():
+    """Any loss of `forward` trains the thresholds, also through entries that are silent."""
+    sae = make(JumpReLUSAE, bandwidth=1.0, threshold=0.3)
+    x, weight = (torch.randn(50, 5, dtype=torch.float64) for _ in range(2))
+    z, theta, eps = pre_activations(sae, x), sae.threshold, sae._eps.double()
+    near = ((z - theta).abs() < eps / 2).double()
+    slope = -(theta.detach() / eps) * near
+    f = torch.where(z > theta, z, 0) + slope * (theta - theta.detach())
+    x_hat = f @ sae.W_dec + sae.b_dec
+    torch.testing.assert_close(sae(x), x_hat)
+    torch.testing.assert_close(sae.encode(x), f)
+    assert (near * (z < theta)).any()
+    parameters = list(sae.parameters())
+    wanted = torch.autograd.grad((x_hat * weight).sum(), parameters)
+    got = torch.autograd.grad((sae(x) * weight).sum(), parameters)
+    torch.testing.assert_close(got, wanted)
+    with torch.no_grad():  # no estimate: only what is active, then padding
+        active = sae.encode_sparse(x)
+    evaluated = sae.eval().encode_sparse(x)
+    for acts in (active, evaluated):
+        assert int(acts.offsets[-1]) == int((z > theta).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_threshold_of_jumprelu_is_float32_whatever_the_dtype(dtype):
+    sae = JumpReLUSAE(5, 9, dtype=dtype, threshold=0.3)
+    assert sae.b_enc.dtype == dtype
+    assert sae.threshold.dtype == sae.log_threshold.dtype == torch.float32
+    cast = JumpReLUSAE(5, 9, threshold=0.3).to(dtype)
+    assert cast.W_dec.dtype == dtype
+    assert torch.equal(cast.log_threshold, sae.log_threshold)
+    out = sae.loss(torch.randn(30, 5).to(dtype))
+    out.loss.backward()
+    assert sae.log_threshold.grad.dtype == torch.float32
+    assert sae.b_enc.grad.dtype == dtype
+
+
 def test_jumprelu_calibration_gives_k_on_the_rows_it_is_given():
     sae = make(JumpReLUSAE, d_in=16, d_sae=64, k=3, threshold=0.01)
     x = torch.randn(10, 50, 16, dtype=torch.float64)

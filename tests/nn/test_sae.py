@@ -35,6 +35,18 @@ def test_default_aux_k_is_the_power_of_two_closest_to_half_the_width(d_in, d_sae
     assert TopKSAE(d_in, d_sae, k=4).k_aux == k_aux
 
 
+def test_the_dtype_is_that_of_torch_unless_it_is_given():
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        sae = BatchTopKSAE(16, 48, k=4)
+    finally:
+        torch.set_default_dtype(before)
+    assert {p.dtype for p in sae.parameters()} == {torch.float64}
+    assert sae.threshold.dtype == torch.float32
+    assert BatchTopKSAE(16, 48, k=4, dtype=torch.bfloat16).W_dec.dtype == torch.bfloat16
+
+
 def test_W_enc_stays_feature_major():
     sae = TopKSAE(16, 48, k=4)
     adam = torch.optim.Adam(sae.parameters(), fused=True)
