@@ -145,7 +145,8 @@ def to_rst(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: lis
             out += ["", f"**{inline[1]}**: {escape(inline[2])}"]
         else:
             out.append(line if block else escape(line))
-    lines[:] = out
+    # Napoleon takes what is before a colon in the first line about an attribute for its type.
+    lines[:] = ["\\", *out] if what == "attribute" else out
 
 
 def escape(line: str) -> str:
