@@ -48,6 +48,12 @@ inline void check_k(const char* op, int64_t k, int64_t d_sae) {
   FASTSAE_CHECK(k >= 1 && k <= d_sae, op, ": expected 1 <= k <= d_sae = ", d_sae, ", got k = ", k);
 }
 
+// Latents are int32, and so are the d_sae + 1 offsets of their lists.
+inline void check_d_sae(const char* op, int64_t d_sae) {
+  FASTSAE_CHECK(d_sae >= 0, op, ": expected d_sae >= 0, got ", d_sae);
+  FASTSAE_CHECK(d_sae < INT32_MAX, op, ": expected d_sae < 2^31 - 1, got ", d_sae);
+}
+
 inline void check_entries(const char* op, int64_t entries) {
   FASTSAE_CHECK(entries < (int64_t{1} << 31), op,
                 ": expected fewer than 2^31 selected entries, got ", entries);

@@ -4,8 +4,8 @@
 // Sparse activations travel as (values, indices, offsets): offsets is absent for the fixed-k layout
 // [n, k] and [n + 1] for the variable layout [capacity]; see
 // python/fastsae/reference/sparse_acts.py. Both weight matrices are feature-major, [F, d]. Indices,
-// offsets, rows and slots are int32. Numbers that may follow from a batch size are SymInt, so that a
-// graph compiled or exported for one batch size serves all of them; kernels get them as int64_t.
+// offsets, rows and slots are int32. Numbers that may follow from a batch size are SymInt, so that
+// a graph compiled or exported for one batch size serves all of them; kernels get them as int64_t.
 #include "torch.h"
 
 // The tests compile this again, for the emulated kernels.

@@ -6,7 +6,7 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> group_by_latent(const Tensor& values, const Tensor& indices,
                                                    std::optional<Tensor> offsets, int64_t d_sae) {
-  FASTSAE_CHECK(d_sae >= 0, "group_by_latent: expected d_sae >= 0, got ", d_sae);
+  check_d_sae("group_by_latent", d_sae);
   const Entries e = checked_entries("group_by_latent", values, indices, offsets, d_sae);
   const int64_t cap = values.numel();
   Tensor bounds = new_empty(values, {d_sae + 1}, ScalarType::Int);

@@ -9,8 +9,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> group_by_latent(const Tensor& values, const Tensor& indices,
                                                    std::optional<Tensor> offsets, int64_t d_sae) {
   constexpr const char* op = "group_by_latent";
-  FASTSAE_CHECK(d_sae >= 0, "group_by_latent: expected d_sae >= 0, got ", d_sae);
-  FASTSAE_CHECK(d_sae < INT32_MAX, "group_by_latent: expected d_sae < 2^31 - 1, got ", d_sae);
+  check_d_sae(op, d_sae);
   const Format format = format_of(op, "values", values);
   const DeviceScope device(values);
   const Entries e =
