@@ -84,25 +84,37 @@ class Build:
         """Read what CMake wrote down: compiler, torch, objects."""
         return cls(json.loads(recipe.read_text()), folder)
 
-    def emulator(self, kind: str) -> Path:
-        """Return the emulator's object of that kind."""
+    def emulator(self, kind: str) -> list[Path]:
+        """Return the emulator's objects of that kind."""
         # It is not instrumented for ThreadSanitizer, but tells it which thread it runs.
         flags = ("-DEMU_TSAN=1",) if kind == "tsan" else FLAGS[kind]
-        return self._compile(HERE / "emulator.cpp", ROOT / "csrc", f"emulator_{kind}.o", flags)
+        return [
+            self._compile(HERE / f"{name}.cpp", ROOT / "csrc", f"emulator_{name}_{kind}.o", flags)
+            for name in ("block", "fiber", "launch")
+        ]
 
     def launcher(self, file: str, csrc: Path, kind: str) -> Path:
         """Return the object of `cuda/<file>.cu` of a copy of csrc, for float32 only."""
         name = f"{csrc.name}_{file}_{kind}.o"
         return self._compile(csrc / f"cuda/{file}.cu", csrc, name, FLAGS[kind])
 
-    def library(self, name: str, launchers: dict[str, Path], kind: str, emulator: Path) -> Path:
+    def library(
+        self, name: str, launchers: dict[str, Path], kind: str, emulator: list[Path]
+    ) -> Path:
         """Link operators, the given launchers, and the built ones of all other files."""
         built = {Path(o).name.removesuffix(".cu.o"): o for o in self.recipe["launchers"]}
         # The changed ones first: of two copies of an inline function the linker takes the first.
         objects = [*launchers.values(), *(o for file, o in built.items() if file not in launchers)]
         out = self.folder / f"{name}.so"
         self._run(
-            *("-shared", *FLAGS[kind], "-pthread", "-o", str(out), *map(str, (*objects, emulator))),
+            *(
+                "-shared",
+                *FLAGS[kind],
+                "-pthread",
+                "-o",
+                str(out),
+                *map(str, (*objects, *emulator)),
+            ),
             *(*self.recipe["operators"], "-Wl,--no-as-needed", self.recipe["torch"]),
         )
         return out

@@ -37,7 +37,9 @@ def test_no_race() -> None:
 recipe = _library.find("emulated_build.json")
 
 
-def _output_with(bug: Bug, build: sanitizers.Build, emulators: dict[str, Future[Path]]) -> str:
+def _output_with(
+    bug: Bug, build: sanitizers.Build, emulators: dict[str, Future[list[Path]]]
+) -> str:
     """Plant one bug, build, run; return what was said."""
     name = bug.name.replace(" ", "_")
     csrc = sanitizers.narrowed_copy(build.folder / name)
