@@ -60,8 +60,8 @@ inline void check_entries(const char* op, int64_t entries) {
                 ": expected fewer than 2^31 selected entries, got ", entries);
 }
 
-// The entries that a selection from an [n, m] matrix has room for; `name`: what the caller asked
-// by.
+// The entries that a selection from an [n, m] matrix has room for, where the argument `name` asks
+// for so many.
 inline int64_t selection_capacity(const char* op, const char* name, int64_t asked, int64_t n,
                                   int64_t m) {
   FASTSAE_CHECK(asked >= 0, op, ": expected ", name, " >= 0, got ", asked);
