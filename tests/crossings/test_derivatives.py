@@ -192,6 +192,7 @@ def test_transforms_compile(case, transform) -> None:
     assert_close(compiled(*case.inputs), of(case.dense)(*case.inputs))
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_compiled_autograd() -> None:
     x, W, *_ = CASES[4].inputs
     W = W.clone().requires_grad_()

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import Function, forward_ad
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 Rule = Callable[..., Any]
 
@@ -65,24 +66,26 @@ def register(op: str, *, setup_context: Rule, backward: Rule, jvp: Rule) -> None
         with forward_ad._set_fwd_grad_enabled(True):  # as in forward; nothing saved has a tangent
             return jvp(ctx, *tangents[:-1])
 
-    rules = {"forward": forward, "backward": all_gradients, "jvp": tangent}
+    rules: dict[str, Rule] = {
+        "forward": forward,
+        "backward": all_gradients,
+        "jvp": tangent,
+        "_compiled_autograd_key": lambda ctx: (ctx._autograd_function_id,),
+    }
     differentiable: Any = type(
         f"fastsae_{op}",
-        (Function,),
+        (_SingleLevelFunction,),
         {name: staticmethod(rule) for name, rule in rules.items()},
     )
-
-    # `Function.apply` itself would start at the top level of torch.func again.
-    apply = super(Function, differentiable).apply
 
     def kernel(keyset: Any, *inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
-                return apply(*inputs, keyset)
+                return differentiable.apply(*inputs, keyset)
         if forward_ad._current_level >= 0 or (
             torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
         ):
-            return apply(*inputs, keyset)
+            return differentiable.apply(*inputs, keyset)
         return below_autograd(keyset, inputs)
 
     _implementations.impl(op, kernel, "Autograd", with_keyset=True)
@@ -126,5 +129,6 @@ def no_tangents(op: str, *tensors: Tensor) -> None:
     """Raise RuntimeError if one of the tensors has a forward-mode tangent, which would be lost."""
     if not _may_have_tangents():
         return
-    if any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors):
+    plain = [t for t in tensors if not torch._C._functorch.is_batchedtensor(t)]
+    if any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in plain):
         raise RuntimeError(f"{op}: expected no forward-mode tangent, got one; it has no derivative")
