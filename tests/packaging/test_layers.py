@@ -21,8 +21,9 @@ LAYERS: dict[str, set[str]] = {
     "nn": {"ops"},
     "models": set(),
     "data": {"models"},
-    "train": {"nn", "data", "ops", "_library"},
-    "interop": {"nn", "models"},
+    "interop": {"nn"},
+    # Checkpoints are in the format of fastsae.save.
+    "train": {"nn", "data", "ops", "_library", "interop"},
     "eval": {"nn", "models", "data"},
     "analysis": {"nn", "models", "data", "train", "eval"},
     "report": {"nn", "models", "data", "eval", "analysis"},
