@@ -1,19 +1,19 @@
-"""Every architecture on the same real activations with the same budget.
+"""Compare all architectures on the same real activations with the same budget.
 
     python -m bench.architectures FILE --out RESULTS.jsonl      # trains what RESULTS lacks
     python -m bench.architectures --report RESULTS.jsonl        # prints the table
 
 FILE is safetensors with `acts` [n, d], the residual stream after block 15 of the demo's model, side
-columns `token_ids` and `chunk_ids` [n] and, in its metadata, `n_train`: the rows before are for
-training, the rest is held out. Rows above 3 times the median norm are left out. What FILE lacks is
-read from the model once and kept beside RESULTS: gradients for the gradient SAE, input and output
-of the MLP for transcoders, two more layers for crosscoders.
+columns `token_ids` and `chunk_ids` [n] and, in its metadata, `n_train`, the number of training
+rows; the rest is held out. Rows above 3 times the median norm are left out. What FILE lacks is read
+from the model once and stored next to RESULTS: gradients for the gradient SAE, input and output of
+the MLP for transcoders, two more layers for crosscoders.
 
 Each line of RESULTS is one run. Metrics are those of the inference rule on every second held-out
 row, after the others have set the thresholds of classes that can be calibrated to L0 = k; ce is the
 next-token cross entropy of the held-out texts with the reconstruction in place. Transcoders and
-crosscoders reconstruct other things, so their FVU compares with nothing but its own kind. An
-interrupted bench goes on where it was.
+crosscoders have other targets, so their FVU is comparable only with others of their kind. An
+interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ PREFIX = 1  # the token in front of every chunk, whose row is in no file
 Make = Callable[[int, int, float], SAE]
 
 HELD_OUT = 0.85
-"""Share of the wanted L0 to train for where inference has no threshold: on new tokens, which these
-few were not fitted to, more latents fire."""
+"""Share of the target L0 to train for where inference has no threshold: more latents fire on new
+tokens than on the few that were fitted."""
 
 
 FAST = 0.02
-"""`control_lr` of classes that would not reach the wanted L0 in so few updates."""
+"""`control_lr` of classes that would not reach the target L0 in so few updates."""
 
 
 def _make(cls: str, ask: float = 1.0, **options: Any) -> Make:
@@ -79,7 +79,7 @@ ARCHITECTURES: dict[str, Make] = {
     "ReLU, tanh": _make("ReLUSAE", HELD_OUT, penalty="tanh"),
     "ReLU, L1": _make("ReLUSAE", HELD_OUT),
 }
-"""SAEs of one site: how each is made from d_in, d_sae and the wanted L0."""
+"""SAEs of one site: how each is made from d_in, d_sae and the target L0."""
 
 
 def _transcoder(cls: str, **options: Any) -> Make:
@@ -100,7 +100,7 @@ OTHERS: dict[str, Make] = {
     "CrossCoder, BatchTopK": _crosscoder("CrossCoder"),
     "CrossCoder, TopK": _crosscoder("TopKCrossCoder"),
 }
-"""What trains on something else than the activations of the site."""
+"""SAEs that train on something other than the activations of the site."""
 
 
 def build(name: str, d_in: int, d_sae: int, k: float) -> SAE:
@@ -109,7 +109,7 @@ def build(name: str, d_in: int, d_sae: int, k: float) -> SAE:
 
 
 class Source:
-    """The rows of FILE, what the model adds to them, and the model."""
+    """The rows of FILE, what is read from the model besides, and the model."""
 
     def __init__(self, file: Path, cache: Path, with_model: bool) -> None:
         self.with_model = with_model
@@ -131,7 +131,7 @@ class Source:
 
     @cached_property
     def extra(self) -> dict[str, Tensor]:
-        """Gradients of the loss at SITE, the MLP's input and output, and LAYERS; one row a row."""
+        """Gradients of the loss at SITE, the MLP's input and output, and LAYERS; by row."""
         if not self.cache.exists():
             names = (*LAYERS, "mlp_in.15", "mlp_out.15")
             found, site = [resolve(self.model, name) for name in names], resolve(self.model, SITE)
@@ -192,7 +192,7 @@ class Source:
 def train(
     name: str, seed: int, data: Tensor, k: float, steps: int, expansion: int
 ) -> tuple[SAE, dict[str, Any]]:
-    """Train one architecture; return it and what is known from training."""
+    """Train one architecture; return it and the facts of its training run."""
     torch.manual_seed(seed)
     width = data.shape[1]
     for kind, blocks in (("Transcoder", 2), ("Gradient", 2), ("CrossCoder", len(LAYERS))):
@@ -236,7 +236,7 @@ def scores(sae: SAE, x: Tensor, y: Tensor, acts: SparseActs) -> dict[str, float]
 def measure(
     name: str, seed: int, source: Source, k: float, steps: int, expansion: int = 4
 ) -> list[dict[str, Any]]:
-    """Train one architecture and return its lines of results: one for each inference rule."""
+    """Train one architecture and return its result lines, one per inference rule."""
     rows, held_out = source.split(name)
     sae, known = train(name, seed, rows, k, steps, expansion)
     x, y, _ = sae.columns.split(held_out)
@@ -267,7 +267,7 @@ def measure(
 
 
 def reading(name: str, sae: SAE, x: Tensor, k: float) -> list[dict[str, Any]]:
-    """Return other ways to read a trained dictionary: pursuit, fewer latents, a prefix."""
+    """Evaluate a trained dictionary in other ways: pursuit, fewer latents, a prefix."""
     if name == "TopK":
         start = time.perf_counter()
         acts = fastsae.gradient_pursuit(sae, x[:512], int(k))
@@ -297,7 +297,7 @@ def report(rows: list[dict[str, Any]]) -> str:
     known = [*ARCHITECTURES, *OTHERS]
 
     def place(name: str) -> int:
-        """Return where a row belongs: other readings of an architecture come after it."""
+        """Return the sort key of a row: other evaluations of an architecture come after it."""
         longest = max((k for k in known if name.startswith(k)), key=len)
         return known.index(longest)
 

@@ -1,9 +1,9 @@
-"""All that a GPU can tell, within minutes: `make gpu`, which builds first.
+"""Test and measure everything on a GPU within minutes: `make gpu`, which builds first.
 
-Tests, then every op against what else there is, then compute-sanitizer. Each step runs in a process
-of its own: one that fails, hangs or poisons the GPU is reported, and the rest still runs. What does
-not fit into the time is dropped and named. Writes bench/results/<gpu>-<date>.json and prints a
-table; ends with 1 if a step failed or a target was missed.
+Runs the tests, then every op against its alternatives, then compute-sanitizer. Each step runs in
+its own process: one that fails, hangs or poisons the GPU is reported, and the rest still runs. What
+does not fit into the time is dropped and listed. Writes bench/results/<gpu>-<date>.json and prints
+a table; exits with 1 if a step failed or a target was missed.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ BUDGET = 480.0
 # Seconds after the start at which tests and benches end; the sanitizers get the rest.
 TESTS_END, BENCHES_END = 200.0, 400.0
 SECONDS = 0.5  # for a case
-SILENCE = 120.0  # a bench that reports nothing for so long hangs
-POISONED = 3  # exit code: no kernel of this process will run any more
+SILENCE = 120.0  # a bench that reports nothing for this long has hung
+POISONED = 3  # exit code: no kernel of this process can run any longer
 
 Line = dict[str, Any]
 
 
 def has_cuda_kernel(case_op: str) -> bool:
-    """Return whether the op of a case ("encode_topk + backward") has a CUDA kernel, or is none."""
+    """Return whether a case ("encode_topk + backward") has a CUDA kernel, or is not an op."""
     return case_op.startswith("training") or _library.has_kernel(case_op.split()[0], "cuda")
 
 
@@ -95,7 +95,7 @@ def measure(
 
 
 def drop_broken_ways(case: Case, what: str, group: int) -> Iterator[Line]:
-    """Try what ours is compared with, and leave out what fails: it may not fit into memory."""
+    """Try the alternatives and leave out those that fail: they may not fit into memory."""
     for works in (case.torch, case.parts):
         for name in list(works):
             yield {"group": group, "begun": f"{what}: {name}"}
@@ -120,7 +120,7 @@ def _stop_if_poisoned(device: str) -> None:
 
 
 def measure_into(file: Path, start: int, until: float, seconds: float) -> None:
-    """Append the lines of `measure` to a file: what the process of the benches does."""
+    """Append the lines of `measure` to a file; this is the process that runs the benchmarks."""
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     with file.open("a", buffering=1) as out:
         ceilings = next((line["ceilings"] for line in lines if "ceilings" in line), None)
@@ -132,7 +132,7 @@ def measure_into(file: Path, start: int, until: float, seconds: float) -> None:
 
 
 def run_benches(file: Path, until: float, seconds: float = SECONDS) -> list[Line]:
-    """Run the process of the benches, and again behind the group that it died in."""
+    """Run the process of the benchmarks, and again after the group that it died in."""
     start, lines = 0, []
     while start < len(groups(CUDA_SHAPES)):
         command = [sys.executable, "-X", "faulthandler", "-m", "bench.gpu", "--measure", str(file)]
@@ -176,7 +176,7 @@ def _wait(process: subprocess.Popen[bytes], file: Path, end: float) -> int | Non
 
 
 def run_step(name: str, command: list[str], seconds: float, env: dict[str, str]) -> Line:
-    """Run a command; return how it went. All that it said is in build/gpu_<name>.log."""
+    """Run a command and return how it went; its full output is in build/gpu_<name>.log."""
     began = time.time()
     if seconds < 5:
         return {"step": name, "ok": False, "why": "dropped: no time left"}
@@ -215,7 +215,7 @@ def sanitize(tool: str, seconds: float) -> Line:
         return {"step": tool, "ok": None, "why": "compute-sanitizer is not installed"}
     command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=fastsae"]
     command += [sys.executable, "-m", "tests.cuda_emulation.run_calls", "--device", "cuda"]
-    # Without torch's cache every tensor is an allocation that ends where it ends.
+    # Without torch's cache, every tensor is an allocation of exactly its size.
     return run_step(tool, command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
@@ -228,7 +228,7 @@ def _said(*command: str) -> str:
 
 
 def head() -> Line:
-    """Return what the numbers depend on."""
+    """Return the facts that the numbers depend on."""
     driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         **machine("cuda"),
@@ -266,7 +266,7 @@ def collect(lines: list[Line], steps: list[Line], machine: Line) -> Line:
 
 
 def is_good(record: Line) -> bool:
-    """Return whether every step went well and every target was reached."""
+    """Return whether every step succeeded and every target was reached."""
     missed = [Result(**row).missed() for row in record["results"]]
     steps = all(step["ok"] is not False for step in record["steps"])
     return steps and not any(missed) and not record["failed"] and bool(record["results"])
@@ -290,7 +290,7 @@ def main() -> int:
     about, scale, lines = head(), a.budget / BUDGET, ROOT / "build/gpu_lines.jsonl"
     lines.unlink(missing_ok=True)
     lines.parent.mkdir(exist_ok=True)
-    # A plugin that the machine may have fails on warnings that we make errors.
+    # A pytest plugin on the machine may fail on warnings that we turn into errors.
     tests = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:benchmark"]
     tests += ["-k", "cuda", "tests/ops", "tests/train/test_resume_classes.py"]
     if importlib.util.find_spec("xdist"):

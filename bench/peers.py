@@ -1,8 +1,8 @@
 """One TopK training step in fastsae, in plain torch and in other libraries.
 
-Every way starts from the same weights, keeps its own memory layout, trains on the same batch with
-Adam at the same learning rate, and is called through the interface its library offers. No latent is
-dead in so few steps, so nobody computes an auxiliary loss.
+All implementations start from the same weights, keep their own memory layout, train on the same
+batch with Adam at the same learning rate, and are called through their library's interface. No
+latent is dead in so few steps, so none computes an auxiliary loss.
 
 The other libraries are optional: pip install eai-sparsify dictionary-learning sae-lens
 """
@@ -22,12 +22,12 @@ from fastsae import BatchTopKSAE, TopKSAE, TrainConfig, Trainer
 from parity import dictionary_learning, saelens, sparsify
 from parity.problem import NAMES, fill
 
-STEPS = 100_000  # of the runs that the timed steps are the first of
+STEPS = 100_000  # length of the runs whose first steps are timed
 
 
 @dataclass
 class Start:
-    """What every way begins with: a batch, unit rows for both matrices, and biases."""
+    """What every implementation starts from: a batch, unit rows for both matrices, and biases."""
 
     x: Tensor
     W: Tensor
@@ -38,13 +38,13 @@ class Start:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """By the names of fastsae."""
+        """Keyed by fastsae's names."""
         return {"W_enc": self.W.t(), "W_dec": self.W, "b_enc": self.b_enc, "b_dec": self.b_dec}
 
 
 @dataclass
 class Way:
-    """One implementation: an update; reconstruction and loss before the first; what the loss is."""
+    """One implementation: its update, its reconstruction and loss before that, and which loss."""
 
     step: Callable[[], object]
     forward: Callable[[], tuple[Tensor, Tensor]]
@@ -66,7 +66,7 @@ def start(n: int, d: int, d_sae: int, k: int, device: str = "cpu") -> Start:
 
 
 def trainer(s: Start, update: str, compute_dtype: str, batch: bool = False) -> Trainer:
-    """Return fastsae's trainer before its first step; it refuses an update that does not apply."""
+    """Return fastsae's trainer, prepared; it refuses an update that does not apply."""
     cls = BatchTopKSAE if batch else TopKSAE
     sae = cls(s.W.shape[1], s.W.shape[0], k=s.k).to(s.x.device).train()
     sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec = s.W.t(), s.W, s.b_enc, s.b_dec
@@ -122,9 +122,9 @@ def _dense_torch(s: Start, autocast: bool = False, batch: bool = False) -> Way:
 
 
 def _sparsify(s: Start) -> Way:
-    """Run what Trainer.fit of eai-sparsify does per batch, less its counters and logging.
+    """Run what Trainer.fit of eai-sparsify does per batch, without its counters and logging.
 
-    Decoder rows are normalised before the forward. Adam is fused, which it does not ask for.
+    Decoder rows are normalized before the forward. Adam is fused, which is not its default.
     """
     d_sae, d = s.W.shape
     sae = sparsify.coder(d, d_sae, s.k, dtype=torch.float32, device=s.x.device)
@@ -159,7 +159,7 @@ def _dictionary_learning(s: Start) -> Way:
 def _sae_lens(s: Start, sparse: bool = False) -> Way:
     """Run SAETrainer.step: mse loss, gradient clipped to norm 1, its own Adam (not fused).
 
-    Decoder rows keep their norms; latents are scaled by them, which sparse ones cannot be here.
+    Decoder rows keep their norms; latents are scaled by them, except with a sparse code.
     """
     options = {"use_sparse_activations": sparse, "rescale_acts_by_decoder_norm": not sparse}
     d_sae, d = s.W.shape
@@ -190,7 +190,7 @@ WAYS: dict[str, tuple[Callable[..., Way], dict[str, object], str]] = {
 
 
 def build(name: str, s: Start, batch: bool = False) -> Way:
-    """Return the way called `name`, ready for its first step.
+    """Return the implementation called `name`, ready for its first step.
 
     batch: with BatchTopK instead of TopK; fastsae and dense torch only.
     """

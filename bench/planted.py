@@ -1,11 +1,11 @@
-"""Synthetic activations whose features are known, and how well an SAE found them.
+"""Synthetic activations with known features, and how well an SAE finds them.
 
     python -m bench.planted            # a table of every architecture
 
 Three kinds: `independent` features fire on their own, `correlated` ones in groups that share a
 switch, `hierarchical` ones only together with their parent. Features lie along random directions;
-a token is the sum of its active ones. For transcoders and crosscoders they lie along directions of
-their own in every block of columns; the gradient SAE gets that of |x|^2 / 2, which is x.
+a token is the sum of its active ones. For transcoders and crosscoders every block of columns has
+its own directions; the gradient SAE gets the gradient of |x|^2 / 2, which is x.
 """
 
 from __future__ import annotations

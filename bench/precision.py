@@ -1,8 +1,8 @@
-"""What a bfloat16 encoder product does to a trained SAE: `python -m bench.precision FILE`.
+"""Measure what a bfloat16 encoder matmul costs: `python -m bench.precision FILE`.
 
-FILE is safetensors with `acts` [n, d] and, in its metadata, `n_train`: the rows before are for
-training, the rest is held out. Rows above 3 times the median norm are left out. Every seed trains
-once with each product; the FVU is that of float32 inference on the held-out rows.
+FILE is safetensors with `acts` [n, d] and, in its metadata, `n_train`: the number of training rows;
+the rest is held out. Rows above 3 times the median norm are left out. Every seed trains once with
+each matmul; the FVU is measured with float32 inference on the held-out rows.
 """
 
 from __future__ import annotations

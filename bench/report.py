@@ -55,7 +55,7 @@ def table(head: Row, results: Sequence[Result]) -> str:
 
 
 def gpu(record: dict[str, Any]) -> str:
-    """Return a run of `bench.gpu` as Markdown: steps, results and targets, what is missing."""
+    """Return a run of `bench.gpu` as Markdown: steps, results, targets, and what is missing."""
     head = record["machine"]
     about = (f"{name} {head[name]}" for name in ("driver", "nvcc", "commit") if name in head)
     lines = [machine(head) if "copy_gbs" in head else str(head), ", ".join(about) + ".", ""]
@@ -116,7 +116,7 @@ def plot(head: Row, rows: Sequence[Row], shape: str, out: Path) -> None:
             sizes = str(row["shape"]).removeprefix(f"{shape}: ")
     if not times:
         sys.exit(f"bench.report: expected training steps at shape {shape} in the file, got none")
-    # A way that was timed in several groups counts once.
+    # An implementation that was timed in several groups counts once.
     ms = {name: statistics.median(t) for name, t in times.items()}
     names = sorted(ms, key=lambda name: ms[name])
     # 700 pixels wide in a browser, which takes 96 for an inch.

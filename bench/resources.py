@@ -1,10 +1,10 @@
-"""Registers, static shared memory and spills of every kernel, against committed ceilings.
+"""Compare registers, static shared memory and spills of every kernel with committed ceilings.
 
     python -m bench.resources           # print and compare
-    python -m bench.resources --write   # take what was built as the new ceilings
+    python -m bench.resources --write   # take the current values as the new ceilings
 
-Reads what ptxas said in the build (cmake/keep_ptxas_report.sh). Dynamic shared memory is a matter
-of the launch and is not in it. No GPU is needed.
+Reads what ptxas reported in the build (cmake/keep_ptxas_report.sh). Dynamic shared memory is chosen
+at launch and is not part of it. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def parse(text: str) -> Resources:
 def problems(
     found: Resources, ceilings: Mapping[str, Mapping[str, list[int]]], spilling: Mapping[str, int]
 ) -> list[str]:
-    """Return one line for each kernel that takes more than it may, or that nobody knows."""
+    """Return one line for each kernel that is above its ceiling or has none."""
     lines = []
     for kernel, archs in found.items():
         for arch, used in archs.items():
@@ -96,7 +96,7 @@ def problems(
 
 
 def table(found: Resources) -> str:
-    """Return kernels by architectures: registers / shared bytes, and spills where there are."""
+    """Return a table of kernels by architecture: registers / shared bytes, and any spills."""
     archs = sorted({arch for used in found.values() for arch in used}, key=_arch)
     width = max(map(len, found), default=0)
     lines = [" ".join([f"{'registers / shared bytes':{width}}", *(f"{a:>16}" for a in archs)])]
@@ -111,7 +111,7 @@ def table(found: Resources) -> str:
 
 
 def written(found: Resources, nvcc: str, spilling: Mapping[str, int]) -> str:
-    """Return the file of ceilings, one line per kernel; what may spill is decided by hand."""
+    """Return the file of ceilings, one line per kernel; `spills_allowed` is edited by hand."""
     kernels = ",\n".join(
         f"    {json.dumps(kernel)}: "
         + json.dumps(
@@ -128,7 +128,7 @@ def written(found: Resources, nvcc: str, spilling: Mapping[str, int]) -> str:
 
 
 def built(objects: Path) -> Resources:
-    """Return what the build said about every launcher that still exists."""
+    """Return what ptxas reported about every launcher that still exists."""
     reports = sorted(objects.glob("*.cu.o.ptxas"))
     reports = [
         r for r in reports if (ROOT / "csrc/cuda" / r.name.removesuffix(".o.ptxas")).exists()

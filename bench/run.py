@@ -22,7 +22,7 @@ from fastsae import __version__, _host
 
 
 def machine(device: str) -> dict[str, object]:
-    """Return what the numbers depend on."""
+    """Return the facts that the numbers depend on."""
     cpu = "unknown"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""What limits a training step: memory, growth, and what is not the encoder's product."""
+"""What limits a training step: memory, growth, and everything except the encoder's GEMM."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def proc_mib(file: str, field: str) -> float:
 
 
 def peak_mib(name: str, threads: int) -> float:
-    """Return what one step adds to the memory of this process, which does nothing else.
+    """Return the peak memory that one step adds to this process, which does nothing else.
 
-    Parameters, optimizer state and what libraries keep are there: a step on 16 tokens made them.
+    Parameters, optimizer state and library buffers exist already: a step on 16 tokens made them.
     """
     torch.set_num_threads(threads)
     s = start(MEMORY_TOKENS, *SHAPES["A"][1:])
@@ -83,11 +83,11 @@ def growth(seconds: float) -> list[Row]:
 
 
 def rest(shape: str, seconds: float) -> Row:
-    """Return everything of the fused float32 step but the encoder, against its memory floor.
+    """Return the fused float32 step without the encoder, against its memory floor.
 
-    The rest is the step less `encode_topk` of the same weights. Its floor is, at the bandwidth of a
-    copy timed in the same turns: parameters and both averages of both matrices read and written;
-    the decoder rows that the batch gathers, each once; x, reconstruction and error.
+    The rest is the step minus `encode_topk` of the same weights. Its floor is, at the bandwidth of
+    a copy timed alternately with it: parameters and both averages of both matrices, read and
+    written; the decoder rows that the batch gathers, each once; x, reconstruction and error.
     """
     n, d, d_sae, k = SHAPES[shape]
     s = start(n, d, d_sae, k)
@@ -125,7 +125,7 @@ def rest(shape: str, seconds: float) -> Row:
 
 
 def topk_limit(seconds: float) -> list[Row]:
-    """Return how far selection is from a pure read of the same matrix, and torch from both.
+    """Compare selection with a pure read of the same matrix, and with torch.
 
     No selection can be faster than the read, so the ratio to torch cannot pass the last column.
     """

@@ -1,7 +1,7 @@
-"""Paired timing: two or more ways of the same work, taken in turn, compared by their medians.
+"""Paired timing: several implementations of the same work run alternately; medians are compared.
 
-Machines are shared and drift, so absolute times mean little; a ratio of medians of interleaved runs
-holds. The answer is checked before anything is timed.
+Machines are shared and drift, so absolute times mean little, but ratios of medians of interleaved
+runs are stable. The answer is checked before anything is timed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-# `Case.torch` hides the module.
+# `Case.torch` shadows the module.
 Dtype = torch.dtype
 FLOAT32 = torch.float32
 Work = Callable[[], object]
@@ -21,13 +21,13 @@ Work = Callable[[], object]
 
 @dataclass
 class Case:
-    """One op at one shape: ours, the plain-torch ways, what must agree, and the physical floor."""
+    """One op at one shape: fastsae, plain-PyTorch alternatives, a check, and the physical floor."""
 
     op: str
     shape: str
     ours: Work
     torch: dict[str, Work]
-    """Name -> the same work in plain torch; the fastest of them counts."""
+    """Name -> the same work in plain PyTorch; the fastest of them counts."""
     check: Callable[[], None]
     """Raises where the answers differ."""
     bytes: float = 0.0
@@ -37,10 +37,10 @@ class Case:
     gather_bytes: float = 0.0
     """Bytes if every gathered row comes from memory, each time."""
     parts: dict[str, Work] = field(default_factory=dict)
-    """Work that is less than ours, such as its matrix product alone: timed, but no competitor."""
+    """Work that is only part of the op, such as its GEMM: timed, but no competitor."""
     targets: dict[str, float] = field(default_factory=dict)
-    """What ours should reach: times faster than a way or a part, or a share of `copy` (the floor)
-    or `gather`."""
+    """What fastsae should reach: times faster than an alternative or a part, or a share of `copy`
+    (the floor) or `gather`."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Result:
     device: str = field(default="cpu")
     of_gather: float = 0.0
     ratios: dict[str, float] = field(default_factory=dict)
-    """Every way and part -> its time over ours."""
+    """Every alternative and part -> its time over fastsae's."""
     targets: dict[str, float] = field(default_factory=dict)
 
     def reached(self, target: str) -> float:
@@ -87,7 +87,7 @@ def _once(work: Work, device: str) -> float:
 
 
 def _once_on_gpu(work: Work) -> float:
-    """Return the time between two events; the GPU pauses first, so that the host gets ahead."""
+    """Return the time between two events; the GPU sleeps first, so that the host gets ahead."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     torch.cuda._sleep(400_000)
@@ -99,15 +99,15 @@ def _once_on_gpu(work: Work) -> float:
 
 
 def medians(works: dict[str, Work], device: str, seconds: float) -> dict[str, list[float]]:
-    """Time every work in turn until `seconds` have passed, at least 5 times each; ms."""
+    """Time all works alternately until `seconds` have passed, at least 5 times each; ms."""
     for work in works.values():
         _once(work, device)
     times: dict[str, list[float]] = {name: [] for name in works}
     start = time.perf_counter()
     while len(next(iter(times.values()))) < 5 or time.perf_counter() - start < seconds:
         for name, work in works.items():
-            # Each finds the caches as it left them itself, not as another way of the work did:
-            # after a large matrix product a gather needs several runs to get its rows back.
+            # Each finds the caches as it left them itself, not as another implementation did:
+            # after a large matmul, a gather needs several runs to get its rows back.
             warm = time.perf_counter() + (0.002 if device == "cuda" else 0.02)
             if times[name] == [] or times[name][-1] < 100:
                 _once(work, device)

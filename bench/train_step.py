@@ -3,13 +3,13 @@
     python -m bench.train_step [--shape A S W] [--seconds 20] [--out F.jsonl]
                                [--memory] [--growth] [--rest]
 
-A step is encode, decode, loss, backward, optimizer and normalisation of the decoder, as users of
+A step is encode, decode, loss, backward, optimizer and normalization of the decoder, as users of
 each library run it; `bench.peers` says how each is called and where it differs by design. Before
-anything is timed, reconstruction and loss of every way are compared with fastsae's for the same
-weights and batch. A library that cannot be imported is left out, with one line that says so; to
-have them all: pip install eai-sparsify dictionary-learning sae-lens
+anything is timed, reconstruction and loss of every implementation are compared with fastsae's for
+the same weights and batch. A library that cannot be imported is skipped with a message; to install
+them all: pip install eai-sparsify dictionary-learning sae-lens
 
-`--shape` with nothing after it leaves the steps out, for the parts of `bench.step_limits` alone.
+`--shape` without a value skips the steps and runs only the parts of `bench.step_limits`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BASES = ("fastsae", "fastsae bf16")  # what the others are compared with
 
 
 def missing(name: str) -> str:
-    """Return why a way cannot be run here, or nothing."""
+    """Return why an implementation cannot run here, or an empty string."""
     need = WAYS[name][2]
     if name == "fastsae bf16" and not _library.has_bf16():
         return "this processor has no bfloat16 instructions, so it would be fastsae"
@@ -55,7 +55,7 @@ def missing(name: str) -> str:
 
 
 def groups(names: list[str], shape: str) -> list[list[str]]:
-    """Split the ways so that those timed in turn fit in memory together, each with the bases."""
+    """Split implementations into groups that fit in memory together, each with the bases."""
     n, d, d_sae, _ = SHAPES[shape]
     held = 4 * 3 * 2 * d * d_sae / 2**20  # parameters and two moments
     passing = 4 * (2 * d + 6 * n) * d_sae / 2**20  # one step's gradients and dense latents
@@ -67,9 +67,9 @@ def groups(names: list[str], shape: str) -> list[list[str]]:
 
 
 def time_group(shape: str, group: list[str], seconds: float, copy_gbs: float) -> list[Row]:
-    """Check ways at one shape and time them in turn.
+    """Check implementations at one shape and time them alternately.
 
-    The floor is torch's product for the encoder, timed in the same turns, and the traffic of Adam:
+    The floor is torch's GEMM for the encoder, timed alternately with them, and the traffic of Adam:
     p, m and v of both matrices read and written.
     """
     s = start(*SHAPES[shape])

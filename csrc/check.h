@@ -2,6 +2,7 @@
 // One grammar: "<op>: expected <what>, got <what came>"; Python checks the same facts first.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 #include <sstream>
 #include <string>
@@ -48,9 +49,25 @@ inline void check_k(const char* op, int64_t k, int64_t d_sae) {
   FASTSAE_CHECK(k >= 1 && k <= d_sae, op, ": expected 1 <= k <= d_sae = ", d_sae, ", got k = ", k);
 }
 
+// Latents are int32, and so are the d_sae + 1 offsets of their lists.
+inline void check_d_sae(const char* op, int64_t d_sae) {
+  FASTSAE_CHECK(d_sae >= 0, op, ": expected d_sae >= 0, got ", d_sae);
+  FASTSAE_CHECK(d_sae < INT32_MAX, op, ": expected d_sae < 2^31 - 1, got ", d_sae);
+}
+
 inline void check_entries(const char* op, int64_t entries) {
   FASTSAE_CHECK(entries < (int64_t{1} << 31), op,
                 ": expected fewer than 2^31 selected entries, got ", entries);
+}
+
+// The entries that a selection from an [n, m] matrix has room for; `name`: what the caller asked
+// by.
+inline int64_t selection_capacity(const char* op, const char* name, int64_t asked, int64_t n,
+                                  int64_t m) {
+  FASTSAE_CHECK(asked >= 0, op, ": expected ", name, " >= 0, got ", asked);
+  const int64_t capacity = std::min(asked, n * m);
+  check_entries(op, capacity);
+  return capacity;
 }
 
 // The shapes of sparse activations; their indices and offsets are for whoever can read them.

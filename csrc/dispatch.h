@@ -2,7 +2,7 @@
 #pragma once
 
 #include "check.h"
-#include "cpu/types.h"
+#include "types.h"
 
 namespace fastsae {
 
@@ -20,9 +20,9 @@ auto dispatch_floating(const char* op, const char* name, const Tensor& t, F&& f)
     case ScalarType::Double:
       return f(Type<double>{});
     case ScalarType::BFloat16:
-      return f(Type<cpu::bf16>{});
+      return f(Type<bf16>{});
     case ScalarType::Half:
-      return f(Type<cpu::fp16>{});
+      return f(Type<fp16>{});
     default:
       FASTSAE_CHECK(false, op, ": expected ", name, " to be float32, float64, bfloat16 or float16");
   }
@@ -32,8 +32,8 @@ template <class T>
 constexpr ScalarType scalar_type_of() {
   if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
   if constexpr (std::is_same_v<T, double>) return ScalarType::Double;
-  if constexpr (std::is_same_v<T, cpu::bf16>) return ScalarType::BFloat16;
-  if constexpr (std::is_same_v<T, cpu::fp16>) return ScalarType::Half;
+  if constexpr (std::is_same_v<T, bf16>) return ScalarType::BFloat16;
+  if constexpr (std::is_same_v<T, fp16>) return ScalarType::Half;
 }
 
 // The dtype that sums and thresholds of `t` are kept in.
@@ -41,26 +41,28 @@ inline ScalarType accumulator_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_hint(const char* op, const std::optional<Tensor>& hint) {
-  FASTSAE_CHECK(!hint || hint->dim() == 0, op, ": expected threshold_guess to be [], got ",
-                shape_of(*hint));
+inline void check_threshold_guess(const char* op, const std::optional<Tensor>& guess) {
+  FASTSAE_CHECK(!guess || guess->dim() == 0, op, ": expected threshold_guess to be [], got ",
+                shape_of(*guess));
 }
-// A threshold of an earlier call, in the dtype of thresholds of `x`.
-inline std::optional<Tensor> checked_hint(const char* op, const std::optional<Tensor>& hint,
-                                          const Tensor& x) {
-  check_hint(op, hint);
-  if (!hint) return std::nullopt;
-  return torch::stable::to(*hint, accumulator_type(x));
+
+// The same in the dtype of thresholds of `x`.
+inline std::optional<Tensor> threshold_guess(const char* op, const std::optional<Tensor>& guess,
+                                             const Tensor& x) {
+  check_threshold_guess(op, guess);
+  if (!guess) return std::nullopt;
+  return torch::stable::to(*guess, accumulator_type(x));
 }
 
 // A threshold for all columns, or one for each.
-inline void check_theta(const char* op, const Tensor& theta, const Tensor& x, int64_t columns) {
-  if (theta.dim() != 0) check_vector(op, "threshold", theta, columns);
-  FASTSAE_CHECK(theta.scalar_type() == accumulator_type(x), op,
+inline void check_threshold(const char* op, const Tensor& threshold, const Tensor& x,
+                            int64_t columns) {
+  if (threshold.dim() != 0) check_vector(op, "threshold", threshold, columns);
+  FASTSAE_CHECK(threshold.scalar_type() == accumulator_type(x), op,
                 ": expected threshold to be float32 (float64 for a float64 x)");
 }
 
-// Typed pointers; torch's own bfloat16 and half have the same layout as ours.
+// Typed pointers; torch's own bfloat16 and half have the same layout.
 template <class T>
 const T* data_of(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());

@@ -1,6 +1,7 @@
-// What the encode ops read, checked once, on any device.
+// The inputs of the encode ops, checked once, on any device.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 
 #include "check.h"
@@ -14,7 +15,7 @@ struct EncoderArguments {
   Tensor W_enc;                 // [F, d]
   std::optional<Tensor> b_enc;  // [F] in the accumulator dtype
   std::optional<Tensor> b_dec;  // [d]
-  std::optional<Tensor> mask;   // [F]: the latents that take part
+  std::optional<Tensor> mask;   // [F]: the latents that are eligible
   bool bf16_product = false;    // W_enc and x - b_dec are rounded to bfloat16 where that is faster
   int64_t d_sae = 0;
 };
@@ -49,6 +50,22 @@ inline EncoderArguments encoder_arguments(const char* op, const Tensor& x, const
     in.mask = as_contiguous(*mask);
   }
   return in;
+}
+
+// How n rows of pre-activations are cut into chunks: `count` of them, all but the last of `rows`.
+struct RowChunks {
+  int64_t count, rows;
+};
+
+// Chunks of about `bytes`, but of at least min_rows rows, which keep a GEMM efficient; `multiple`
+// divides their rows. All about equal: no small one at the end.
+inline RowChunks row_chunks(int64_t n, int64_t row_bytes, int64_t bytes, int64_t min_rows,
+                            int64_t multiple) {
+  const int64_t fitting = std::max(min_rows, bytes / std::max<int64_t>(1, row_bytes));
+  const int64_t count = (n + fitting - 1) / fitting;
+  if (count == 0) return {0, 0};
+  const int64_t rows = (n + count - 1) / count;
+  return {count, std::min(fitting, (rows + multiple - 1) / multiple * multiple)};
 }
 
 }  // namespace fastsae

@@ -4,8 +4,8 @@
 // Sparse activations travel as (values, indices, offsets): offsets is absent for the fixed-k layout
 // [n, k] and [n + 1] for the variable layout [capacity]; see
 // python/fastsae/reference/sparse_acts.py. Both weight matrices are feature-major, [F, d]. Indices,
-// offsets, rows and slots are int32. Numbers that may follow from a batch size are SymInt, so that a
-// graph compiled or exported for one batch size serves all of them; kernels get them as int64_t.
+// offsets, rows and slots are int32. Numbers that may follow from a batch size are SymInt, so that
+// a graph compiled or exported for one batch size serves all of them; kernels get them as int64_t.
 #include "torch.h"
 
 // The tests compile this again, for the emulated kernels.
@@ -18,8 +18,8 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
   // The k largest entries of each row of x [n, F]; ascending index, or descending value if sorted.
   m.def("topk(Tensor x, int k, bool sorted) -> (Tensor values, Tensor indices)");
 
-  // The `budget` largest positive entries of the whole matrix x [n, F]; the smallest kept value,
-  // which `threshold_guess` [] may guess.
+  // The `budget` largest positive entries of the whole matrix x [n, F], and the smallest of their
+  // values. threshold_guess [] may predict it; a wrong prediction costs only time.
   m.def(
       "batch_topk(Tensor x, SymInt budget, Tensor? threshold_guess)"
       " -> (Tensor values, Tensor indices, Tensor offsets, Tensor threshold)");
@@ -37,8 +37,8 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
       " -> (Tensor values, Tensor indices, Tensor offsets)");
 
   // topk, batch_topk and threshold_select of (x - b_dec) W_enc^T + b_enc, which is never stored
-  // whole. Only latents where mask [F] is true take part. bf16_product: both factors of the product
-  // may be rounded to bfloat16, its sums are float32.
+  // whole. Only latents where mask [F] is true are eligible. bf16_product: both factors of the
+  // matmul may be rounded to bfloat16, its sums are float32.
   m.def(
       "encode_topk(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, int k, Tensor? mask,"
       " bool relu, bool bf16_product) -> (Tensor values, Tensor indices)");
@@ -74,7 +74,7 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
   // One training step of both matrices and both biases, latent by latent, without a gradient
   // tensor. m_, v_: Adam's averages of each. acts: (values, indices, offsets), gradient
   // grad_values, of x [n, d]; grad_output [n, d] is the gradient of the reconstruction. extra_*:
-  // gradients of some latents that are added (from an auxiliary loss). A max_norm of inf does not
+  // more gradients of some latents (from an auxiliary loss). A max_norm of inf does not
   // clip.
   m.def(
       "sparse_adam_step_(Tensor(a!) W_enc, Tensor(b!) W_dec, Tensor(c!) b_enc, Tensor(d!) b_dec,"

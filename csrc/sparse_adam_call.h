@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "adam_constants.h"
 #include "check.h"
 
 namespace fastsae {
@@ -24,18 +25,13 @@ struct AdamCall {
 
   static constexpr const char* kOp = "sparse_adam_step_";
 
-  // In the type that parameters have: A, constants of one step.
-  template <class Scalars>
-  Scalars scalars() const {
-    using A = decltype(Scalars::eps);
-    const double correction1 = 1.0 - std::pow(beta1, static_cast<double>(step));
-    const double correction2 = 1.0 - std::pow(beta2, static_cast<double>(step));
-    return {static_cast<A>(1.0 - beta1),
-            static_cast<A>(beta2),
-            static_cast<A>(1.0 - beta2),
-            static_cast<A>(lr / correction1),
-            static_cast<A>(1.0 / std::sqrt(correction2)),
-            static_cast<A>(eps)};
+  AdamConstants<double> constants() const {
+    return {1.0 - beta1,
+            beta2,
+            1.0 - beta2,
+            lr / (1.0 - std::pow(beta1, static_cast<double>(step))),
+            1.0 / std::sqrt(1.0 - std::pow(beta2, static_cast<double>(step))),
+            eps};
   }
 
   void check() const {

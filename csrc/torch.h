@@ -1,6 +1,34 @@
 // The only file that sees torch: the LibTorch stable ABI (target 2.11) and what it lacks.
 #pragma once
 
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace fastsae {
+
+// Throws torch's own words, such as "CUDA out of memory": callers look for them. Looked up at run
+// time, because only torch 2.13 and later keep them.
+[[noreturn]] inline void throw_torch_error(const char* call) {
+  static const auto last_message = reinterpret_cast<const char* (*)()>(
+      dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  const char* message = last_message ? last_message() : nullptr;
+  if (message && *message) throw std::runtime_error(message);
+  throw std::runtime_error(std::string(call) + " failed in torch (torch 2.13 and later say why)");
+}
+
+}  // namespace fastsae
+
+// Also for the stable headers below, whose own macro only says which call failed.
+#undef TORCH_ERROR_CODE_CHECK
+#define TORCH_ERROR_CODE_CHECK(call)   \
+  if ((call) != TORCH_SUCCESS) {       \
+    fastsae::throw_torch_error(#call); \
+  }
+
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,8 +1,8 @@
-"""Train an SAE in a language model, save and load it, put it back into the model, steer.
+"""Train an SAE on a language model, save and load it, splice it back in, and steer.
 
     python examples/load_and_steer.py
 
-The model is tiny and random, so that this runs anywhere in seconds and says nothing about language.
+The model is tiny and random, so this runs anywhere in seconds but says nothing about language.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def tiny_llama() -> torch.nn.Module:
 
 
 def main() -> dict[str, float]:
-    """Return how much splicing and steering move the logits, as shares of their norm."""
+    """Return how far splicing and steering move the logits, relative to their norm."""
     model = tiny_llama()
     tokens = torch.randint(64, (128, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Take fastsae's ops into a module of your own; the rest of the code stays plain torch.
+"""Use fastsae's ops in your own module; the rest of the code stays plain PyTorch.
 
 python examples/op_in_your_code.py
 """
@@ -12,7 +12,7 @@ from fastsae import SparseActs, ops
 
 
 class TopKAutoencoder(nn.Module):
-    """relu, TopK, decode, as one would write them, but without a [tokens, latents] matrix."""
+    """TopK, relu, decode, as you would write them, but without a [tokens, latents] matrix."""
 
     def __init__(self, d: int, latents: int, k: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class TopKAutoencoder(nn.Module):
 
 
 def main() -> tuple[float, float]:
-    """Train for a moment; return the first and the last error."""
+    """Train briefly; return the first and the last error."""
     torch.manual_seed(0)
     x = torch.randn(512, 64).relu() @ torch.randn(64, 64)
     model = TopKAutoencoder(64, 256, k=16)

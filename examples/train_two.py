@@ -2,7 +2,7 @@
 
     python examples/train_two.py
 
-The stream could as well come from a model that runs in the same loop: each batch is made once.
+The stream could just as well come from a model running in the same loop: each batch is made once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> dict[str, float]:
         "BatchTopK": fastsae.BatchTopKSAE(D_IN, 2 * FEATURES, k=3),
     }
     trainers = {name: fastsae.Trainer(sae, None, config) for name, sae in saes.items()}
-    sample = torch.cat(list(batches(8, seed=1)))  # for the scale and the starting biases
+    sample = torch.cat(list(batches(8, seed=1)))  # for the scale and the initial biases
     for trainer in trainers.values():
         trainer.prepare(sample)
     last = {}

@@ -24,7 +24,7 @@ MODULES = {
     "dictionary-learning": "dictionary_learning.trainers",
     "eai-sparsify": "sparsify",
 }
-# Our class, theirs, its package, and the comparison.
+# fastsae's class, the peer's class, the peer's package, and the comparison.
 CASES: list[tuple[str, str, str, Case]] = [
     ("TopKSAE", "TopKSAE, TopKTrainingSAE", "sae-lens", saelens.compare_topk),
     ("TopKSAE", "AutoEncoderTopK, TopKTrainer", "dictionary-learning", dl.compare_topk),
@@ -58,7 +58,7 @@ CASES: list[tuple[str, str, str, Case]] = [
 
 
 def unavailable(package: str) -> str:
-    """Return why a library cannot be compared with here, or nothing."""
+    """Return why a library is unavailable here, or an empty string."""
     module = MODULES[package]
     # Read by sparsify at import: its Triton decoder takes no CPU tensors.
     os.environ["SPARSIFY_DISABLE_TRITON"] = "1"

@@ -16,7 +16,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Differs:
-    """Why something is not expected equal, and theirs / ours where the reason determines it."""
+    """Why a quantity is not expected to be equal, and theirs / ours if the reason determines it."""
 
     reason: str
     ratio: float | None = None
@@ -24,7 +24,7 @@ class Differs:
 
 @dataclass
 class Comparison:
-    """Quantities by name from both sides, and which of them are known to differ."""
+    """Quantities of both sides by name, and which of them are known to differ."""
 
     mode: str
     ours: Tensors
@@ -45,7 +45,7 @@ class Row:
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Return max |ours - theirs| / max |ours|; inf for another shape, NaN, or nothing but zeros."""
+    """Return max |ours - theirs| / max |ours|; inf if shapes differ, for NaN, or if ours is 0."""
     ours, theirs = ours.detach().double(), theirs.detach().double()
     if ours.shape != theirs.shape or not bool((ours != 0).any()):
         return math.inf
@@ -54,7 +54,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def compare(ours: str, peer: str, found: Comparison) -> list[Row]:
-    """Return a row for all that has to be equal, and one for each known difference."""
+    """Return one row for everything that has to be equal, and one per known difference."""
     equal = {
         name: difference(found.ours[name], theirs)
         for name, theirs in found.theirs.items()

@@ -1,4 +1,4 @@
-"""dictionary-learning: how it is called, and our classes compared with its."""
+"""dictionary-learning: how it is called, and fastsae's classes compared with its classes."""
 
 from __future__ import annotations
 
@@ -137,12 +137,12 @@ def compare_gated(p: Problem) -> Iterator[Comparison]:
 
 
 def compare_jumprelu(p: Problem) -> Iterator[Comparison]:
-    """JumpReLU: x is not centred, the penalty is quadratic in L0, and its step sees f, not z."""
+    """JumpReLU: x is not centered, the penalty is quadratic in L0, and its step sees f, not z."""
     sae, mine, weights = jumprelu(p)
     names, unit = {**NAMES, "threshold": "threshold"}, float(sae.unit)
     b_dec, W_enc, theta = p.weights["b_dec"], p.weights["W_enc"], weights["threshold"]
     shifted = weights | {"b_enc": p.weights["b_enc"] - b_dec @ W_enc}
-    # With this weight, d (l0 / target - 1)^2 is d l0 times our coefficient.
+    # With this weight, d (l0 / target - 1)^2 is d l0 times fastsae's coefficient.
     target, l0 = 20.0, float((mine["code"] > 0).sum() / len(p.x))
     quadratic = COEFFICIENT * unit**2 * target / (2 * (l0 / target - 1))
     found = {}

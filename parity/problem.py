@@ -14,12 +14,12 @@ from fastsae.nn.loss import total_variance
 from parity.compare import GRADIENT, Comparison, Tensors
 
 D_IN, D_SAE, N, K = 32, 256, 64, 8
-MANY_DEAD, FEW_DEAD = 100, 8  # more and fewer than the d_in / 2 that an auxiliary loss selects
+MANY_DEAD, FEW_DEAD = 100, 8  # more and fewer than the d_in / 2 that AuxK selects
 GROUPS = [16, 48, 64, 128]
 COEFFICIENT = 3.0
 AUX = {"auxk_alpha": 1.0}  # instead of 1 / 32, so that nothing hides in a small term
 
-# Our name of a parameter -> that of another library.
+# fastsae's name of a parameter -> the other library's.
 NAMES = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
 
 
@@ -58,7 +58,7 @@ def problem(dtype: torch.dtype = torch.float64, seed: int = 0) -> Problem:
     weights = {"W_enc": W_enc.t(), "b_enc": b_enc, "b_dec": 0.3 * normal(D_IN)}
     weights |= {"W_dec": F.normalize(normal(D_SAE, D_IN), dim=1)}
     weights |= {"r_mag": 0.3 * normal(D_SAE), "b_mag": 0.2 * normal(D_SAE)}
-    # As a share of `unit`, and more than half of any bandwidth.
+    # In units of `unit`, and more than half of any bandwidth.
     weights |= {"log_threshold": (0.5 + 0.1 * normal(D_SAE).abs()).log()}
     mean, x = normal(D_IN), 1.7 * normal(2 * N, D_IN)
     x = (x + mean).to(dtype)
@@ -66,16 +66,16 @@ def problem(dtype: torch.dtype = torch.float64, seed: int = 0) -> Problem:
 
 
 def make(cls: type[SAE], p: Problem, *args: Any, **kwargs: Any) -> Any:
-    """Return one of our modules with the weights of `p`, in training mode."""
+    """Return one of fastsae's modules with the weights of `p`, in training mode."""
     sae = cls(D_IN, D_SAE, *args, dtype=p.x.dtype, **kwargs)
     for name, _ in list(sae.named_parameters()):
-        name = name.removesuffix("_rows")  # W_enc, as all others have it
+        name = name.removesuffix("_rows")  # W_enc, as in all other libraries
         setattr(sae, name, p.weights[name])
     return sae.train()
 
 
 def fill(module: nn.Module, names: dict[str, str], weights: Tensors) -> Any:
-    """Copy weights into a module of another library, transposed where it stores them so."""
+    """Copy weights into a module of another library, transposed where it stores them that way."""
     for ours, theirs in names.items():
         held, value = module.get_parameter(theirs), weights[ours].detach()
         with torch.no_grad():
@@ -99,7 +99,7 @@ def trained(
 
 
 def gradients(module: nn.Module, names: dict[str, str], loss: Tensor, like: Tensors) -> Tensors:
-    """Return the gradients of their loss, transposed as `like` has them."""
+    """Return the gradients of their loss, transposed to match `like`."""
     module.zero_grad()
     loss.backward()
     found = {}
@@ -111,14 +111,14 @@ def gradients(module: nn.Module, names: dict[str, str], loss: Tensor, like: Tens
 
 
 def inferred(sae: Any, p: Problem) -> Tensors:
-    """Return code and reconstruction of ours in eval mode."""
+    """Return fastsae's code and reconstruction in eval mode."""
     sae.eval()
     with torch.no_grad():
         return {"code": sae.encode(p.x), "reconstruction": sae(p.x)}
 
 
 def inference(sae: Any, p: Problem, module: Any, mode: str = "inference") -> Comparison:
-    """Compare code and reconstruction with those of a module that has encode and decode."""
+    """Compare code and reconstruction with a module that has encode and decode."""
     with torch.no_grad():
         code = module.encode(p.x)
         theirs = {"code": code, "reconstruction": module.decode(code)}
@@ -126,7 +126,7 @@ def inference(sae: Any, p: Problem, module: Any, mode: str = "inference") -> Com
 
 
 def across(gradient: Tensor, W_dec: Tensor) -> Tensor:
-    """Return the gradient less its part along each row of W_dec, which have norm 1."""
+    """Return the gradient minus its component along each row of W_dec, which have norm 1."""
     return gradient - (gradient * W_dec).sum(1, keepdim=True) * W_dec
 
 
@@ -139,7 +139,7 @@ def mode_of(dead: int) -> str:
 
 
 def jumprelu(p: Problem) -> tuple[Any, Tensors, Tensors]:
-    """Return our module, what a step gave (gradients for theta itself), and theirs to copy."""
+    """Return fastsae's module, what a step gave (gradients of theta itself), and their weights."""
     sae = make(JumpReLUSAE, p, coefficient=COEFFICIENT)
     mine, key = trained(sae, p), GRADIENT + "log_threshold"
     theta = sae.threshold.detach()
@@ -148,7 +148,7 @@ def jumprelu(p: Problem) -> tuple[Any, Tensors, Tensors]:
 
 
 def nested(sae: Any, p: Problem, dead: Tensor | None) -> Tensors:
-    """Return (g + 1) times what a step of ours gives, less the term |x - b_dec|^2."""
+    """Return (g + 1) times what a step of fastsae gives, minus the term |x - b_dec|^2."""
     mine, e = trained(sae, p, dead), p.x - p.weights["b_dec"]
     for name in ("loss", *(key for key in mine if key.startswith(GRADIENT))):
         mine[name] = mine[name] * (len(GROUPS) + 1)

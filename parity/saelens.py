@@ -1,4 +1,4 @@
-"""sae-lens: how it is called, and our classes compared with its."""
+"""sae-lens: how it is called, and fastsae's classes compared with its classes."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def compare_batch_topk(p: Problem) -> Iterator[Comparison]:
 
 
 def compare_relu(p: Problem) -> Iterator[Comparison]:
-    """L1: theirs is weighted by decoder norms, which have a gradient although they are 1."""
+    """L1: theirs is weighted by decoder norms, which have a gradient even though they are 1."""
     sae = make(ReLUSAE, p, coefficient=COEFFICIENT)
     mine, W_dec = trained(sae, p), p.weights["W_dec"]
     theirs = fill(_made("StandardTrainingSAE", p), NAMES, p.weights)
@@ -162,7 +162,7 @@ def compare_gated(p: Problem) -> Iterator[Comparison]:
     theirs = fill(_made("GatedTrainingSAE", p), GATED, w)
     out = _step(theirs, p, l1=COEFFICIENT * float(sae.unit))
     found = _found(out, theirs, GATED, p, mine)
-    # What the decoder gets from the term without stopping its gradient.
+    # The decoder's gradient from the term if it is not stopped.
     decoder = [w[name].clone().requires_grad_() for name in ("W_dec", "b_dec")]
     gate = ((p.x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
     term = (p.x - gate @ decoder[0] - decoder[1]).square().sum() / p.V

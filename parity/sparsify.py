@@ -1,4 +1,4 @@
-"""eai-sparsify: how it is called, and our class compared with its."""
+"""eai-sparsify: how it is called, and fastsae's class compared with its class."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def coder(d_in: int, d_sae: int, k: int, *, dtype: torch.dtype, device: Any, **o
 
 
 def compare_topk(p: Problem) -> Iterator[Comparison]:
-    """TopK: the same fvu; what its encoder returns besides the k values has no gradient."""
+    """TopK: the same fvu; everything its encoder returns except the k values has no gradient."""
     no_gradient = "their encoder's backward returns nothing for pre-activations"
     for dead, multi in ((0, False), (MANY_DEAD, False), (FEW_DEAD, False), (0, True)):
         made = coder(D_IN, D_SAE, K, dtype=p.x.dtype, device="cpu", multi_topk=multi)

@@ -62,7 +62,7 @@ def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[C
         step()
         dense_step()
         for got, want in zip(parameters, theirs, strict=True):
-            # Adam's first step goes by the sign where a gradient is nearly 0.
+            # Adam's first step depends only on the sign where a gradient is nearly 0.
             far = (got - want.detach()).abs() > 1e-5
             assert far.float().mean() < 1e-3
             assert_close(got, want.detach(), rtol=0, atol=3e-3)

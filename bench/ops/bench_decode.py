@@ -1,4 +1,4 @@
-"""sparse_decode, its gradients, transpose and sparse_weight_grad."""
+"""sparse_decode, its gradients, group_by_latent and sparse_weight_grad."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _gathered_products(grad: Tensor, indices: Tensor, W: Tensor) -> Tensor:
 
 
 def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[Case]:
-    """Yield the cases; the floor counts every row of W_dec that is needed once."""
+    """Yield the cases; the floor counts each row of W_dec that is needed once."""
     for dtype in (torch.float32, torch.bfloat16):
         a = acts(shape, dtype, device)
         x, W, _ = weights(shape, dtype, device)

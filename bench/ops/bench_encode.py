@@ -29,7 +29,7 @@ def _train(
 
 def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[Case]:
     """Yield the cases; the floor is the GEMM rate that torch reaches in the same run."""
-    # On a GPU the slow ones come last.
+    # On a GPU, the slow ones run last.
     for dtype in (torch.bfloat16, torch.float32) if gpu else (torch.float32, torch.bfloat16):
         x, W, b = weights(shape, dtype, device)
         yield _topk_case(x, W, b, name, shape, gpu)
@@ -67,7 +67,7 @@ def _topk_case(x: Tensor, W: Tensor, b: Tensor, name: str, shape: Shape, gpu: bo
 
 
 def _product(x: Tensor, W: Tensor, shape: Shape, gpu: bool) -> dict[str, Any]:
-    """Return what all these cases have in common: the matrix product inside."""
+    """Return what all these cases have in common: the GEMM."""
     n, d, m, _ = shape
     return {
         "flops": 2.0 * n * d * m,

@@ -17,7 +17,7 @@ def _flat_topk(x: Tensor, budget: int) -> Tensor:
 
 
 def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[Case]:
-    """Yield the cases; every way of torch keeps what fastsae keeps."""
+    """Yield the cases; every alternative in torch keeps what fastsae keeps."""
     n, _, m, _ = shape
     for dtype in (torch.float32, torch.bfloat16):
         yield _topk_case(torch.randn(n, m, device=device).to(dtype), name, shape, gpu)
@@ -95,7 +95,7 @@ def _matrix_cases(x: Tensor, name: str, shape: Shape, gpu: bool) -> Iterator[Cas
         bytes=size,
         dtype=x.dtype,
     )
-    if name == "W":  # torch needs minutes
+    if name == "W":  # torch takes minutes
         return
     m = -(-k * n // d_sae)
 

@@ -1,4 +1,4 @@
-"""A whole training step, of TopK and of BatchTopK, against the same step in plain torch."""
+"""A whole training step of TopK and BatchTopK, against the same step in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from bench.timing import Case, Work
 def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[Case]:
     """Yield the cases, on a GPU.
 
-    The floor is the product of the encoder: everything else is to cost little beside it. For the
-    CPU there is `bench.train_step`, with other libraries.
+    The floor is the encoder's GEMM: everything else should be cheap in comparison. For the CPU
+    there is `bench.train_step`, which includes other libraries.
     """
     if not gpu:
         return
@@ -38,7 +38,7 @@ def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[C
 
         ours, dense = fresh()
         ways: dict[str, Work] = {"dense torch": dense.step}
-        # On a GPU it multiplies in bfloat16.
+        # On a GPU, its matmul runs in bfloat16.
         if dtype == torch.bfloat16 and not batch and peer("sparsify", "SparseCoder"):
             ways["eai-sparsify"] = build("eai-sparsify", s).step
         yield Case(

@@ -19,7 +19,7 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-# A GPU has work with more tokens only.
+# A GPU is busy only with more tokens.
 CUDA_SHAPES: dict[str, Shape] = {
     "A": (4096, 768, 24576, 32),
     "B": (8192, 2304, 65536, 64),
@@ -57,5 +57,5 @@ def peer(module: str, name: str) -> Callable[..., object] | None:
     """Return a function of another library, or None where it cannot be imported."""
     try:
         return cast("Callable[..., object]", getattr(importlib.import_module(module), name))
-    except Exception:  # whatever goes wrong in there: it is optional
+    except Exception:  # any failure: the library is optional
         return None

@@ -50,7 +50,7 @@ void scale_row(typename V::A* x, typename V::A a, int64_t d) {
 
 template <class V>
 inline V adam_update(V g, typename V::A* p, typename V::A* m, typename V::A* v,
-                     const AdamScalars<typename V::A>& s) {
+                     const AdamConstants<typename V::A>& s) {
   const V old = V::load(m);
   const V mean = V::fma(V::set1(s.one_minus_beta1), g - old, old);
   const V square = V::fma(V::set1(s.one_minus_beta2), g * g, V::set1(s.beta2) * V::load(v));
@@ -64,7 +64,7 @@ inline V adam_update(V g, typename V::A* p, typename V::A* m, typename V::A* v,
 
 template <class V>
 typename V::A adam_row(typename V::A* p, typename V::A* m, typename V::A* v, const typename V::A* g,
-                       typename V::A scale, int64_t d, const AdamScalars<typename V::A>& s) {
+                       typename V::A scale, int64_t d, const AdamConstants<typename V::A>& s) {
   using A = typename V::A;
   const V zero = V::set1(A(0)), factor = V::set1(scale);
   V sum = zero;

@@ -1,4 +1,4 @@
-// Scratch that starts at a cache line and is not initialised when it grows.
+// Scratch that starts at a cache line and is not initialized when it grows.
 #pragma once
 
 #include <cstdlib>

@@ -1,10 +1,10 @@
-// The encoder's product in bfloat16 with float32 sums, by the dot-product instruction of AVX-512
+// The encoder's matmul in bfloat16 with float32 sums, by the dot-product instruction of AVX-512
 // BF16: two multiply-adds a lane. This file alone has its compiler flags.
 #include "cpu/vec_avx512.h"
 
 #include "cpu/tile_impl.h"
 
-namespace fastsae::cpu::avx512 {
+namespace fastsae::cpu::avx512_bf16 {
 namespace {
 
 struct PairWords {
@@ -19,7 +19,7 @@ struct PairWords {
 
 }  // namespace
 
-const TileKernels<bf16x2>& bf16_tile() {
+const TileKernels<bf16x2>& tile() {
   return kTileTable<VecF, PairWords>;
 }
 
@@ -34,4 +34,4 @@ void round_row(const float* x, int64_t n, bf16x2* out) {
   if (n % 2) to[n] = {0};
 }
 
-}  // namespace fastsae::cpu::avx512
+}  // namespace fastsae::cpu::avx512_bf16

@@ -1,15 +1,15 @@
 // The active entries grouped by latent, rows ascending: a counting sort, stable, so the order is
-// that of the input whatever the machine. O(entries + F).
+// the order of the input whatever the machine. O(entries + F).
 #pragma once
 
 #include <vector>
 
-#include "cpu/entries.h"
+#include "cpu/sparse_acts_args.h"
 
 namespace fastsae::cpu {
 
 template <class T>
-void counting_sort(const Entries& e, int64_t d_sae, int32_t* offsets, int32_t* rows,
+void counting_sort(const SparseActsArgs& e, int64_t d_sae, int32_t* offsets, int32_t* rows,
                    int32_t* slots) {
   const T* value = data_of<T>(e.values);
   const int32_t* index = e.index;

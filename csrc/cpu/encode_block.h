@@ -1,4 +1,4 @@
-// The encoder for a block of tokens: our own matrix product, whose results are filtered while they
+// The encoder for a block of tokens: a matmul of its own, whose results are filtered while they
 // are in registers. Nothing of size [tokens, d_sae] exists.
 //
 // A thread owns a block of tokens. It packs them once (they stay in its caches), then reads W_enc a
@@ -23,7 +23,7 @@ namespace fastsae::cpu {
 
 constexpr int64_t kBlockTokens = 512;
 
-// W: the word of the product: Acc<T>, or bf16x2 if T is float or bf16.
+// W: the word of the matmul: Acc<T>, or bf16x2 if T is float or bf16.
 template <class T, class W>
 class EncodeBlock {
  public:
@@ -75,21 +75,23 @@ class EncodeBlock {
   }
 
   // Calls emit(value, latent, token) for every pre-activation from latent `first` (a multiple of
-  // tile()) on that passes: tau[token], or tau[latent] if per_latent. Latents ascend for each
-  // token; emit may raise tau[token].
+  // tile()) on that passes: lower_bound[token], or lower_bound[latent] if per_latent. Latents
+  // ascend for each token; emit may raise lower_bound[token].
   template <class Emit>
-  void filter(int64_t first, const A* tau, bool per_latent, Pass pass, Emit&& emit) {
-    const int64_t room = tile_.latents * tile_.tokens + 64;
-    A* values = values_.reserve(room);
-    int32_t* codes = codes_.reserve(room);
+  void filter(int64_t first, const A* lower_bound, bool per_latent, Pass pass, Emit&& emit) {
+    const int64_t capacity = tile_.latents * tile_.tokens + 64;
+    A* values = values_.reserve(capacity);
+    int32_t* codes = codes_.reserve(capacity);
     std::vector<A> bounds(static_cast<size_t>(tile_.latents), std::numeric_limits<A>::infinity());
     for (int64_t f = first; f < m_; f += tile_.latents) {
       read_tile(f);
-      if (per_latent) std::copy(tau + f, tau + std::min(m_, f + tile_.latents), bounds.begin());
+      if (per_latent)
+        std::copy(lower_bound + f, lower_bound + std::min(m_, f + tile_.latents), bounds.begin());
       for (int64_t p = 0; p < panels_; ++p) {
-        const int64_t found = tile_.filter(w_, stride_, panel(p), depth_, bias_,
-                                           per_latent ? bounds.data() : tau + p * tile_.tokens,
-                                           per_latent, pass, values, codes);
+        const int64_t found =
+            tile_.filter(w_, stride_, panel(p), depth_, bias_,
+                         per_latent ? bounds.data() : lower_bound + p * tile_.tokens, per_latent,
+                         pass, values, codes);
         for (int64_t j = 0; j < found; ++j) {
           const int64_t latent = f + codes[j] / tile_.tokens;
           const int64_t token = p * tile_.tokens + codes[j] % tile_.tokens;
@@ -155,14 +157,14 @@ struct BlockPlan {
   int64_t count, size;
 };
 
-inline BlockPlan plan_blocks(int64_t n, int64_t most) {
+inline BlockPlan plan_blocks(int64_t n, int64_t most_rows) {
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const int64_t blocks = ((n + most - 1) / most + threads - 1) / threads * threads;
+  const int64_t blocks = ((n + most_rows - 1) / most_rows + threads - 1) / threads * threads;
   const int64_t size = ((n + blocks - 1) / blocks + 31) / 32 * 32;
   return {(n + size - 1) / size, size};
 }
 
-// Whether the product above beats the library's GEMM followed by a selection, which splits few rows
+// Whether the matmul above beats the library's GEMM followed by a selection, which splits few rows
 // better among threads. Measured at d 768 with 24,576 latents and at d 576 with 2,304 (2 cores of
 // Zen 5): level at 24 rows, 1.1 and 1.4 times as fast at 32, 1.7 and 2 at 48. It always selects on
 // unrounded sums, so 16-bit inputs have no other way.
@@ -173,7 +175,7 @@ inline bool encodes_in_blocks(const EncoderInput& in) {
   return isa() != Isa::kScalar && in.x.size(0) >= 32;
 }
 
-// Calls f(Type<T>{}, Type<W>{}) with the storage type of x and the word of the product.
+// Calls f(Type<T>{}, Type<W>{}) with the storage type of x and the word of the matmul.
 template <class F>
 auto dispatch_product(const char* op, const EncoderInput& in, F&& f) {
   return dispatch_floating(op, "x", in.x, [&](auto type) {

@@ -86,24 +86,24 @@ class BlockTopK {
   BlockTopK(const Kernels<A>& kernel, int64_t k, int64_t latents)
       : kernel_(kernel),
         k_(k),
-        cap_(std::max<int64_t>(1024, 3 * k)),
+        capacity_(std::max<int64_t>(1024, 3 * k)),
         groups_((4 * k + 63) / 64 * 64),
         seeds_(std::min(latents, std::max(kSeeds, 2 * groups_))) {}
 
-  // Latents that `seed` wants.
+  // Latents that `seed` needs.
   int64_t seeds() const { return seeds_; }
 
   void reset(int64_t tokens, int64_t padded) {
     // Padding never passes.
-    tau_.assign(static_cast<size_t>(padded), std::numeric_limits<A>::infinity());
-    std::fill_n(tau_.begin(), tokens, std::numeric_limits<A>::quiet_NaN());
+    lower_bounds_.assign(static_cast<size_t>(padded), std::numeric_limits<A>::infinity());
+    std::fill_n(lower_bounds_.begin(), tokens, std::numeric_limits<A>::quiet_NaN());
     counts_.assign(static_cast<size_t>(tokens), 0);
-    values_ = value_space_.reserve(tokens * cap_);
-    latents_ = latent_space_.reserve(tokens * cap_);
-    keys_ = key_space_.reserve(std::max(cap_, groups_));
+    values_ = value_space_.reserve(tokens * capacity_);
+    latents_ = latent_space_.reserve(tokens * capacity_);
+    keys_ = key_space_.reserve(std::max(capacity_, groups_));
   }
 
-  A* tau() { return tau_.data(); }
+  A* lower_bounds() { return lower_bounds_.data(); }
 
   // Sets the bounds from pre[f * padded + t], f < seeds(), and takes the candidates among them.
   void seed(const A* pre, int64_t padded) {
@@ -112,34 +112,35 @@ class BlockTopK {
     A* values = filtered_.reserve(tokens + 64);
     int32_t* at = filtered_at_.reserve(tokens + 64);
     for (int64_t f = 0; f < seeds_; ++f) {
-      const int64_t found = kernel_.filter(pre + f * padded, static_cast<const A*>(nullptr), tokens,
-                                           tau_.data(), true, Pass::kNotBelow, 0, values, at);
+      const int64_t found =
+          kernel_.filter(pre + f * padded, static_cast<const A*>(nullptr), tokens,
+                         lower_bounds_.data(), true, Pass::kNotBelow, 0, values, at);
       for (int64_t j = 0; j < found; ++j) add(values[j], static_cast<int32_t>(f), at[j]);
     }
   }
 
   void add(A value, int32_t latent, int64_t token) {
     int64_t& count = counts_[token];
-    if (count == cap_) tighten(token);
-    values_[token * cap_ + count] = value;
-    latents_[token * cap_ + count++] = latent;
+    if (count == capacity_) tighten(token);
+    values_[token * capacity_ + count] = value;
+    latents_[token * capacity_ + count++] = latent;
   }
 
   // Leaves the k largest, ascending latent.
   void finish(int64_t token, const A** values, const int32_t** latents) {
     if (counts_[token] > k_) tighten(token);
-    *values = values_ + token * cap_;
-    *latents = latents_ + token * cap_;
+    *values = values_ + token * capacity_;
+    *latents = latents_ + token * capacity_;
   }
 
  private:
   void tighten(int64_t token) {
-    const A least = kernel_.keep_largest(values_ + token * cap_, latents_ + token * cap_,
+    const A least = kernel_.keep_largest(values_ + token * capacity_, latents_ + token * capacity_,
                                          counts_[token], k_, keys_);
     counts_[token] = k_;
     // What comes later and equals the least kept loses to it: strict is right. After k NaNs only a
     // NaN would pass +inf, and lose as well.
-    tau_[token] = std::isnan(least) ? std::numeric_limits<A>::infinity() : least;
+    lower_bounds_[token] = std::isnan(least) ? std::numeric_limits<A>::infinity() : least;
   }
 
   void bound(const A* pre, int64_t padded) {
@@ -156,13 +157,13 @@ class BlockTopK {
       for (int64_t g = 0; g < groups_; ++g) column[g] = maxima[g * padded + t];
       const A found = kernel_.kth_bound(column, groups_, k_, keys_);
       // Entries equal to the bound belong: the filter is strict, so it gets the number below.
-      if (found > -kInf) tau_[t] = std::nextafter(found, -kInf);
+      if (found > -kInf) lower_bounds_[t] = std::nextafter(found, -kInf);
     }
   }
 
   const Kernels<A>& kernel_;
-  const int64_t k_, cap_, groups_, seeds_;
-  std::vector<A> tau_;
+  const int64_t k_, capacity_, groups_, seeds_;
+  std::vector<A> lower_bounds_;
   std::vector<int64_t> counts_;
   AlignedBuffer<A> value_space_, maxima_, column_, filtered_;
   AlignedBuffer<int32_t> latent_space_, filtered_at_;
@@ -179,9 +180,9 @@ void select_in_blocks(const EncoderInput& in, int64_t k, bool relu, T* values, i
   // The kept pre-activations of a block take at most 16 MiB.
   constexpr int64_t kSeedBytes = int64_t{16} << 20;
   const int64_t seeds = BlockTopK<A>(kernels<A>(), k, in.latent_count()).seeds();
-  const int64_t most = std::clamp<int64_t>(
+  const int64_t block_tokens = std::clamp<int64_t>(
       kSeedBytes / (seeds * static_cast<int64_t>(sizeof(A))) / 32 * 32, 32, kBlockTokens);
-  const BlockPlan plan = plan_blocks(n, most);
+  const BlockPlan plan = plan_blocks(n, block_tokens);
   torch::stable::parallel_for(0, plan.count, 1, [&](int64_t begin, int64_t end) {
     EncodeBlock<T, W> block(in);
     BlockTopK<A> top(kernels<A>(), k, in.latent_count());
@@ -197,7 +198,7 @@ void select_in_blocks(const EncoderInput& in, int64_t k, bool relu, T* values, i
       // The tile that the seeds end in is computed again, from its start: what they have is
       // skipped.
       const int64_t next = top.seeds() / block.tile() * block.tile();
-      block.filter(next, top.tau(), false, Pass::kNotBelow,
+      block.filter(next, top.lower_bounds(), false, Pass::kNotBelow,
                    [&](A value, int32_t latent, int64_t token) {
                      if (latent >= top.seeds()) top.add(value, latent, token);
                    });

@@ -1,6 +1,5 @@
-// What the encode ops read, and its pre-activations by the library's GEMM, a bounded
-// chunk of rows at a time: the way for few rows, and at the scalar level. The other way is in
-// encode_block.h.
+// What the encode ops read, and its pre-activations by the library's GEMM, a bounded chunk of rows
+// at a time: the way for few rows, and at the scalar level. The other way is in encode_block.h.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +19,7 @@ constexpr int64_t kChunkBytes = int64_t{64} << 20;
 constexpr int64_t kMinChunkRows = 256;
 
 struct EncoderInput : EncoderArguments {
-  std::vector<int32_t> latents;  // with a mask: the latents that take part, ascending
+  std::vector<int32_t> latents;  // with a mask: the eligible latents, ascending
   bool masked = false;
 
   int64_t latent_count() const { return masked ? static_cast<int64_t>(latents.size()) : d_sae; }
@@ -68,17 +67,15 @@ void for_each_chunk(const EncoderInput& in, F&& f) {
   std::optional<Tensor> b_enc = in.b_enc;
   if (b_enc && in.masked) b_enc = masked_rows<Acc<T>>(*b_enc, in.latents);
   const Acc<T>* bias = b_enc ? data_of<Acc<T>>(*b_enc) : nullptr;
-  Tensor centred = in.x;
-  if (in.b_dec) centred = torch::stable::subtract(in.x, *in.b_dec);
-  const int64_t fitting =
-      std::max(kMinChunkRows, kChunkBytes / (m * static_cast<int64_t>(sizeof(T))));
-  const int64_t chunks = (n + fitting - 1) / fitting;
-  const int64_t chunk = (n + chunks - 1) / chunks;  // equal chunks: no small one at the end
+  Tensor centered = in.x;
+  if (in.b_dec) centered = torch::stable::subtract(in.x, *in.b_dec);
+  const int64_t chunk =
+      row_chunks(n, m * static_cast<int64_t>(sizeof(T)), kChunkBytes, kMinChunkRows, 1).rows;
   Tensor buffer = new_empty(in.x, {chunk, m}, in.x.scalar_type());
   prefer_huge_pages(buffer.mutable_data_ptr(), sizeof(T) * static_cast<size_t>(chunk * m));
   for (int64_t first = 0; first < n; first += chunk) {
     const int64_t rows = std::min(chunk, n - first);
-    Tensor x = centred, out = buffer;
+    Tensor x = centered, out = buffer;
     x = torch::stable::narrow(x, 0, first, rows);
     out = torch::stable::narrow(out, 0, 0, rows);
     mm_out(x, W, out);

@@ -34,7 +34,7 @@ constexpr int64_t kAhead = 16;      // rows between a prefetch and its use
 // The kept entries by column: those of column j start at start[j], rows ascending.
 template <class T>
 struct ColumnLists {
-  std::vector<int64_t> start;  // [F + 1], sums of min(m, n): room, of which counts are used
+  std::vector<int64_t> start;  // [F + 1], sums of min(m, n): capacities, of which counts are used
   std::vector<int32_t> counts;
   AlignedBuffer<T> value_buffer;
   AlignedBuffer<int32_t> row_buffer;
@@ -55,40 +55,41 @@ class ColumnBlock {
  public:
   using A = Acc<T>;
 
-  // Takes all memory it will need: `room` candidates in a block, `longest` of them in one column.
-  void reserve(int64_t room, int64_t longest) {
+  // Takes all memory it will need: `capacity` candidates in a block, `longest` of them in one
+  // column.
+  void reserve(int64_t capacity, int64_t longest) {
     x_ = x_buffer_.reserve(kPiece * kWidth);
     maxima_ = maxima_buffer_.reserve(kMostGroups * kWidth);
     column_ = column_buffer_.reserve(kMostGroups);
-    tau_ = tau_buffer_.reserve(kRowsAtOnce * kWidth);
+    lower_bounds_ = bound_buffer_.reserve(kRowsAtOnce * kWidth);
     found_ = found_buffer_.reserve(kRowsAtOnce * kWidth + 64);
     codes_ = code_buffer_.reserve(kRowsAtOnce * kWidth + 64);
-    values_ = value_buffer_.reserve(room);
-    rows_ = row_buffer_.reserve(room);
+    values_ = value_buffer_.reserve(capacity);
+    rows_ = row_buffer_.reserve(capacity);
     keys_ = key_buffer_.reserve(std::max(longest, kMostGroups));
   }
 
-  // Room for candidates of a column with m entries to keep: those of one piece may come on top.
-  static int64_t room(int64_t m, int64_t n) { return m == 0 ? 0 : std::min(n, m + kPiece); }
+  // Candidates of a column with m entries to keep: those of one piece may come on top.
+  static int64_t capacity(int64_t m, int64_t n) { return m == 0 ? 0 : std::min(n, m + kPiece); }
 
   // Keeps the m[c] largest of each of `width` columns of x [n, stride], which start at column
   // `first` of the matrix.
   void select(const T* x, int64_t n, int64_t stride, int64_t first, int64_t width, const int32_t* m,
               ColumnLists<T>& out) {
-    int64_t most = 0;
+    int64_t largest = 0;
     start_[0] = 0;
     for (int64_t c = 0; c < kWidth; ++c) {
       keep_[c] = c < width ? std::min<int64_t>(m[c], n) : 0;
-      most = std::max(most, keep_[c]);
+      largest = std::max(largest, keep_[c]);
       counts_[c] = 0;
-      start_[c + 1] = start_[c] + room(keep_[c], n);
-      set_tau(c, keep_[c] ? A(0) : std::numeric_limits<A>::infinity());
+      start_[c + 1] = start_[c] + capacity(keep_[c], n);
+      set_lower_bound(c, keep_[c] ? A(0) : std::numeric_limits<A>::infinity());
     }
-    if (most == 0) return;
+    if (largest == 0) return;
     for (int64_t row = 0; row < n; row += kPiece) {
       const int64_t rows = std::min(kPiece, n - row);
       // Only the first piece has no bound yet. Groups of fewer than 8 rows would say little.
-      const int64_t groups = row == 0 ? std::min((4 * most + 15) / 16 * 16, rows / 8) : 0;
+      const int64_t groups = row == 0 ? std::min((4 * largest + 15) / 16 * 16, rows / 8) : 0;
       copy(x + row * stride, rows, stride, width, groups);
       for (int64_t c = 0; c < kWidth; ++c) {
         if (keep_[c] && 2 * keep_[c] <= groups) bound(c, groups);
@@ -106,8 +107,8 @@ class ColumnBlock {
   }
 
  private:
-  void set_tau(int64_t c, A tau) {
-    for (int64_t r = 0; r < kRowsAtOnce; ++r) tau_[r * kWidth + c] = tau;
+  void set_lower_bound(int64_t c, A lower_bound) {
+    for (int64_t r = 0; r < kRowsAtOnce; ++r) lower_bounds_[r * kWidth + c] = lower_bound;
   }
 
   // x_ = the piece, and maxima_ = the largest positive entries of its groups.
@@ -136,7 +137,7 @@ class ColumnBlock {
     for (int64_t g = 0; g < groups; ++g) column_[g] = maxima_[g * kWidth + c];
     const A reached = keep_[c] == 1 ? *std::max_element(column_, column_ + groups)
                                     : kernels<A>().kth_bound(column_, groups, keep_[c], keys_);
-    if (reached > 0) set_tau(c, std::nextafter(reached, A(0)));
+    if (reached > 0) set_lower_bound(c, std::nextafter(reached, A(0)));
   }
 
   // Drops what column c has too much, and raises its threshold to the smallest value kept: entries
@@ -144,8 +145,8 @@ class ColumnBlock {
   void tighten(int64_t c) {
     if (counts_[c] <= keep_[c]) return;
     const int64_t from = start_[c];
-    set_tau(c,
-            kernels<A>().keep_largest(values_ + from, rows_ + from, counts_[c], keep_[c], keys_));
+    set_lower_bound(
+        c, kernels<A>().keep_largest(values_ + from, rows_ + from, counts_[c], keep_[c], keys_));
     counts_[c] = keep_[c];
   }
 
@@ -153,7 +154,7 @@ class ColumnBlock {
   void filter(int64_t first, int64_t rows) {
     for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
       const int64_t size = std::min(kRowsAtOnce, rows - r) * kWidth;
-      const int64_t found = kernels<A>().filter(x_ + r * kWidth, nullptr, size, tau_, true,
+      const int64_t found = kernels<A>().filter(x_ + r * kWidth, nullptr, size, lower_bounds_, true,
                                                 Pass::kAbove, 0, found_, codes_);
       for (int64_t j = 0; j < found; ++j) {
         const int64_t c = codes_[j] % kWidth;
@@ -165,11 +166,11 @@ class ColumnBlock {
   }
 
   const Kernels<T>& kernel_ = kernels<T>();
-  AlignedBuffer<A> x_buffer_, maxima_buffer_, column_buffer_, tau_buffer_, found_buffer_,
+  AlignedBuffer<A> x_buffer_, maxima_buffer_, column_buffer_, bound_buffer_, found_buffer_,
       value_buffer_;
   AlignedBuffer<int32_t> code_buffer_, row_buffer_;
   AlignedBuffer<typename Kernels<A>::Key> key_buffer_;
-  A *x_, *maxima_, *column_, *tau_, *found_, *values_;
+  A *x_, *maxima_, *column_, *lower_bounds_, *found_, *values_;
   int32_t *codes_, *rows_;
   typename Kernels<A>::Key* keys_;
   int64_t keep_[kWidth], counts_[kWidth], start_[kWidth + 1];
@@ -179,18 +180,18 @@ template <class T>
 void select_columns(const T* x, int64_t n, int64_t columns, const int32_t* m, ColumnLists<T>& out) {
   const int64_t blocks = (columns + kWidth - 1) / kWidth;
   const int64_t workers = std::min<int64_t>(blocks, torch::stable::get_num_threads());
-  int64_t room = 0, longest = 0;
+  int64_t capacity = 0, longest = 0;
   for (int64_t b = 0; b < blocks; ++b) {
     int64_t sum = 0;
     for (int64_t j = b * kWidth; j < std::min(columns, (b + 1) * kWidth); ++j) {
-      const int64_t candidates = ColumnBlock<T>::room(std::min<int64_t>(m[j], n), n);
+      const int64_t candidates = ColumnBlock<T>::capacity(std::min<int64_t>(m[j], n), n);
       sum += candidates;
       longest = std::max(longest, candidates);
     }
-    room = std::max(room, sum);
+    capacity = std::max(capacity, sum);
   }
   std::vector<ColumnBlock<T>> scratch(static_cast<size_t>(workers));
-  for (ColumnBlock<T>& s : scratch) s.reserve(room, longest);
+  for (ColumnBlock<T>& s : scratch) s.reserve(capacity, longest);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t w = begin; w < end; ++w) {
       for (int64_t b = w * blocks / workers; b < (w + 1) * blocks / workers; ++b) {
@@ -217,7 +218,7 @@ void for_each_in_rows(const ColumnLists<T>& lists, int64_t begin, int64_t end, F
 }
 
 template <class T>
-void to_rows(const ColumnLists<T>& lists, int64_t n, int64_t cap, T* values, int32_t* indices,
+void to_rows(const ColumnLists<T>& lists, int64_t n, int64_t capacity, T* values, int32_t* indices,
              int32_t* offsets) {
   std::fill_n(offsets, n + 1, 0);
   torch::stable::parallel_for(0, n, 256, [&](int64_t begin, int64_t end) {
@@ -232,21 +233,19 @@ void to_rows(const ColumnLists<T>& lists, int64_t n, int64_t cap, T* values, int
       indices[to] = column;
     });
   });
-  std::fill(values + offsets[n], values + cap, narrow<T>(0));
-  std::fill(indices + offsets[n], indices + cap, 0);
+  std::fill(values + offsets[n], values + capacity, narrow<T>(0));
+  std::fill(indices + offsets[n], indices + capacity, 0);
 }
 
 std::tuple<Tensor, Tensor, Tensor> feature_topk(const Tensor& x_in, const Tensor& m_in,
-                                                int64_t cap_in) {
+                                                int64_t capacity_in) {
   check_matrix(kOp, "x", x_in);
   const int64_t n = x_in.size(0), columns = x_in.size(1);
   check_rows(kOp, n);
   check_vector(kOp, "m", m_in, columns);
   check_int32(kOp, "m", m_in);
-  FASTSAE_CHECK(cap_in >= 0, kOp, ": expected capacity >= 0, got ", cap_in);
   const Tensor x = as_contiguous(x_in), m = as_contiguous(m_in);
-  const int64_t cap = std::min(cap_in, x.numel());
-  check_entries(kOp, cap);
+  const int64_t capacity = selection_capacity(kOp, "capacity", capacity_in, n, columns);
   const int32_t* keep = data_of<int32_t>(m);
   int64_t total = 0, least = 0;
   for (int64_t j = 0; j < columns; ++j) {
@@ -254,16 +253,16 @@ std::tuple<Tensor, Tensor, Tensor> feature_topk(const Tensor& x_in, const Tensor
     least = std::min<int64_t>(least, keep[j]);
   }
   FASTSAE_CHECK(least >= 0, kOp, ": expected m >= 0, got ", least);
-  FASTSAE_CHECK(total <= cap, kOp, ": expected cap >= the sum of min(m, n) = ", total, ", got ",
-                cap_in);
-  Tensor values = new_empty(x, {cap}, x.scalar_type());
-  Tensor indices = new_empty(x, {cap}, ScalarType::Int);
+  FASTSAE_CHECK(total <= capacity, kOp, ": expected capacity >= the sum of min(m, n) = ", total,
+                ", got ", capacity_in);
+  Tensor values = new_empty(x, {capacity}, x.scalar_type());
+  Tensor indices = new_empty(x, {capacity}, ScalarType::Int);
   Tensor offsets = new_empty(x, {n + 1}, ScalarType::Int);
   dispatch_floating(kOp, "x", x, [&](auto type) {
     using T = typename decltype(type)::type;
     ColumnLists<T> lists(n, columns, keep);
     if (total > 0) select_columns(data_of<T>(x), n, columns, keep, lists);
-    to_rows(lists, n, cap, mutable_data_of<T>(values), mutable_data_of<int32_t>(indices),
+    to_rows(lists, n, capacity, mutable_data_of<T>(values), mutable_data_of<int32_t>(indices),
             mutable_data_of<int32_t>(offsets));
   });
   return {values, indices, offsets};

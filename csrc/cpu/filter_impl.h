@@ -76,12 +76,13 @@ void widen_max(const T* x, int64_t n, typename V::A* out, typename V::A* best) {
 }
 
 template <class V, bool kBias, bool kPerColumn, Pass kPass, class T>
-int64_t filter_loop(const T* x, const typename V::A* bias, int64_t n, const typename V::A* tau,
-                    int32_t base, typename V::A* values, int32_t* indices) {
+int64_t filter_loop(const T* x, const typename V::A* bias, int64_t n,
+                    const typename V::A* lower_bound, int32_t base, typename V::A* values,
+                    int32_t* indices) {
   using A = typename V::A;
-  const V one_tau = V::set1(kPerColumn ? A(0) : tau[0]);
+  const V one_bound = V::set1(kPerColumn ? A(0) : lower_bound[0]);
   const auto passing = [&](V v, int64_t j) {
-    const V t = kPerColumn ? V::load(tau + j) : one_tau;
+    const V t = kPerColumn ? V::load(lower_bound + j) : one_bound;
     return kPass == Pass::kAbove ? V::above(v, t) : V::not_below_or_equal(v, t);
   };
   int64_t m = 0, j = 0;
@@ -104,7 +105,7 @@ int64_t filter_loop(const T* x, const typename V::A* bias, int64_t n, const type
   }
   for (; j < n; ++j) {
     const A v = widen(x[j]) + (kBias ? bias[j] : A(0));
-    const A t = tau[kPerColumn ? j : 0];
+    const A t = lower_bound[kPerColumn ? j : 0];
     if (kPass == Pass::kAbove ? v > t : !(v <= t)) {
       values[m] = v;
       indices[m++] = base + static_cast<int32_t>(j);
@@ -114,26 +115,32 @@ int64_t filter_loop(const T* x, const typename V::A* bias, int64_t n, const type
 }
 
 template <class V, bool kBias, class T>
-int64_t filter_with(const T* x, const typename V::A* bias, int64_t n, const typename V::A* tau,
-                    bool per_column, Pass pass, int32_t base, typename V::A* values,
-                    int32_t* indices) {
+int64_t filter_with(const T* x, const typename V::A* bias, int64_t n,
+                    const typename V::A* lower_bound, bool per_column, Pass pass, int32_t base,
+                    typename V::A* values, int32_t* indices) {
   if (per_column && pass == Pass::kAbove) {
-    return filter_loop<V, kBias, true, Pass::kAbove>(x, bias, n, tau, base, values, indices);
+    return filter_loop<V, kBias, true, Pass::kAbove>(x, bias, n, lower_bound, base, values,
+                                                     indices);
   }
   if (per_column) {
-    return filter_loop<V, kBias, true, Pass::kNotBelow>(x, bias, n, tau, base, values, indices);
+    return filter_loop<V, kBias, true, Pass::kNotBelow>(x, bias, n, lower_bound, base, values,
+                                                        indices);
   }
   if (pass == Pass::kAbove) {
-    return filter_loop<V, kBias, false, Pass::kAbove>(x, bias, n, tau, base, values, indices);
+    return filter_loop<V, kBias, false, Pass::kAbove>(x, bias, n, lower_bound, base, values,
+                                                      indices);
   }
-  return filter_loop<V, kBias, false, Pass::kNotBelow>(x, bias, n, tau, base, values, indices);
+  return filter_loop<V, kBias, false, Pass::kNotBelow>(x, bias, n, lower_bound, base, values,
+                                                       indices);
 }
 
 template <class V, class T>
-int64_t filter(const T* x, const typename V::A* bias, int64_t n, const typename V::A* tau,
+int64_t filter(const T* x, const typename V::A* bias, int64_t n, const typename V::A* lower_bound,
                bool per_column, Pass pass, int32_t base, typename V::A* values, int32_t* indices) {
-  return bias ? filter_with<V, true>(x, bias, n, tau, per_column, pass, base, values, indices)
-              : filter_with<V, false>(x, bias, n, tau, per_column, pass, base, values, indices);
+  return bias ? filter_with<V, true>(x, bias, n, lower_bound, per_column, pass, base, values,
+                                     indices)
+              : filter_with<V, false>(x, bias, n, lower_bound, per_column, pass, base, values,
+                                      indices);
 }
 
 }  // namespace

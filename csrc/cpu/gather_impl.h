@@ -1,4 +1,4 @@
-// Sums of, and products with, rows picked from a matrix by index.
+// Sums of rows picked from a matrix by index, and dot products with them.
 //
 // A sum goes over all rows for one strip of columns after the other: the strip's sums stay in
 // registers, and every line is read once either way. From caches the processor keeps enough rows in
@@ -13,7 +13,7 @@ namespace fastsae::cpu {
 namespace {
 
 constexpr int kAhead = 16;  // rows between the one that a sum reads and the one it fetches
-constexpr int kRows = 8;    // rows that a product reads side by side
+constexpr int kRows = 8;    // rows that dot products read side by side
 
 // bfloat16 is read as pairs of vectors, the even and the odd entries.
 template <class T>
@@ -42,7 +42,7 @@ inline void store_two(T* p, V a, V b) {
 // left to itself the compiler moves the sums through memory around the loop over rows.
 template <class V, int kCount, class T>
 inline void sum_strip(const typename V::A* weights, const int32_t* indices, int64_t count,
-                      int64_t known, const T* rows, int64_t d, int64_t c, const T* bias, T* out) {
+                      int64_t listed, const T* rows, int64_t d, int64_t c, const T* bias, T* out) {
   using A = typename V::A;
   V sum[kCount];
 #pragma GCC unroll 16
@@ -53,7 +53,7 @@ inline void sum_strip(const typename V::A* weights, const int32_t* indices, int6
   }
   for (int64_t j = 0; j < count; ++j) {
     const T* row = rows + static_cast<int64_t>(indices[j]) * d + c;
-    if (j + kAhead < known) {
+    if (j + kAhead < listed) {
       constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
       const T* ahead = rows + static_cast<int64_t>(indices[j + kAhead]) * d + c;
 #pragma GCC unroll 16
@@ -80,28 +80,28 @@ inline void sum_strip(const typename V::A* weights, const int32_t* indices, int6
 // All whole strips of kCount vectors from column c on; returns the column after them.
 template <class V, int kCount, class T>
 inline int64_t sum_strips(const typename V::A* weights, const int32_t* indices, int64_t count,
-                          int64_t known, const T* rows, int64_t d, int64_t c, const T* bias,
+                          int64_t listed, const T* rows, int64_t d, int64_t c, const T* bias,
                           T* out) {
   for (; c + kCount * V::kWidth <= d; c += kCount * V::kWidth) {
-    sum_strip<V, kCount>(weights, indices, count, known, rows, d, c, bias, out);
+    sum_strip<V, kCount>(weights, indices, count, listed, rows, d, c, bias, out);
   }
   return c;
 }
 
 template <class V, class T>
-void gather_sum(const typename V::A* weights, const int32_t* indices, int64_t count, int64_t known,
+void gather_sum(const typename V::A* weights, const int32_t* indices, int64_t count, int64_t listed,
                 const T* rows, int64_t d, const T* bias, T* out) {
   using A = typename V::A;
   // Short strips leave room for more rows in flight: 24 vectors were 15 % slower than 16. Of 16 and
   // 12 the one that leaves less to narrower strips.
   int64_t c = 0;
   if (d % (12 * V::kWidth) < d % (16 * V::kWidth)) {
-    c = sum_strips<V, 12>(weights, indices, count, known, rows, d, c, bias, out);
+    c = sum_strips<V, 12>(weights, indices, count, listed, rows, d, c, bias, out);
   } else {
-    c = sum_strips<V, 16>(weights, indices, count, known, rows, d, c, bias, out);
+    c = sum_strips<V, 16>(weights, indices, count, listed, rows, d, c, bias, out);
   }
-  c = sum_strips<V, 4>(weights, indices, count, known, rows, d, c, bias, out);
-  c = sum_strips<V, 2>(weights, indices, count, known, rows, d, c, bias, out);
+  c = sum_strips<V, 4>(weights, indices, count, listed, rows, d, c, bias, out);
+  c = sum_strips<V, 2>(weights, indices, count, listed, rows, d, c, bias, out);
   for (; c < d; ++c) {
     A sum = bias ? widen(bias[c]) : A(0);
     for (int64_t j = 0; j < count; ++j) {

@@ -6,12 +6,12 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> group_by_latent(const Tensor& values, const Tensor& indices,
                                                    std::optional<Tensor> offsets, int64_t d_sae) {
-  FASTSAE_CHECK(d_sae >= 0, "group_by_latent: expected d_sae >= 0, got ", d_sae);
-  const Entries e = checked_entries("group_by_latent", values, indices, offsets, d_sae);
-  const int64_t cap = values.numel();
+  check_d_sae("group_by_latent", d_sae);
+  const SparseActsArgs e = checked_sparse_acts("group_by_latent", values, indices, offsets, d_sae);
+  const int64_t capacity = values.numel();
   Tensor bounds = new_empty(values, {d_sae + 1}, ScalarType::Int);
-  Tensor rows = new_empty(values, {cap}, ScalarType::Int);
-  Tensor slots = new_empty(values, {cap}, ScalarType::Int);
+  Tensor rows = new_empty(values, {capacity}, ScalarType::Int);
+  Tensor slots = new_empty(values, {capacity}, ScalarType::Int);
   dispatch_floating("group_by_latent", "values", values, [&](auto type) {
     using T = typename decltype(type)::type;
     counting_sort<T>(e, d_sae, mutable_data_of<int32_t>(bounds), mutable_data_of<int32_t>(rows),

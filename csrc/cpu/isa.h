@@ -18,7 +18,7 @@ extern "C" {
 // "scalar", "avx2" or "avx512".
 const char* fastsae_isa();
 const char* fastsae_best_isa();
-// 1 if bfloat16 products run in hardware at the current level.
+// 1 if bfloat16 multiplications run in hardware at the current level.
 int fastsae_has_bf16();
 // Returns 0, or -1 when `name` is unknown or above what this machine has (nothing changes then).
 int fastsae_set_isa(const char* name);

@@ -3,47 +3,36 @@
 #include "cpu/isa.h"
 
 namespace fastsae::cpu {
+namespace {
+
+// f of the current level: of one object for each, since they differ in type.
+template <class F>
+decltype(auto) at_level(F&& f) {
+  switch (isa()) {
+#if defined(__x86_64__)
+    case Isa::kAvx512:
+      return f(Level<Isa::kAvx512>{});
+    case Isa::kAvx2:
+      return f(Level<Isa::kAvx2>{});
+#endif
+    default:
+      return f(Level<Isa::kScalar>{});
+  }
+}
+
+}  // namespace
 
 template <class T>
 const Kernels<T>& kernels() {
-  switch (isa()) {
-#if defined(__x86_64__)
-    case Isa::kAvx512:
-      return avx512::table<T>();
-    case Isa::kAvx2:
-      return avx2::table<T>();
-#endif
-    default:
-      return scalar::table<T>();
-  }
+  return at_level([](auto level) -> const Kernels<T>& { return level.template table<T>(); });
 }
-
 template <class W>
 const TileKernels<W>& tile_kernels() {
-  switch (isa()) {
-#if defined(__x86_64__)
-    case Isa::kAvx512:
-      return avx512::tile<W>();
-    case Isa::kAvx2:
-      return avx2::tile<W>();
-#endif
-    default:
-      return scalar::tile<W>();
-  }
+  return at_level([](auto level) -> const TileKernels<W>& { return level.template tile<W>(); });
 }
-
 template <class A>
 const AdamKernels<A>& adam_kernels() {
-  switch (isa()) {
-#if defined(__x86_64__)
-    case Isa::kAvx512:
-      return avx512::adam<A>();
-    case Isa::kAvx2:
-      return avx2::adam<A>();
-#endif
-    default:
-      return scalar::adam<A>();
-  }
+  return at_level([](auto level) -> const AdamKernels<A>& { return level.template adam<A>(); });
 }
 
 #if defined(__x86_64__)
@@ -52,10 +41,10 @@ bool has_bf16_tile() {
 }
 template <>
 const TileKernels<bf16x2>& tile_kernels() {
-  return avx512::bf16_tile();
+  return avx512_bf16::tile();
 }
 void round_row(const float* x, int64_t n, bf16x2* out) {
-  avx512::round_row(x, n, out);
+  avx512_bf16::round_row(x, n, out);
 }
 #else
 bool has_bf16_tile() {

@@ -1,17 +1,20 @@
 // The loops that exist once per instruction set, as tables of function pointers.
 //
-// A table is built by each of scalar.cpp, avx2.cpp and avx512.cpp from the same *_impl.h sources;
-// kernels<T>() returns the one for the current ISA. T is the storage type, Acc<T> the type of sums.
+// level_impl.h builds the tables for each of scalar.cpp, avx2.cpp and avx512.cpp;
+// kernels<T>() returns the one for the current level. T is the storage type, Acc<T> the type of
+// sums.
 #pragma once
 
-#include "cpu/types.h"
+#include "adam_constants.h"
+#include "cpu/isa.h"
+#include "types.h"
 
 namespace fastsae::cpu {
 
-// Which entries a filter lets through, for a threshold tau.
+// Which entries a filter lets through, for a lower bound b.
 enum class Pass {
-  kNotBelow,  // !(x <= tau): above tau, or unordered. A NaN entry passes; a NaN tau passes all.
-  kAbove,     // x > tau: a NaN entry never passes.
+  kNotBelow,  // !(x <= b): above b, or unordered. A NaN entry passes; a NaN b passes all.
+  kAbove,     // x > b: a NaN entry never passes.
 };
 
 template <class T>
@@ -24,9 +27,10 @@ struct Kernels {
   void (*group_max)(const T* x, const A* bias, int64_t n, int64_t groups, A* out);
 
   // Appends the (value, base + j) of every passing x[j] + bias[j], j ascending; returns how many.
-  // tau is one number, or one per column when `per_column`. The outputs have room for n + 64.
-  int64_t (*filter)(const T* x, const A* bias, int64_t n, const A* tau, bool per_column, Pass pass,
-                    int32_t base, A* values, int32_t* indices);
+  // lower_bound is one number, or one per column when `per_column`. The outputs have room for
+  // n + 64.
+  int64_t (*filter)(const T* x, const A* bias, int64_t n, const A* lower_bound, bool per_column,
+                    Pass pass, int32_t base, A* values, int32_t* indices);
 
   // Keeps the k largest of n candidates in place, in order; the first ones among equals. Returns
   // the smallest value kept. NaN is the largest, -0 equals +0. 1 <= k <= n; keys [n] is scratch.
@@ -36,9 +40,9 @@ struct Kernels {
   A (*kth_bound)(const A* values, int64_t n, int64_t k, Key* keys);
 
   // out[d] = bias[d] + sum over j < count of weights[j] rows[indices[j]][d], j ascending.
-  // bias may be null. The rows of indices [count, known) are wanted next; known = 0 if all rows are
-  // in a cache and nothing should be fetched ahead.
-  void (*gather_sum)(const A* weights, const int32_t* indices, int64_t count, int64_t known,
+  // bias may be null. The rows of indices [count, listed) are needed next; listed = 0 if all rows
+  // are in a cache and nothing should be fetched ahead.
+  void (*gather_sum)(const A* weights, const int32_t* indices, int64_t count, int64_t listed,
                      const T* rows, int64_t d, const T* bias, T* out);
 
   // out[0, n) = x in the type of sums.
@@ -52,7 +56,7 @@ struct Kernels {
   void (*widen_max)(const T* x, int64_t n, A* out, A* best);
 };
 
-// The encoder's product: a tile of `latents` rows w against a panel of `tokens` packed columns x,
+// The encoder's matmul: a tile of `latents` rows w against a panel of `tokens` packed columns x,
 // in words that are numbers of type A or pairs of bfloat16.
 template <class W>
 struct TileKernels {
@@ -64,19 +68,11 @@ struct TileKernels {
   void (*store)(const W* w, int64_t stride, const W* x, int64_t depth, const A* bias, A* out,
                 int64_t out_stride);
 
-  // Appends (value, l * tokens + t) of those that pass tau[t], or tau[l] if `per_latent` (then
-  // always kAbove), l ascending; returns how many. Room for latents * tokens + 64.
+  // Appends (value, l * tokens + t) of those that pass lower_bound[t], or lower_bound[l] if
+  // `per_latent` (then always kAbove), l ascending; returns how many. Room for latents * tokens
+  // + 64.
   int64_t (*filter)(const W* w, int64_t stride, const W* x, int64_t depth, const A* bias,
-                    const A* tau, bool per_latent, Pass pass, A* values, int32_t* codes);
-};
-
-// Constants of one Adam step.
-template <class A>
-struct AdamScalars {
-  A one_minus_beta1, beta2, one_minus_beta2;
-  A step_size;            // lr / (1 - beta1^t)
-  A inverse_correction2;  // 1 / sqrt(1 - beta2^t)
-  A eps;
+                    const A* lower_bound, bool per_latent, Pass pass, A* values, int32_t* codes);
 };
 
 // One row of d numbers at a time; A is float or double.
@@ -86,36 +82,26 @@ struct AdamKernels {
   void (*add_scaled)(A* y, const A* x, A a, int64_t d);  // y += a x
   void (*scale_row)(A* x, A a, int64_t d);
   // An Adam step of p with gradient scale * g, or 0 if g is null; returns the new <p, p>.
-  A (*adam_row)(A* p, A* m, A* v, const A* g, A scale, int64_t d, const AdamScalars<A>& s);
+  A (*adam_row)(A* p, A* m, A* v, const A* g, A scale, int64_t d, const AdamConstants<A>& s);
 };
 
-namespace scalar {
-template <class T>
-const Kernels<T>& table();
-template <class W>
-const TileKernels<W>& tile();
-template <class A>
-const AdamKernels<A>& adam();
-}  // namespace scalar
-namespace avx2 {
-template <class T>
-const Kernels<T>& table();
-template <class W>
-const TileKernels<W>& tile();
-template <class A>
-const AdamKernels<A>& adam();
-}  // namespace avx2
-namespace avx512 {
-template <class T>
-const Kernels<T>& table();
-template <class W>
-const TileKernels<W>& tile();
-template <class A>
-const AdamKernels<A>& adam();
-const TileKernels<bf16x2>& bf16_tile();
-void round_row(const float* x, int64_t n, bf16x2* out);
-}  // namespace avx512
+// The tables of one level, defined by level_impl.h.
+template <Isa level>
+struct Level {
+  template <class T>
+  static const Kernels<T>& table();
+  template <class W>
+  static const TileKernels<W>& tile();
+  template <class A>
+  static const AdamKernels<A>& adam();
+};
 
+namespace avx512_bf16 {
+const TileKernels<bf16x2>& tile();
+void round_row(const float* x, int64_t n, bf16x2* out);
+}  // namespace avx512_bf16
+
+// Those of the current level.
 template <class T>
 const Kernels<T>& kernels();
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "sample.h"
 #include "torch.h"
 
 namespace fastsae::cpu {
@@ -28,9 +29,9 @@ struct FoundEntries {
 template <class A>
 class MatrixSelect {
  public:
-  // theta: one strict lower threshold for all columns, or one per column.
-  MatrixSelect(int64_t n, int64_t m, int64_t budget, const A* theta, bool per_column)
-      : m_(m), budget_(budget), theta_(theta), per_column_(per_column), counts_(n, 0) {}
+  // threshold: one number that entries must exceed in all columns, or one per column.
+  MatrixSelect(int64_t n, int64_t m, int64_t budget, const A* threshold, bool per_column)
+      : m_(m), budget_(budget), threshold_(threshold), per_column_(per_column), counts_(n, 0) {}
 
   // Adds rows [first, first + rows) of the matrix, stored at x with row stride m. Rows ascend over
   // the calls.
@@ -40,32 +41,34 @@ class MatrixSelect {
     if (budget_ == 0 || rows == 0) return;
     const Kernels<T>& kernel = kernels<T>();
     if (bounded_ && !per_column_) {
-      scan(kernel, x, bias, first, rows, &bound_, false);
+      scan(kernel, x, bias, first, rows, &lower_bound_, false);
     } else {
-      A guess;
-      if (hint_ > theta_[0] && !per_column_ && try_bound(kernel, x, bias, first, rows, hint_))
+      if (threshold_guess_ > threshold_[0] && !per_column_ &&
+          try_bound(kernel, x, bias, first, rows, threshold_guess_))
         return;
-      if (!per_column_ && sample_bound(x, bias, rows, &guess)) {
-        if (try_bound(kernel, x, bias, first, rows, guess)) return;
+      A sampled;
+      if (!per_column_ && sample_bound(x, bias, rows, &sampled)) {
+        if (try_bound(kernel, x, bias, first, rows, sampled)) return;
         const int64_t half = rows / 2;
         if (rows * m_ > kWholeScan && half > 0) {
           add(x, bias, first, half);
           return add(x + half * m_, bias, first + half, rows - half);
         }
       }
-      scan(kernel, x, bias, first, rows, theta_, per_column_);
+      scan(kernel, x, bias, first, rows, threshold_, per_column_);
     }
     if (static_cast<int64_t>(values_.size()) > budget_ + budget_ / 2) keep_largest();
   }
 
-  // About what the bound will be, taken a little lower; it changes the time, never the result.
-  void expect(A bound) {
-    if (std::isfinite(bound)) hint_ = bound * A(0.95);
+  // About what the smallest kept value will be, taken a little lower; it changes the time, never
+  // the result.
+  void guess_threshold(A guess) {
+    if (std::isfinite(guess)) threshold_guess_ = guess * A(0.95);
   }
-  A hint() const { return hint_; }
+  A threshold_guess() const { return threshold_guess_; }
 
   // For a caller that filters the matrix itself: adds what it found in rows first, first + 1, ...
-  // above `lowest()`, as it was before.
+  // above `lower_bound()`, as it was before.
   void append(int64_t first, const FoundEntries<A>& found) {
     values_.insert(values_.end(), found.values.begin(), found.values.end());
     columns_.insert(columns_.end(), found.columns.begin(), found.columns.end());
@@ -74,7 +77,7 @@ class MatrixSelect {
   }
 
   // What an entry must exceed to be among the largest, if there is one threshold for all columns.
-  A lowest() const { return bounded_ ? std::max(bound_, theta_[0]) : theta_[0]; }
+  A lower_bound() const { return bounded_ ? std::max(lower_bound_, threshold_[0]) : threshold_[0]; }
 
   void clear() {
     values_.clear();
@@ -86,20 +89,18 @@ class MatrixSelect {
   bool full() const { return static_cast<int64_t>(values_.size()) >= budget_; }
 
   // A number that somewhat more than `budget` entries of the matrix exceed, judged by a sample of
-  // it; theta where the sample does not say.
-  A guess(const A* sample, int64_t size, int64_t total) {
-    const double expected =
-        static_cast<double>(budget_) * static_cast<double>(size) / static_cast<double>(total);
-    const int64_t rank = static_cast<int64_t>(1.25 * expected + 4.0 * std::sqrt(expected)) + 8;
-    if (rank >= size) return theta_[0];
+  // it; the threshold where the sample does not say.
+  A bound_from_sample(const A* sample, int64_t size, int64_t total) {
+    const int64_t rank = sample_rank(budget_, size, total);
+    if (rank >= size) return threshold_[0];
     keys_.resize(std::max(keys_.size(), static_cast<size_t>(size)));
     const A found = kernels<A>().kth_bound(sample, size, rank, keys_.data());
-    return std::max(theta_[0], std::nextafter(found, -std::numeric_limits<A>::infinity()));
+    return std::max(threshold_[0], std::nextafter(found, -std::numeric_limits<A>::infinity()));
   }
 
   // Writes the selection in the variable layout; returns the smallest kept value, +inf if none.
   template <class T>
-  A finish(T* values, int32_t* indices, int32_t* offsets, int64_t cap) {
+  A finish(T* values, int32_t* indices, int32_t* offsets, int64_t capacity) {
     keep_largest();
     int32_t total = 0;
     offsets[0] = 0;
@@ -110,7 +111,7 @@ class MatrixSelect {
       values[j] = narrow<T>(values_[j]);
       indices[j] = columns_[j];
     }
-    for (int64_t j = total; j < cap; ++j) {
+    for (int64_t j = total; j < capacity; ++j) {
       values[j] = narrow<T>(A(0));
       indices[j] = 0;
     }
@@ -121,8 +122,8 @@ class MatrixSelect {
   // Entries that a scan without a useful bound may turn into candidates at once (64 MiB).
   static constexpr int64_t kWholeScan = int64_t{1} << 23;
 
-  // A bound from pieces of up to 64 rows. False when the sample is too small to say, or all of
-  // theta's is needed.
+  // A bound from pieces of up to 64 rows. False when the sample is too small to say, or all entries
+  // above the threshold are needed.
   template <class T>
   bool sample_bound(const T* x, const A* bias, int64_t rows, A* bound) {
     constexpr int64_t kSampleRows = 64, kPiece = 256;
@@ -143,8 +144,8 @@ class MatrixSelect {
         size += count;
       }
     }
-    *bound = guess(sample.data(), size, total);
-    return *bound > theta_[0];
+    *bound = bound_from_sample(sample.data(), size, total);
+    return *bound > threshold_[0];
   }
 
   // Scans with a bound that may be too high; false, and nothing added, if it was.
@@ -164,7 +165,7 @@ class MatrixSelect {
 
   template <class T>
   void scan(const Kernels<T>& kernel, const T* x, const A* bias, int64_t first, int64_t rows,
-            const A* tau, bool per_column) {
+            const A* lower_bound, bool per_column) {
     constexpr int64_t kBlock = 4096;
     const int64_t task_rows = std::max<int64_t>(1, 65536 / m_);
     const int64_t tasks = (rows + task_rows - 1) / task_rows;
@@ -180,7 +181,7 @@ class MatrixSelect {
           for (int64_t j = 0; j < m_; j += kBlock) {
             const int64_t found =
                 kernel.filter(x + row * m_ + j, bias ? bias + j : nullptr, std::min(kBlock, m_ - j),
-                              tau + (per_column ? j : 0), per_column, Pass::kAbove,
+                              lower_bound + (per_column ? j : 0), per_column, Pass::kAbove,
                               static_cast<int32_t>(j), v.data(), c.data());
             part.values.insert(part.values.end(), v.begin(), v.begin() + found);
             part.columns.insert(part.columns.end(), c.begin(), c.begin() + found);
@@ -201,17 +202,17 @@ class MatrixSelect {
     const int64_t size = static_cast<int64_t>(values_.size());
     if (size < budget_ || size == 0) return;
     keys_.resize(std::max(keys_.size(), static_cast<size_t>(size)));
-    bound_ = kernels<A>().kth_bound(values_.data(), size, budget_, keys_.data());
+    lower_bound_ = kernels<A>().kth_bound(values_.data(), size, budget_, keys_.data());
     bounded_ = true;  // later entries of the bound's value lose the tie: strict is right
     if (size == budget_) return;
     int64_t ties = budget_;
-    for (int64_t j = 0; j < size; ++j) ties -= values_[j] > bound_;
+    for (int64_t j = 0; j < size; ++j) ties -= values_[j] > lower_bound_;
     int64_t from = 0, to = 0;
     for (int32_t& count : counts_) {
       const int64_t row_end = from + count, row_start = to;
       for (; from < row_end; ++from) {
-        const bool tie = values_[from] == bound_;
-        if (tie ? ties-- <= 0 : values_[from] < bound_) continue;
+        const bool tie = values_[from] == lower_bound_;
+        if (tie ? ties-- <= 0 : values_[from] < lower_bound_) continue;
         values_[to] = values_[from];
         columns_[to++] = columns_[from];
       }
@@ -222,11 +223,11 @@ class MatrixSelect {
   }
 
   int64_t m_, budget_;
-  const A* theta_;
+  const A* threshold_;
   bool per_column_;
   bool bounded_ = false;
-  A bound_ = A(0);
-  A hint_ = -std::numeric_limits<A>::infinity();
+  A lower_bound_ = A(0);
+  A threshold_guess_ = -std::numeric_limits<A>::infinity();
   std::vector<A> values_;
   std::vector<typename Kernels<A>::Key> keys_;
   std::vector<int32_t> columns_, counts_;

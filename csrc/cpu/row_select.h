@@ -43,20 +43,20 @@ void select_row(const Kernels<T>& kernel, const T* x, const Acc<T>* bias, int64_
                 const T* next, RowScratch<Acc<T>>& s) {
   using A = Acc<T>;
   constexpr A kInf = std::numeric_limits<A>::infinity();
-  constexpr int64_t kBlock = 4096;   // entries filtered between two looks at the buffer
-  constexpr int64_t kMinCap = 8192;  // candidates held before the bound is tightened
-  constexpr int64_t kAhead = 32768;  // entries of the next row that L2 has room for
-  const int64_t cap = std::max<int64_t>(kMinCap, 2 * k);
+  constexpr int64_t kBlock = 4096;        // entries filtered between two looks at the buffer
+  constexpr int64_t kMinCapacity = 8192;  // candidates held before the bound is tightened
+  constexpr int64_t kAhead = 32768;       // entries of the next row that L2 has room for
+  const int64_t capacity = std::max<int64_t>(kMinCapacity, 2 * k);
   const int64_t groups = (4 * k + 63) / 64 * 64;
-  s.reserve(static_cast<size_t>(cap + kBlock + 64), static_cast<size_t>(groups));
+  s.reserve(static_cast<size_t>(capacity + kBlock + 64), static_cast<size_t>(groups));
 
   // NaN lets everything through: for k too near n, and for rows of -inf, there is no useful bound.
-  A tau = std::numeric_limits<A>::quiet_NaN();
+  A lower_bound = std::numeric_limits<A>::quiet_NaN();
   if (groups * 2 <= n) {
     kernel.group_max(x, bias, n, groups, s.maxima.data());
     const A bound = kernel.kth_bound(s.maxima.data(), groups, k, s.keys.data());
     // Entries equal to the bound belong: the filter is strict, so it gets the number below.
-    if (bound > -kInf) tau = std::nextafter(bound, -kInf);
+    if (bound > -kInf) lower_bound = std::nextafter(bound, -kInf);
   }
 
   s.count = 0;
@@ -66,14 +66,15 @@ void select_row(const Kernels<T>& kernel, const T* x, const Acc<T>* bias, int64_
       constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
       for (int64_t c = 0; c < size; c += kLine) __builtin_prefetch(next + j + c, 0, 2);
     }
-    s.count += kernel.filter(x + j, bias ? bias + j : nullptr, size, &tau, false, Pass::kNotBelow,
-                             static_cast<int32_t>(j), s.values.data() + s.count,
+    s.count += kernel.filter(x + j, bias ? bias + j : nullptr, size, &lower_bound, false,
+                             Pass::kNotBelow, static_cast<int32_t>(j), s.values.data() + s.count,
                              s.indices.data() + s.count);
-    if (s.count > cap) {
+    if (s.count > capacity) {
       // What comes later and equals the k-th value has a higher index and loses: strict is right.
-      tau = kernel.keep_largest(s.values.data(), s.indices.data(), s.count, k, s.keys.data());
+      lower_bound =
+          kernel.keep_largest(s.values.data(), s.indices.data(), s.count, k, s.keys.data());
       s.count = k;
-      if (std::isnan(tau)) break;  // k NaNs: nothing later can win
+      if (std::isnan(lower_bound)) break;  // k NaNs: nothing later can win
     }
   }
   if (s.count > k) {

@@ -2,7 +2,8 @@
 //
 // Values become integers that order alike, and the range of those is halved by counting how many
 // reach its middle: a vector compare and a popcount each, where a partial sort moves and branches.
-// It ends as soon as exactly k reach the middle: for distinct values after some log2(n) + 5 rounds.
+// It ends as soon as exactly k reach the middle: for distinct values after about log2(n) + 5
+// rounds.
 #pragma once
 
 #include "cpu/kernels.h"

@@ -1,9 +1,9 @@
 // One training step, latent by latent. For each latent f, while its rows are in cache:
 //
-//   g_dec = sum over its entries of value error[row],  g_enc = sum of g (x - b_dec)[row],
+//   g_dec = sum over its entries of value grad_output[row],  g_enc = sum of g (x - b_dec)[row],
 //   g_b = sum of g;  g_dec loses what points along W_dec[f];  Adam on all three;  |W_dec[f]| <- 1
 //
-// and -g_b W_enc[f] is added to the gradient of b_dec, which is that of b_dec in the encoder. So no
+// and -g_b W_enc[f], the part of b_dec in the encoder, is added to the gradient of b_dec. So no
 // gradient of a matrix is ever stored: the step reads and writes parameters and Adam's averages
 // once, 24 bytes a float32 parameter, and everything else comes from caches. With clipping, a first
 // pass over the same sums finds the norm of the whole gradient.
@@ -27,21 +27,21 @@ constexpr int64_t kGroup =
 
 // A parameter and Adam's two averages of it.
 template <class A>
-struct Moving {
+struct Parameter {
   A *p, *m, *v;
-  Moving at(int64_t offset) const { return {p + offset, m + offset, v + offset}; }
+  Parameter at(int64_t offset) const { return {p + offset, m + offset, v + offset}; }
 };
 
 template <class A>
 struct Step {
   int64_t n, d, d_sae;
-  Moving<A> W_enc, W_dec, b_enc, b_dec;
+  Parameter<A> W_enc, W_dec, b_enc, b_dec;
   const A *values, *grad_values;
   const int32_t *offsets, *rows, *slots;  // feature-major lists
-  const A *centred, *error;               // [n, d]
-  const int32_t* extra;                   // [d_sae]: row of the added gradients, or -1; or null
+  const A *centered, *grad_output;        // [n, d]
+  const int32_t* extra;                   // [d_sae]: row of the extra gradients, or -1; or null
   const A *extra_W_enc, *extra_W_dec, *extra_b_enc;
-  AdamScalars<A> adam;
+  AdamConstants<A> adam;
   bool unit_norm;
   const Kernels<A>& kernel;
   const AdamKernels<A>& row;
@@ -61,9 +61,9 @@ struct Step {
       g.weights.resize(static_cast<size_t>(count));
     const int32_t* tokens = rows + begin;
     for (int64_t j = 0; j < count; ++j) g.weights[j] = values[slots[begin + j]];
-    kernel.gather_sum(g.weights.data(), tokens, count, 0, error, d, nullptr, g.dec.data());
+    kernel.gather_sum(g.weights.data(), tokens, count, 0, grad_output, d, nullptr, g.dec.data());
     for (int64_t j = 0; j < count; ++j) g.b += g.weights[j] = grad_values[slots[begin + j]];
-    kernel.gather_sum(g.weights.data(), tokens, count, 0, centred, d, nullptr, g.enc.data());
+    kernel.gather_sum(g.weights.data(), tokens, count, 0, centered, d, nullptr, g.enc.data());
     if (more >= 0) {
       row.add_scaled(g.dec.data(), extra_W_dec + more * d, A(1), d);
       row.add_scaled(g.enc.data(), extra_W_enc + more * d, A(1), d);
@@ -81,7 +81,7 @@ struct Step {
   template <class F>
   void for_groups(F&& f) const {
     const int64_t groups = (d_sae + kGroup - 1) / kGroup;
-    // A row costs as much as some ten entries (bytes moved); lists may be very unequal.
+    // A row costs as much as about ten entries (bytes moved); lists may be very unequal.
     const auto cost = [this](int64_t latent) { return offsets[latent] + 10 * latent; };
     const int64_t parts = std::max<int64_t>(1, torch::stable::get_num_threads());
     const auto bound = [&](int64_t part) {
@@ -114,7 +114,7 @@ struct Step {
   // The gradient of b_dec from the shares [groups, d].
   std::vector<A> b_dec_gradient(const std::vector<A>& shares) const {
     std::vector<A> g(static_cast<size_t>(d), A(0));
-    for (int64_t r = 0; r < n; ++r) row.add_scaled(g.data(), error + r * d, A(1), d);
+    for (int64_t r = 0; r < n; ++r) row.add_scaled(g.data(), grad_output + r * d, A(1), d);
     for (size_t s = 0; s < shares.size(); s += static_cast<size_t>(d)) {
       row.add_scaled(g.data(), shares.data() + s, A(1), d);
     }
@@ -148,7 +148,7 @@ struct Step {
       for (int64_t f = group * kGroup; f < last; ++f) {
         const bool any = gradient(f, g);
         add_encoder_share(f, g.b, shares.data() + group * d);
-        const Moving<A> enc = W_enc.at(f * d), dec = W_dec.at(f * d), b = b_enc.at(f);
+        const Parameter<A> enc = W_enc.at(f * d), dec = W_dec.at(f * d), b = b_enc.at(f);
         row.adam_row(enc.p, enc.m, enc.v, any ? g.enc.data() : nullptr, scale, d, adam);
         const A squared =
             row.adam_row(dec.p, dec.m, dec.v, any ? g.dec.data() : nullptr, scale, d, adam);
@@ -163,9 +163,9 @@ struct Step {
 
 void run(AdamCall& c) {
   const int64_t d_sae = c.W_enc.size(0), d = c.W_enc.size(1);
-  const Entries e = checked_entries(kOp, c.values, c.indices, c.offsets, d_sae);
-  const Tensor grad = as_contiguous(c.grad_values), error = as_contiguous(c.grad_output);
-  const Tensor centred = as_contiguous(torch::stable::subtract(c.x, c.b_dec));
+  const SparseActsArgs e = checked_sparse_acts(kOp, c.values, c.indices, c.offsets, d_sae);
+  const Tensor grad = as_contiguous(c.grad_values), grad_output = as_contiguous(c.grad_output);
+  const Tensor centered = as_contiguous(torch::stable::subtract(c.x, c.b_dec));
 
   std::vector<int32_t> extra;
   Tensor extra_enc = c.W_enc, extra_dec = c.W_enc, extra_b = c.b_enc;
@@ -186,32 +186,32 @@ void run(AdamCall& c) {
 
   const auto run = [&](auto type) {
     using A = typename decltype(type)::type;
-    const int64_t cap = e.values.numel();
-    std::vector<int32_t> lists(static_cast<size_t>(d_sae + 1 + 2 * cap));
-    int32_t *bounds = lists.data(), *tokens = bounds + d_sae + 1, *slots = tokens + cap;
+    const int64_t capacity = e.values.numel();
+    std::vector<int32_t> lists(static_cast<size_t>(d_sae + 1 + 2 * capacity));
+    int32_t *bounds = lists.data(), *tokens = bounds + d_sae + 1, *slots = tokens + capacity;
     counting_sort<A>(e, d_sae, bounds, tokens, slots);
-    const auto moving = [](Tensor& p, Tensor& m, Tensor& v) {
-      return Moving<A>{mutable_data_of<A>(p), mutable_data_of<A>(m), mutable_data_of<A>(v)};
+    const auto parameter = [](Tensor& p, Tensor& m, Tensor& v) {
+      return Parameter<A>{mutable_data_of<A>(p), mutable_data_of<A>(m), mutable_data_of<A>(v)};
     };
     const Step<A> all{e.n,
                       d,
                       d_sae,
-                      moving(c.W_enc, c.m_W_enc, c.v_W_enc),
-                      moving(c.W_dec, c.m_W_dec, c.v_W_dec),
-                      moving(c.b_enc, c.m_b_enc, c.v_b_enc),
-                      moving(c.b_dec, c.m_b_dec, c.v_b_dec),
+                      parameter(c.W_enc, c.m_W_enc, c.v_W_enc),
+                      parameter(c.W_dec, c.m_W_dec, c.v_W_dec),
+                      parameter(c.b_enc, c.m_b_enc, c.v_b_enc),
+                      parameter(c.b_dec, c.m_b_dec, c.v_b_dec),
                       data_of<A>(e.values),
                       data_of<A>(grad),
                       bounds,
                       tokens,
                       slots,
-                      data_of<A>(centred),
-                      data_of<A>(error),
+                      data_of<A>(centered),
+                      data_of<A>(grad_output),
                       c.extra_latents ? extra.data() : nullptr,
                       data_of<A>(extra_enc),
                       data_of<A>(extra_dec),
                       data_of<A>(extra_b),
-                      c.scalars<AdamScalars<A>>(),
+                      c.constants().to<A>(),
                       c.unit_norm,
                       kernels<A>(),
                       adam_kernels<A>()};

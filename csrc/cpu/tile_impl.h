@@ -70,7 +70,7 @@ void tile_store(const typename M::Word* w, int64_t stride, const typename M::Wor
 
 template <class V, class M, bool kPerLatent, Pass kPass>
 int64_t tile_filter_loop(const typename M::Word* w, int64_t stride, const typename M::Word* x,
-                         int64_t depth, const typename V::A* bias, const typename V::A* tau,
+                         int64_t depth, const typename V::A* bias, const typename V::A* lower_bound,
                          typename V::A* values, int32_t* codes) {
   using T = Tile<V, M>;
   T tile;
@@ -78,7 +78,7 @@ int64_t tile_filter_loop(const typename M::Word* w, int64_t stride, const typena
   int64_t count = 0;
   for (int l = 0; l < T::kLatents; ++l) {
     for (int v = 0; v < T::kVectors; ++v) {
-      const V bound = kPerLatent ? V::set1(tau[l]) : V::load(tau + v * V::kWidth);
+      const V bound = kPerLatent ? V::set1(lower_bound[l]) : V::load(lower_bound + v * V::kWidth);
       const V sum = tile.sum[l][v];
       const unsigned mask =
           V::bits(kPass == Pass::kAbove ? V::above(sum, bound) : V::not_below_or_equal(sum, bound));
@@ -92,18 +92,18 @@ int64_t tile_filter_loop(const typename M::Word* w, int64_t stride, const typena
 
 template <class V, class M>
 int64_t tile_filter(const typename M::Word* w, int64_t stride, const typename M::Word* x,
-                    int64_t depth, const typename V::A* bias, const typename V::A* tau,
+                    int64_t depth, const typename V::A* bias, const typename V::A* lower_bound,
                     bool per_latent, Pass pass, typename V::A* values, int32_t* codes) {
   if (per_latent) {
-    return tile_filter_loop<V, M, true, Pass::kAbove>(w, stride, x, depth, bias, tau, values,
-                                                      codes);
+    return tile_filter_loop<V, M, true, Pass::kAbove>(w, stride, x, depth, bias, lower_bound,
+                                                      values, codes);
   }
   if (pass == Pass::kAbove) {
-    return tile_filter_loop<V, M, false, Pass::kAbove>(w, stride, x, depth, bias, tau, values,
-                                                       codes);
+    return tile_filter_loop<V, M, false, Pass::kAbove>(w, stride, x, depth, bias, lower_bound,
+                                                       values, codes);
   }
-  return tile_filter_loop<V, M, false, Pass::kNotBelow>(w, stride, x, depth, bias, tau, values,
-                                                        codes);
+  return tile_filter_loop<V, M, false, Pass::kNotBelow>(w, stride, x, depth, bias, lower_bound,
+                                                        values, codes);
 }
 
 template <class V, class M>

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "cpu/types.h"
+#include "types.h"
 
 namespace fastsae::cpu {
 namespace {
@@ -11,7 +11,7 @@ namespace {
 struct VecF {
   using A = float;
   static constexpr int kWidth = 16;
-  static constexpr int kAccumulators = 24;  // that fit the registers beside operands
+  static constexpr int kAccumulators = 24;  // that fit the registers along with operands
   static constexpr int kTileLatents = 12, kTileVectors = 2;  // see tile_impl.h
   __m512 v;
 
@@ -97,7 +97,7 @@ struct VecF {
 struct VecD {
   using A = double;
   static constexpr int kWidth = 8;
-  static constexpr int kAccumulators = 24;  // that fit the registers beside operands
+  static constexpr int kAccumulators = 24;  // that fit the registers along with operands
   static constexpr int kTileLatents = 12, kTileVectors = 2;  // see tile_impl.h
   __m512d v;
 

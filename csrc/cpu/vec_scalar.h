@@ -1,7 +1,7 @@
 // One lane, in plain C: the portable level, and the meaning of the wider ones.
 #pragma once
 
-#include "cpu/types.h"
+#include "types.h"
 
 namespace fastsae::cpu {
 namespace {
@@ -10,7 +10,7 @@ template <class Number>
 struct ScalarVec {
   using A = Number;
   static constexpr int kWidth = 1;
-  static constexpr int kAccumulators = 8;  // that fit the registers beside operands
+  static constexpr int kAccumulators = 8;  // that fit the registers along with operands
   static constexpr int kTileLatents = 4, kTileVectors = 2;  // see tile_impl.h
   A v;
 

@@ -51,7 +51,7 @@ __device__ __forceinline__ T block_sum(T x, T* space) {
   return total;
 }
 
-// A digit that was looked for: which, how many keys have it, and how many of these are needed.
+// A digit that was searched for: which, how many keys have it, and how many of these are needed.
 struct Digit {
   unsigned digit, size, rest;
 };

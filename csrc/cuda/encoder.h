@@ -40,23 +40,15 @@ inline EncoderArguments encoder_input(const char* op, const Tensor& x, const Ten
   return in;
 }
 
-struct Chunks {
-  int64_t count, rows;  // the last one may have fewer
-};
-inline Chunks chunks_of(const EncoderArguments& in) {
-  const int64_t n = in.x.size(0), row_bytes = 4 * std::max<int64_t>(1, in.d_sae);
-  const int64_t fitting = std::max(kMinChunkRows, kChunkBytes / row_bytes);
-  const int64_t count = (n + fitting - 1) / fitting;
-  if (count == 0) return {0, 0};
-  const int64_t rows = (n + count - 1) / count;  // equal chunks: no small one at the end
-  return {count, std::min(fitting, (rows + 7) / 8 * 8)};
+inline RowChunks chunks_of(const EncoderArguments& in) {
+  return row_chunks(in.x.size(0), 4 * in.d_sae, kChunkBytes, kMinChunkRows, 8);
 }
 
 // Calls f(pre [rows, F] without the bias, first, rows) for consecutive chunks of rows.
 template <class Call>
 void for_each_chunk(const EncoderArguments& in, Call&& f) {
   const int64_t n = in.x.size(0);
-  const Chunks chunks = chunks_of(in);
+  const RowChunks chunks = chunks_of(in);
   const Tensor W = torch::stable::transpose(in.W_enc, 0, 1);
   const Tensor buffer = new_empty(in.x, {chunks.rows, in.d_sae}, accumulator_type(in.x));
   for (int64_t first = 0; first < n; first += chunks.rows) {

@@ -4,7 +4,8 @@
 
 #include <algorithm>
 
-#include "cuda/feature_topk_kernel.cuh"
+#include "cuda/feature_topk_columns_kernel.cuh"
+#include "cuda/feature_topk_lists_kernel.cuh"
 
 namespace fastsae::cuda {
 namespace {
@@ -13,7 +14,7 @@ constexpr int64_t kFewRows = 256;                // fewer are settled as a whole
 constexpr int64_t kMostRows = int64_t{1} << 30;  // counted in ints
 constexpr int64_t kMostGroups = 512;   // all maxima of a column are searched again and again
 constexpr int64_t kShortestGroup = 8;  // rows of a group at least: its maximum is written
-constexpr int64_t kMostEvery = 4;
+constexpr int64_t kMostRowStep = 4;
 constexpr int64_t kUnknownMean = 8;
 constexpr double kMostListed = 0.003;           // of the entries: one costs as much as many reads
 constexpr int64_t kLeastPart = 16, kPart = 64;  // rows that a thread compares with its bounds
@@ -23,11 +24,11 @@ int64_t blocks_of(int64_t items, int64_t per_block) {
   return (items + per_block - 1) / per_block;
 }
 
-// Divides the rows; room stays 0 where lists would not pay.
+// Divides the rows; list_capacity stays 0 where lists would not pay.
 template <class F>
 void plan(ColumnBoundArgs<F>& a, int64_t total) {
   const int64_t n = a.n;
-  // Room for everything says nothing about m.
+  // A capacity for everything says nothing about m.
   const int64_t mean =
       total < n * a.columns ? std::max<int64_t>(1, blocks_of(total, a.columns)) : kUnknownMean;
   const int64_t pieces = blocks_of(a.columns, F::kVector), full = kFullThreads * multiprocessors();
@@ -37,20 +38,21 @@ void plan(ColumnBoundArgs<F>& a, int64_t total) {
   a.groups = static_cast<int>(std::min({groups, kMostGroups, n / kShortestGroup}));
   if (n < kFewRows || n > kMostRows || 4 * mean > a.groups) return;
   // A bound from a part of the rows saves most of the first read, and lets more pass.
-  const auto listed = [&](int64_t every) {
-    return static_cast<double>(mean * every) / static_cast<double>(n);
+  const auto listed = [&](int64_t step) {
+    return static_cast<double>(mean * step) / static_cast<double>(n);
   };
-  a.every = 1;
-  while (a.every < kMostEvery && listed(2 * a.every) < kMostListed &&
-         n / (2 * a.every) >= kShortestGroup * a.groups) {
-    a.every *= 2;
+  a.row_step = 1;
+  while (a.row_step < kMostRowStep && listed(2 * a.row_step) < kMostListed &&
+         n / (2 * a.row_step) >= kShortestGroup * a.groups) {
+    a.row_step *= 2;
   }
-  a.room = static_cast<int>(std::min(n, 32 * blocks_of(4 * a.every * mean + 64, 32)));
+  a.list_capacity = static_cast<int>(std::min(n, 32 * blocks_of(4 * a.row_step * mean + 64, 32)));
   // Several blocks one after the other, each with room for four times what it is expected to find.
-  const double found = listed(a.every) * kGroupThreads * F::kVector;  // per row
-  const int64_t most = std::max<int64_t>(1, static_cast<int64_t>(Found<F>::kRoom / 4 / found));
+  const double found = listed(a.row_step) * kGroupThreads * F::kVector;  // per row
+  const int64_t fitting =
+      std::max<int64_t>(1, static_cast<int64_t>(FoundEntries<F>::kCapacity / 4 / found));
   const int64_t rows = std::clamp(n * pieces / (4 * full), kLeastPart, kPart);
-  a.parts = static_cast<int>(blocks_of(n, std::min(rows, most)));
+  a.parts = static_cast<int>(blocks_of(n, std::min(rows, fitting)));
 }
 
 template <class F>
@@ -62,29 +64,29 @@ ColumnBoundArgs<F> arguments(const ColumnBoundParams& p, int64_t* scratch_size) 
   a.n = p.n;
   a.columns = p.columns;
   a.m = p.m;
-  a.theta = static_cast<typename F::Acc*>(p.theta);
+  a.lower_bound = static_cast<typename F::Acc*>(p.lower_bound);
   a.tie_row = p.tie_row;
   plan(a, p.total);
   Scratch scratch(p.scratch);
-  if (a.room > 0) {
+  if (a.list_capacity > 0) {
     a.maxima = scratch.take<typename Args::Code>(int64_t{a.groups} * a.columns);
-    a.bound = scratch.take<Bits>(a.columns);
-    a.count = scratch.take<unsigned>(a.columns);
-    a.values = scratch.take<Bits>(int64_t{a.room} * a.columns);
-    a.rows = scratch.take<int32_t>(int64_t{a.room} * a.columns);
+    a.list_bound = scratch.take<Bits>(a.columns);
+    a.list_count = scratch.take<unsigned>(a.columns);
+    a.list_values = scratch.take<Bits>(int64_t{a.list_capacity} * a.columns);
+    a.list_rows = scratch.take<int32_t>(int64_t{a.list_capacity} * a.columns);
   }
   *scratch_size = scratch.size();
   return a;
 }
 
-template <class F, int kWidth>
+template <class F, bool kWide>
 void launch_lists(const ColumnBoundArgs<F>& a, cudaStream_t stream) {
-  const int64_t pieces = a.columns / kWidth;
-  FASTSAE_LAUNCH((group_maxima_kernel<F, kWidth>),
-                 grid_of(blocks_of(pieces * a.groups, kGroupThreads)), kGroupThreads, 0, stream, a);
+  const int64_t packs = a.columns / Pack<F, kWide>::kSize;
+  FASTSAE_LAUNCH((group_maxima_kernel<F, kWide>),
+                 grid_of(blocks_of(packs * a.groups, kGroupThreads)), kGroupThreads, 0, stream, a);
   FASTSAE_LAUNCH(list_bound_kernel<F>, grid_of(blocks_of(a.columns, kBoundThreads)), kBoundThreads,
                  0, stream, a);
-  FASTSAE_LAUNCH((list_kernel<F, kWidth>), grid_of(blocks_of(pieces * a.parts, kGroupThreads)),
+  FASTSAE_LAUNCH((list_kernel<F, kWide>), grid_of(blocks_of(packs * a.parts, kGroupThreads)),
                  kGroupThreads, 0, stream, a);
   FASTSAE_LAUNCH(choose_kernel<F>, grid_of(blocks_of(a.columns, kChooseThreads / 32)),
                  kChooseThreads, 0, stream, a);
@@ -106,11 +108,11 @@ const char* launch_column_bound(const ColumnBoundParams& params, Format format, 
     using F = decltype(f);
     int64_t size;
     const ColumnBoundArgs<F> a = arguments<F>(params, &size);
-    if (a.room > 0) {
+    if (a.list_capacity > 0) {
       const bool aligned =
           a.columns % F::kVector == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
-      if (aligned) launch_lists<F, F::kVector>(a, stream);
-      else launch_lists<F, 1>(a, stream);
+      if (aligned) launch_lists<F, true>(a, stream);
+      else launch_lists<F, false>(a, stream);
     }
     FASTSAE_LAUNCH(column_bound_kernel<F>, grid_of(blocks_of(a.columns, 32)), kColumnThreads, 0,
                    stream, a);

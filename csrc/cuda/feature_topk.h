@@ -10,8 +10,8 @@ struct ColumnBoundParams {
   int64_t n;      // rows, < 2^31
   int32_t columns;
   const int32_t* m;         // [columns] entries to keep; negative counts as 0
-  int64_t total;            // about the sum of m: a hint, n * columns if nothing is known
-  void* theta;              // [columns] in the accumulator's format: larger entries are kept
+  int64_t total;            // about the sum of m; n * columns if nothing is known
+  void* lower_bound;        // [columns] in the accumulator's format: larger entries are kept
   int32_t* tie_row;         // [columns]: so are equal ones in rows up to this
   void* scratch = nullptr;  // column_bound_scratch() bytes
 };

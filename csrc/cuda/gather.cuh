@@ -1,58 +1,16 @@
-// Rows picked from a matrix by index: what every sparse-dense product is made of.
+// Rows picked from a matrix by index: what every sparse matmul is made of.
 //
 // A warp sums a strip of columns, `kPacks` packs per lane, over the entries of one list. It reads
-// 32 entries at a time, one per lane, hands them round by shuffles, and has the loads of kRows rows
+// 32 entries at a time, one per lane, passes them on by shuffles, and has the loads of kRows rows
 // in flight before it adds the first. Sums run in the order of the entries, one accumulator per
 // column, so they depend neither on the grid nor on how the columns are split.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/block.cuh"
-#include "cuda/entries.h"
-#include "cuda/number.cuh"
+#include "cuda/pack.cuh"
+#include "cuda/sparse_acts.h"
 
 namespace fastsae::cuda {
-
-// What one access reads: 16 bytes, or one element where rows do not start at multiples of 16 bytes.
-template <class F, bool kWide>
-struct Pack {
-  using Bits = typename F::Bits;
-  using Acc = typename F::Acc;
-  static constexpr int kSize = kWide ? F::kVector : 1;
-  using Raw = std::conditional_t<kWide, uint4, Bits>;
-
-  __device__ __forceinline__ static Raw load(const Bits* p) {
-    if constexpr (kWide) return load_shared_by_all(p);
-    else return __ldg(p);
-  }
-  // For memory that this kernel also writes.
-  __device__ __forceinline__ static Raw load_own(const Bits* p) {
-    return *reinterpret_cast<const Raw*>(p);
-  }
-  __device__ __forceinline__ static Acc at(const Raw& raw, int e) {
-    if constexpr (kWide) return F::widen(element<F>(raw, e));
-    else return F::widen(raw);
-  }
-  __device__ __forceinline__ static void store(Bits* p, const Acc (&x)[kSize]) {
-    if constexpr (!kWide) {
-      *p = F::narrow(x[0]);
-    } else {
-      uint32_t word[4];
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        if constexpr (sizeof(Bits) == 2) {
-          word[w] = F::narrow(x[2 * w]) | static_cast<uint32_t>(F::narrow(x[2 * w + 1])) << 16;
-        } else if constexpr (sizeof(Bits) == 4) {
-          word[w] = F::narrow(x[w]);
-        } else {
-          word[w] = static_cast<uint32_t>(F::narrow(x[w / 2]) >> (w % 2 * 32));
-        }
-      }
-      *reinterpret_cast<uint4*>(p) = {word[0], word[1], word[2], word[3]};
-    }
-  }
-};
 
 // One entry as a lane holds it; weight 0: none, or inactive.
 template <class A>
@@ -63,10 +21,10 @@ struct Entry {
 
 // Sparse activations; F is the format of the matrix they meet.
 template <class F>
-struct EntriesView {
+struct SparseActsView {
   using Acc = typename F::Acc;
   using Bits = typename F::Bits;
-  EntriesParams p;
+  SparseActsParams p;
 
   // Positions of the entries of a row. Bad offsets lead nowhere.
   __device__ __forceinline__ int begin(int64_t row) const { return at(row); }
@@ -85,7 +43,7 @@ struct EntriesView {
  private:
   __device__ __forceinline__ int at(int64_t row) const {
     if (!p.offsets) return static_cast<int>(row * p.k);
-    return min(max(p.offsets[row], 0), p.cap);
+    return min(max(p.offsets[row], 0), p.capacity);
   }
 };
 
@@ -148,7 +106,7 @@ struct Strip {
   }
 };
 
-// Rows in flight: some 12 accesses of a lane are enough to hide the memory, and fit the registers.
+// Rows in flight: about 12 accesses of a lane are enough to hide the memory, and fit the registers.
 template <int kPacks>
 constexpr int kRowsInFlight = kPacks == 1 ? 8 : 4;
 // Blocks of 128 threads on a multiprocessor, at least.
@@ -203,8 +161,7 @@ __device__ __forceinline__ void gather_sum(const Strip<F, kWide, kPacks>& strip,
   }
 }
 
-// ---- the host's side
-// -----------------------------------------------------------------------------
+// ---- the host's side ----
 
 // Whether rows of d elements from p on can be read 16 bytes at a time.
 template <class F>

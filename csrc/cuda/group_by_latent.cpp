@@ -1,7 +1,7 @@
 // The operator group_by_latent on CUDA: check, allocate, launch on the current stream, register.
 #include "cuda/group_by_latent.h"
 
-#include "cuda/sparse_args.h"
+#include "cuda/sparse_acts_args.h"
 
 namespace fastsae::cuda {
 namespace {
@@ -9,15 +9,14 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> group_by_latent(const Tensor& values, const Tensor& indices,
                                                    std::optional<Tensor> offsets, int64_t d_sae) {
   constexpr const char* op = "group_by_latent";
-  FASTSAE_CHECK(d_sae >= 0, "group_by_latent: expected d_sae >= 0, got ", d_sae);
-  FASTSAE_CHECK(d_sae < INT32_MAX, "group_by_latent: expected d_sae < 2^31 - 1, got ", d_sae);
+  check_d_sae(op, d_sae);
   const Format format = format_of(op, "values", values);
   const DeviceScope device(values);
-  const Entries e =
-      checked_entries(op, values, indices, offsets, d_sae, values.scalar_type(), "values", values);
+  const SparseActsArgs e = checked_sparse_acts(op, values, indices, offsets, d_sae,
+                                               values.scalar_type(), "values", values);
   Tensor bounds = new_empty(values, {d_sae + 1}, ScalarType::Int);
-  Tensor rows = new_empty(values, {e.params.cap}, ScalarType::Int);
-  Tensor slots = new_empty(values, {e.params.cap}, ScalarType::Int);
+  Tensor rows = new_empty(values, {e.params.capacity}, ScalarType::Int);
+  Tensor slots = new_empty(values, {e.params.capacity}, ScalarType::Int);
   Tensor space = scratch(values, group_by_latent_scratch(e.params));
   const GroupByLatentParams params{e.params, mutable_data_of<int32_t>(bounds),
                                    mutable_data_of<int32_t>(rows), mutable_data_of<int32_t>(slots),

@@ -1,19 +1,19 @@
 // What the operators and the launcher of the CUDA group_by_latent agree on. No torch, no CUDA.
 #pragma once
 
-#include "cuda/entries.h"
+#include "cuda/sparse_acts.h"
 
 namespace fastsae::cuda {
 
 struct GroupByLatentParams {
-  EntriesParams entries;    // values in any format
-  int32_t* offsets;         // [d_sae + 1]
-  int32_t* rows;            // [capacity]
-  int32_t* slots;           // [capacity]
-  void* scratch = nullptr;  // group_by_latent_scratch() bytes
+  SparseActsParams entries;  // values in any format
+  int32_t* offsets;          // [d_sae + 1]
+  int32_t* rows;             // [capacity]
+  int32_t* slots;            // [capacity]
+  void* scratch = nullptr;   // group_by_latent_scratch() bytes
 };
 
-int64_t group_by_latent_scratch(const EntriesParams& entries);
+int64_t group_by_latent_scratch(const SparseActsParams& entries);
 
 // `format` is that of the values. Launches on `stream` (a cudaStream_t); null when all is well,
 // else the CUDA error's text.

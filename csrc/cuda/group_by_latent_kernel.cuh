@@ -1,5 +1,5 @@
 // The active entries grouped by latent, rows ascending: a stable radix sort of (latent, slot) by
-// latent, lowest digit first. Inactive entries count as latent d_sae and end up behind all others.
+// latent, lowest digit first. Inactive entries count as latent d_sae and end up after all others.
 //
 // A pass sorts by one digit of up to kMostBits bits. Every block owns one range of the entries:
 //   1. count:   how often each digit occurs in the range            -> table [bins, blocks]
@@ -8,8 +8,8 @@
 //      before, in tiles before, in warps before, and in lanes before.
 // Then the lists' bounds are found by binary search in the sorted latents.
 //
-// The order is that of the input, whatever the grid: atomics only count, in shared memory. Cost:
-// some 16 bytes per entry and pass, from L2 for all but huge inputs.
+// The order is the order of the input, whatever the grid: atomics only count, in shared memory.
+// Cost: about 16 bytes per entry and pass, from L2 for all but huge inputs.
 #pragma once
 
 #include "cuda/gather.cuh"
@@ -24,7 +24,7 @@ constexpr int kMostBits = 10, kMostBins = 1 << kMostBits;
 
 // One pass, and the entries that a block owns.
 struct SortPass {
-  int cap, per_block;  // per_block: a multiple of kTile
+  int capacity, per_block;  // per_block: a multiple of kTile
   int shift, bins;
   __device__ __forceinline__ unsigned digit(uint32_t key) const {
     return key >> shift & static_cast<unsigned>(bins - 1);
@@ -32,7 +32,7 @@ struct SortPass {
   __device__ __forceinline__ int first() const { return static_cast<int>(blockIdx.x) * per_block; }
   // Tiles of this block that hold entries.
   __device__ __forceinline__ int tiles() const {
-    return (min(per_block, cap - first()) + kTile - 1) / kTile;
+    return (min(per_block, capacity - first()) + kTile - 1) / kTile;
   }
 };
 
@@ -44,7 +44,7 @@ __device__ __forceinline__ void count_range(const SortPass& pass, unsigned* tabl
   __syncthreads();  // zeroed before anyone counts
   for (int i = 0; i < pass.tiles() * kSortItems; ++i) {
     const int64_t j = pass.first() + int64_t{i} * kSortThreads + tid;
-    const bool inside = j < pass.cap;
+    const bool inside = j < pass.capacity;
     count_digit(histogram, inside ? pass.digit(key(static_cast<int>(j))) : 0, inside, lane);
   }
   __syncthreads();  // counted before it is written
@@ -53,11 +53,11 @@ __device__ __forceinline__ void count_range(const SortPass& pass, unsigned* tabl
   }
 }
 
-// The first pass also finds out and keeps the keys.
+// count_kernel of the first pass, which also makes the keys.
 template <class F>
 __global__ void __launch_bounds__(kSortThreads)
-    first_count_kernel(EntriesView<F> entries, SortPass pass, uint32_t* keys, unsigned* table) {
-  const int total = entries.p.offsets ? entries.end(entries.p.n - 1) : entries.p.cap;
+    first_count_kernel(SparseActsView<F> entries, SortPass pass, uint32_t* keys, unsigned* table) {
+  const int total = entries.p.offsets ? entries.end(entries.p.n - 1) : entries.p.capacity;
   count_range(pass, table, [&](int j) {
     uint32_t key = static_cast<uint32_t>(entries.p.d_sae);
     if (j < total) {
@@ -68,12 +68,13 @@ __global__ void __launch_bounds__(kSortThreads)
   });
 }
 
+// Counts the digits of the keys of a block's range.
 __global__ void __launch_bounds__(kSortThreads)
     count_kernel(SortPass pass, const uint32_t* __restrict__ keys, unsigned* __restrict__ table) {
   count_range(pass, table, [&](int j) { return keys[j]; });
 }
 
-// A warp per digit.
+// Sums every digit's counts over the blocks before; a warp per digit.
 __global__ void __launch_bounds__(kSortThreads)
     scan_kernel(int bins, int blocks, unsigned* __restrict__ table, unsigned* __restrict__ totals) {
   const int lane = static_cast<int>(threadIdx.x) & 31;
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kSortThreads)
   }
 }
 
-// slots: null in the first pass, where entry j is slot j.
+// Moves keys and slots to their places. slots: null in the first pass, where entry j is slot j.
 __global__ void __launch_bounds__(kSortThreads)
     scatter_kernel(SortPass pass, const uint32_t* __restrict__ keys,
                    const int32_t* __restrict__ slots, const unsigned* __restrict__ table,
@@ -129,11 +130,11 @@ __global__ void __launch_bounds__(kSortThreads)
     unsigned rank[kSortItems];
 #pragma unroll
     for (int i = 0; i < kSortItems; ++i) {
-      key[i] = first + 32 * i < pass.cap ? keys[first + 32 * i] : 0;
+      key[i] = first + 32 * i < pass.capacity ? keys[first + 32 * i] : 0;
     }
 #pragma unroll
     for (int i = 0; i < kSortItems; ++i) {
-      const bool inside = first + 32 * i < pass.cap;
+      const bool inside = first + 32 * i < pass.capacity;
       const unsigned digit = pass.digit(key[i]);
       const unsigned peers = __match_any_sync(kFullWarp, inside ? digit : ~0u);
       const unsigned seen = counts[warp][digit];
@@ -158,7 +159,7 @@ __global__ void __launch_bounds__(kSortThreads)
 #pragma unroll
     for (int i = 0; i < kSortItems; ++i) {
       const int64_t j = first + 32 * i;
-      if (j >= pass.cap) continue;
+      if (j >= pass.capacity) continue;
       const unsigned to = counts[warp][pass.digit(key[i])] + rank[i];
       keys_out[to] = key[i];
       slots_out[to] = slots ? slots[j] : static_cast<int32_t>(j);
@@ -170,15 +171,15 @@ __global__ void __launch_bounds__(kSortThreads)
 // From sorted keys and slots to the lists; slots may be those of the output.
 template <class F>
 __global__ void __launch_bounds__(kSortThreads)
-    lists_kernel(EntriesView<F> entries, const uint32_t* __restrict__ keys,
+    lists_kernel(SparseActsView<F> entries, const uint32_t* __restrict__ keys,
                  const int32_t* __restrict__ slots, int32_t* __restrict__ offsets,
                  int32_t* __restrict__ rows, int32_t* __restrict__ slots_out) {
-  const EntriesParams& p = entries.p;
-  const int64_t most = max(static_cast<int64_t>(p.cap), static_cast<int64_t>(p.d_sae) + 1);
+  const SparseActsParams& p = entries.p;
+  const int64_t longest = max(static_cast<int64_t>(p.capacity), static_cast<int64_t>(p.d_sae) + 1);
   int64_t i = static_cast<int64_t>(blockIdx.x) * kSortThreads + threadIdx.x;
-  for (; i < most; i += static_cast<int64_t>(gridDim.x) * kSortThreads) {
+  for (; i < longest; i += static_cast<int64_t>(gridDim.x) * kSortThreads) {
     if (i <= p.d_sae) {
-      int low = 0, high = p.cap;  // the first key that is not below i
+      int low = 0, high = p.capacity;  // the first key that is not below i
       while (low < high) {
         const int middle = low + (high - low) / 2;
         if (keys[middle] < static_cast<uint32_t>(i)) low = middle + 1;
@@ -186,14 +187,14 @@ __global__ void __launch_bounds__(kSortThreads)
       }
       offsets[i] = low;
     }
-    if (i < p.cap) {
+    if (i < p.capacity) {
       const bool active = keys[i] < static_cast<uint32_t>(p.d_sae);
       const int slot = active ? slots[i] : 0;
       int64_t row = 0;
       if (active && !p.offsets) {
         row = slot / p.k;
       } else if (active) {
-        int64_t high = p.n;  // the first row that ends behind the slot
+        int64_t high = p.n;  // the first row that ends after the slot
         while (row < high) {
           const int64_t middle = (row + high) / 2;
           if (entries.end(middle) <= slot) row = middle + 1;

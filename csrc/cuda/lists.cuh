@@ -15,7 +15,9 @@ struct ListsView {
   using Acc = typename F::Acc;
   ListsParams p;
 
-  __device__ __forceinline__ int begin(int64_t f) const { return min(max(p.offsets[f], 0), p.cap); }
+  __device__ __forceinline__ int begin(int64_t f) const {
+    return min(max(p.offsets[f], 0), p.capacity);
+  }
   __device__ __forceinline__ int end(int64_t f) const { return begin(f + 1); }
 
   __device__ __forceinline__ Entry<Acc> entry(int j) const {
@@ -28,7 +30,7 @@ struct ListsView {
   }
   // The list that entry j is in.
   __device__ __forceinline__ int list_of(int j) const {
-    int low = 0, high = p.d_sae;  // the first list that ends behind j
+    int low = 0, high = p.d_sae;  // the first list that ends after j
     while (low < high) {
       const int middle = low + (high - low) / 2;
       if (p.offsets[middle + 1] <= j) low = middle + 1;
@@ -51,17 +53,15 @@ struct Segments {
   __device__ __forceinline__ A* at(int64_t segment, int chunk, int chunks, int lane) const {
     return strips + (segment * chunks + chunk) * kNumbers<Strip> * 32 + lane;
   }
-  // Bytes of each for `count` segments.
-  static int64_t strip_bytes(int64_t count, const Split& split, int pack) {
-    return aligned(count * split.chunks * split.per_lane * pack * 32 *
-                   static_cast<int64_t>(sizeof(A)));
-  }
-  static int64_t weight_bytes(int64_t count) {
-    return aligned(count * static_cast<int64_t>(sizeof(A)));
+  // Takes the memory of `count` segments; `pack`: numbers of a pack.
+  static Segments take(Scratch& scratch, int64_t count, const Split& split, int pack) {
+    const int64_t numbers = int64_t{split.chunks} * split.per_lane * pack * 32;
+    A* strips = scratch.take<A>(count * numbers);
+    return {strips, scratch.take<A>(count)};
   }
 };
 
-// The sums over entries [begin, end) of one list into `sum`, and that of their weights over all
+// The sums over entries [begin, end) of one list into `sum`, and the sum of their weights over all
 // lanes into `weights`.
 template <class F, bool kWide, int kPacks>
 __device__ __forceinline__ void range_sum(const ListsView<F>& lists, int begin, int end,
@@ -81,6 +81,7 @@ __device__ __forceinline__ void range_sum(const ListsView<F>& lists, int begin, 
 
 constexpr int kListThreads = 128;
 
+// Sums the segments after the first of every list. A task is one strip of one segment.
 template <class F, bool kWide, int kPacks>
 __global__ void __launch_bounds__(kListThreads, kGatherBlocks<kPacks>)
     segments_kernel(ListsView<F> lists, const typename F::Bits* __restrict__ x, int64_t d,
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kListThreads, kGatherBlocks<kPacks>)
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kListThreads / 32);
   const int total = lists.end(lists.p.d_sae - 1);
   int64_t task = static_cast<int64_t>(blockIdx.x) * (kListThreads / 32) + threadIdx.x / 32;
-  for (; task < lists.p.cap / kSegment * int64_t{chunks}; task += warps) {
+  for (; task < lists.p.capacity / kSegment * int64_t{chunks}; task += warps) {
     const int place = static_cast<int>(task / chunks), chunk = static_cast<int>(task % chunks);
     // The segment of this place starts within kSegment entries of this one, in the same list.
     const int near = (place + 1) * kSegment;
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(kListThreads, kGatherBlocks<kPacks>)
   }
 }
 
-// The sum over the list of latent f, segments in order, and that of its weights.
+// The sum over the list of latent f, segments in order, and the sum of its weights.
 template <class F, bool kWide, int kPacks>
 __device__ __forceinline__ void list_sum(const ListsView<F>& lists, int begin, int end, int chunk,
                                          int chunks, const Strip<F, kWide, kPacks>& strip,

@@ -11,16 +11,16 @@ constexpr int kSegment = 256;
 
 struct ListsParams {
   const int32_t* offsets;  // [d_sae + 1]
-  const int32_t* rows;     // [capacity], an entry out of [0, n) takes no part
-  const int32_t* slots;    // [capacity], an entry out of [0, size) takes no part
-  int32_t d_sae, cap, n;
+  const int32_t* rows;     // [capacity], an entry out of [0, n) is ignored
+  const int32_t* slots;    // [capacity], an entry out of [0, size) is ignored
+  int32_t d_sae, capacity, n;
   const void* values;  // [size]
   int32_t size;
-  bool wide;  // values are in the accumulator's format, not in that of the matrix
+  bool wide;  // values are in the accumulator's format, not the matrix's
 
   // Segments that are not the first of their list, at most. No two lists share a multiple of
   // kSegment, so segment i > 0 of a list from position b on has the place b / kSegment + i - 1.
-  int64_t later_segments() const { return cap / kSegment; }
+  int64_t later_segments() const { return capacity / kSegment; }
 };
 
 }  // namespace fastsae::cuda

@@ -3,9 +3,10 @@
 #include "cuda/matrix_select.h"
 
 #include <algorithm>
-#include <cmath>
 
-#include "cuda/matrix_select_kernel.cuh"
+#include "cuda/matrix_select_choose_kernel.cuh"
+#include "cuda/matrix_select_filter_kernel.cuh"
+#include "sample.h"
 
 namespace fastsae::cuda {
 namespace {
@@ -26,19 +27,19 @@ int64_t blocks_of_threads(int64_t items) {
 
 // How many candidates there may be, and the rank in the sample that is expected to leave enough.
 template <class F>
-void plan_guess(SelectArgs<F>& a) {
+void plan_candidates(SelectArgs<F>& a) {
   constexpr int64_t kSlack = 4096;
-  a.sample_vectors = 0;
-  a.dense = a.total <= std::max(kSample, 4 * a.cap);
-  a.capacity = a.dense ? -1 : std::min(a.total, 2 * a.cap + kSlack);
-  if (a.dense || a.per_column) return;
-  const double expected =
-      static_cast<double>(a.cap) * static_cast<double>(kSample) / static_cast<double>(a.total);
-  a.sample_rank = static_cast<int64_t>(1.25 * expected + 4.0 * std::sqrt(expected)) + 8;
-  if (a.sample_rank >= kSample) return;
-  a.sample_vectors = kSample / F::kVector;
-  const double likely = static_cast<double>(a.sample_rank) * static_cast<double>(a.total) / kSample;
-  a.capacity = std::min(a.total, std::max(a.capacity, static_cast<int64_t>(2.0 * likely)));
+  const int64_t total = a.in.total, budget = a.out.capacity;
+  a.plan.dense = total <= std::max(kSample, 4 * budget);
+  a.candidates.capacity = a.plan.dense ? -1 : std::min(total, 2 * budget + kSlack);
+  if (a.plan.dense || a.in.per_column) return;
+  a.plan.sample_rank = sample_rank(budget, kSample, total);
+  if (a.plan.sample_rank >= kSample) return;
+  a.plan.sample_vectors = kSample / F::kVector;
+  const double likely =
+      static_cast<double>(a.plan.sample_rank) * static_cast<double>(total) / kSample;
+  a.candidates.capacity =
+      std::min(total, std::max(a.candidates.capacity, static_cast<int64_t>(2.0 * likely)));
 }
 
 template <class F>
@@ -47,57 +48,53 @@ SelectArgs<F> arguments(const MatrixSelectParams& p, int64_t* scratch_size) {
   using Bits = typename F::Bits;
   using Acc = typename F::Acc;
   Args a{};
-  a.x = static_cast<const Bits*>(p.x);
-  a.bias = static_cast<const Acc*>(p.bias);
-  a.mask = p.mask;
-  a.theta = static_cast<const Acc*>(p.theta);
-  a.tie_row = p.tie_row;
-  a.n = p.n;
-  a.total = p.n * p.m;
-  a.m = p.m;
-  a.per_column = p.per_column;
-  a.list = p.list;
-  a.cap = p.cap;
-  a.first_row = p.first_row;
-  a.values = static_cast<Bits*>(p.values);
-  a.indices = p.indices;
-  a.rows = p.rows;
-  a.offsets = p.offsets;
-  a.threshold = static_cast<Acc*>(p.threshold);
-  a.bound = static_cast<Acc*>(p.bound);
-  plan_guess(a);
-  a.tile = a.dense ? 1024 : Args::kTile;
-  a.tile_lanes = a.dense ? 32 : 8;
-  a.tiles = (a.total + a.tile - 1) / a.tile;
+  a.in = {static_cast<const Bits*>(p.x),
+          static_cast<const Acc*>(p.bias),
+          p.mask,
+          static_cast<const Acc*>(p.threshold),
+          p.tie_row,
+          p.n,
+          p.n * p.m,
+          p.m,
+          p.per_column};
+  a.out = {p.capacity, p.first_row, static_cast<Bits*>(p.values),  p.indices,
+           p.rows,     p.offsets,   static_cast<Acc*>(p.smallest), static_cast<Acc*>(p.lower_bound),
+           p.list};
+  plan_candidates(a);
+  a.plan.tile = a.plan.dense ? 1024 : Args::kTile;
+  a.plan.tile_lanes = a.plan.dense ? 32 : 8;
+  a.plan.tiles = (a.in.total + a.plan.tile - 1) / a.plan.tile;
   Scratch scratch(p.scratch);
-  a.header = scratch.take<typename Args::Header>(1);
-  a.sample = scratch.take<uint32_t>(a.sample_vectors * F::kVector);
-  a.keys = scratch.take<typename Args::Key>(std::max<int64_t>(0, a.capacity));
-  a.places = scratch.take<uint16_t>(std::max<int64_t>(0, a.capacity));
-  a.tile_base = scratch.take<uint32_t>(a.tiles);
-  a.tile_count = scratch.take<uint32_t>(a.tiles);
-  a.tile_kept = scratch.take<uint32_t>(a.tiles);
-  a.block_kept = scratch.take<Count>(2 * blocks_for(a.tiles));
-  if (!a.rows) a.rows = scratch.take<int32_t>(a.cap);
+  const int64_t candidates = std::max<int64_t>(0, a.candidates.capacity);
+  a.scratch.header = scratch.take<typename Args::Header>(1);
+  a.scratch.sample = scratch.take<uint32_t>(a.plan.sample_vectors * F::kVector);
+  a.candidates.keys = scratch.take<typename Args::Key>(candidates);
+  a.candidates.places = scratch.take<uint16_t>(candidates);
+  a.candidates.tile_base = scratch.take<uint32_t>(a.plan.tiles);
+  a.candidates.tile_count = scratch.take<uint32_t>(a.plan.tiles);
+  a.scratch.tile_kept = scratch.take<uint32_t>(a.plan.tiles);
+  a.scratch.block_kept = scratch.take<Count>(2 * blocks_for(a.plan.tiles));
+  if (!a.out.rows) a.out.rows = scratch.take<int32_t>(a.out.capacity);
   *scratch_size = scratch.size();
   return a;
 }
 
 template <class F, bool kColumns>
 void launch(const SelectArgs<F>& a, cudaStream_t stream) {
-  const unsigned blocks = static_cast<unsigned>(blocks_for(a.tiles));
-  if (a.sample_vectors) {
-    const unsigned few = static_cast<unsigned>(blocks_of_threads(a.sample_vectors));
+  const unsigned blocks = static_cast<unsigned>(blocks_for(a.plan.tiles));
+  if (a.plan.sample_vectors) {
+    const unsigned few = static_cast<unsigned>(blocks_of_threads(a.plan.sample_vectors));
     FASTSAE_LAUNCH((sample_kernel<F, kColumns>), few, kSelectThreads, 0, stream, a);
     FASTSAE_LAUNCH(refine_sample_kernel<F>, few, kSelectThreads, 0, stream, a);
   }
-  if (!a.dense) FASTSAE_LAUNCH((filter_kernel<F, kColumns>), blocks, kSelectThreads, 0, stream, a);
-  for (int pass = 0; pass < SelectArgs<F>::kPasses; ++pass) {
+  if (!a.plan.dense)
+    FASTSAE_LAUNCH((filter_kernel<F, kColumns>), blocks, kSelectThreads, 0, stream, a);
+  for (int pass = 0; pass < KeyDigits<F>::kPasses; ++pass) {
     FASTSAE_LAUNCH((digit_kernel<F, kColumns>), blocks, kSelectThreads, 0, stream, a, pass);
   }
   // A tile for every group of lanes, if there are as many.
-  const int64_t at_once = kSelectThreads / a.tile_lanes;
-  const unsigned few = static_cast<unsigned>(blocks_for((a.tiles + at_once - 1) / at_once));
+  const int64_t at_once = kSelectThreads / a.plan.tile_lanes;
+  const unsigned few = static_cast<unsigned>(blocks_for((a.plan.tiles + at_once - 1) / at_once));
   FASTSAE_LAUNCH((count_kernel<F, kColumns>), few, kSelectThreads, 0, stream, a);
   FASTSAE_LAUNCH((write_kernel<F, kColumns>), few, kSelectThreads, 0, stream, a);
 }
@@ -118,33 +115,34 @@ const char* launch_matrix_select(const MatrixSelectParams& params, Format format
     using F = decltype(f);
     int64_t size;
     const SelectArgs<F> a = arguments<F>(params, &size);
-    cudaMemsetAsync(a.header, 0, sizeof *a.header, stream);
-    if (a.total > 0 && a.cap > 0) {
-      if (a.per_column || a.bias || a.mask) launch<F, true>(a, stream);
+    cudaMemsetAsync(a.scratch.header, 0, sizeof *a.scratch.header, stream);
+    if (a.in.total > 0 && a.out.capacity > 0) {
+      if (a.in.per_column || a.in.bias || a.in.mask) launch<F, true>(a, stream);
       else launch<F, false>(a, stream);
     }
-    const unsigned blocks = static_cast<unsigned>(blocks_of_threads(std::max(a.n + 1, a.cap)));
+    const unsigned blocks =
+        static_cast<unsigned>(blocks_of_threads(std::max(a.in.n + 1, a.out.capacity)));
     FASTSAE_LAUNCH(finish_kernel<F>, blocks, kSelectThreads, 0, stream, a);
     return launch_error();
   });
 }
 
 const char* launch_gather_entries(const EntryList& list, const int32_t* chosen, const int32_t* half,
-                                  int64_t cap, const EntryList& merged, void* stream) {
-  FASTSAE_LAUNCH(gather_entries_kernel, static_cast<unsigned>(blocks_of_threads(cap)),
+                                  int64_t capacity, const EntryList& merged, void* stream) {
+  FASTSAE_LAUNCH(gather_entries_kernel, static_cast<unsigned>(blocks_of_threads(capacity)),
                  kSelectThreads, 0, static_cast<cudaStream_t>(stream), list.columns, list.rows,
-                 chosen, half, cap, merged.columns, merged.rows);
+                 chosen, half, capacity, merged.columns, merged.rows);
   return launch_error();
 }
 
-const char* launch_finish_list(const EntryList& list, int64_t cap, int64_t n, int32_t* offsets,
+const char* launch_finish_list(const EntryList& list, int64_t capacity, int64_t n, int32_t* offsets,
                                Format format, void* stream) {
   return with_format(format, [&](auto f) {
     using F = decltype(f);
     FASTSAE_LAUNCH(finish_list_kernel<F>,
-                   static_cast<unsigned>(blocks_of_threads(std::max(n + 1, cap))), kSelectThreads,
-                   0, static_cast<cudaStream_t>(stream),
-                   static_cast<typename F::Bits*>(list.values), list.rows, cap, n, offsets);
+                   static_cast<unsigned>(blocks_of_threads(std::max(n + 1, capacity))),
+                   kSelectThreads, 0, static_cast<cudaStream_t>(stream),
+                   static_cast<typename F::Bits*>(list.values), list.rows, capacity, n, offsets);
     return launch_error();
   });
 }

@@ -5,14 +5,14 @@
 
 namespace fastsae::cuda {
 
-// The `cap` largest of the entries x + bias that are above theta, where mask is true. "A" below is
-// the accumulator's format: float64 for float64, else float32.
+// The `capacity` largest of the entries x + bias that are above the threshold, where mask is true.
+// "A" below is the accumulator's format: float64 for float64, else float32.
 struct MatrixSelectParams {
-  const void* x;                // [n, m], n and m < 2^31
-  int64_t n;                    // rows
-  int32_t m;                    // columns
-  int64_t cap;                  // < 2^31
-  const void* theta = nullptr;  // A [], or [m] if per_column; null for 0
+  const void* x;                    // [n, m], n and m < 2^31
+  int64_t n;                        // rows
+  int32_t m;                        // columns
+  int64_t capacity;                 // < 2^31
+  const void* threshold = nullptr;  // A [], or [m] if per_column; null for 0
   bool per_column = false;
   const int32_t* tie_row = nullptr;  // [m]: equal ones too, in rows up to this; or null
   const void* bias = nullptr;        // A [m] or null; x is float32 or float64 then
@@ -21,11 +21,13 @@ struct MatrixSelectParams {
   int32_t* indices = nullptr;        // [capacity], columns
   int32_t* rows = nullptr;           // [capacity], scratch if nobody asks for it
   int32_t* offsets = nullptr;        // [n + 1]; or null
-  void* threshold = nullptr;         // A []: the smallest kept value, +inf if none; or null
-  void* bound = nullptr;             // A []: the same if `cap` are kept, else theta; or null
-  int64_t first_row = 0;             // added to `rows`
-  bool list = false;                 // padding is (NaN, row 2^31 - 1) instead of (0, anything)
-  void* scratch = nullptr;           // matrix_select_scratch() bytes
+  void* smallest = nullptr;          // A []: the smallest kept value, +inf if none; or null
+  // A []: what later entries have to exceed to be among the largest, the smallest kept value if
+  // `capacity` are kept, else the threshold; or null.
+  void* lower_bound = nullptr;
+  int64_t first_row = 0;    // added to `rows`
+  bool list = false;        // padding is (NaN, row 2^31 - 1) instead of (0, anything)
+  void* scratch = nullptr;  // matrix_select_scratch() bytes
 };
 
 int64_t matrix_select_scratch(const MatrixSelectParams& params, Format format);
@@ -33,18 +35,18 @@ int64_t matrix_select_scratch(const MatrixSelectParams& params, Format format);
 // Launches on `stream` (a cudaStream_t); null when all is well, else the CUDA error's text.
 const char* launch_matrix_select(const MatrixSelectParams& params, Format format, void* stream);
 
-// Selections of several matrices with the same columns, merged a pair at a time. `list` has two
-// halves of `cap` entries, ascending (row, column) over both, padded as above; `chosen` and `half`
-// are the columns and rows of a selection from it as a [2, cap] matrix.
+// Selections from several matrices with the same columns, merged a pair at a time. `list` has two
+// halves of `capacity` entries, ascending (row, column) over both, padded as above; `chosen` and
+// `half` are the columns and rows of a selection from it as a [2, capacity] matrix.
 struct EntryList {
-  void* values;      // A [2, cap]
-  int32_t* columns;  // [2, cap]
-  int32_t* rows;     // [2, cap]
+  void* values;      // A [2, capacity]
+  int32_t* columns;  // [2, capacity]
+  int32_t* rows;     // [2, capacity]
 };
 const char* launch_gather_entries(const EntryList& list, const int32_t* chosen, const int32_t* half,
-                                  int64_t cap, const EntryList& merged, void* stream);
+                                  int64_t capacity, const EntryList& merged, void* stream);
 // From the first half of a list to the variable layout, in place: offsets [n + 1], padding 0.
-const char* launch_finish_list(const EntryList& list, int64_t cap, int64_t n, int32_t* offsets,
+const char* launch_finish_list(const EntryList& list, int64_t capacity, int64_t n, int32_t* offsets,
                                Format format, void* stream);
 
 }  // namespace fastsae::cuda

@@ -1,5 +1,6 @@
-// Storage formats as device code sees them: their bits, the number these stand for (in float, or in
-// double for float64), and integer keys that order like the numbers: NaN largest, -0 equal to +0.
+// Storage formats as device code sees them: their bits, the number that these encode (in float, or
+// in double for float64), and integer keys that order like the numbers: NaN largest, -0 equal to
+// +0.
 #pragma once
 
 #include "cuda/format.h"

@@ -7,7 +7,7 @@
 #include <cstring>
 
 #ifdef FASTSAE_EMULATED
-#include "cpu/types.h"
+#include "types.h"
 #include "emulator.h"
 #else
 #include <cuda_runtime.h>
@@ -33,13 +33,13 @@ __device__ __forceinline__ To bits_as(From from) {
 // 16-bit formats, rounded to nearest even.
 #ifdef FASTSAE_EMULATED
 inline float half_to_float(uint16_t bits) {
-  return cpu::widen(cpu::fp16{bits});
+  return widen(fp16{bits});
 }
 inline uint16_t float_to_half(float x) {
-  return cpu::narrow<cpu::fp16>(x).bits;
+  return narrow<fp16>(x).bits;
 }
 inline uint16_t float_to_bfloat16(float x) {
-  return cpu::narrow<cpu::bf16>(x).bits;
+  return narrow<bf16>(x).bits;
 }
 #else
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
@@ -73,7 +73,7 @@ inline uint32_t larger_pair(uint32_t a, uint32_t b, bool nan_wins) {
   uint32_t pair = 0;
   for (int shift = 0; shift < 32; shift += 16) {
     const T p{static_cast<uint16_t>(a >> shift)}, q{static_cast<uint16_t>(b >> shift)};
-    const float x = cpu::widen(p), y = cpu::widen(q);
+    const float x = widen(p), y = widen(q);
     const bool first = x != x ? nan_wins : y != y ? !nan_wins : x >= y;
     pair |= static_cast<uint32_t>((first ? p : q).bits) << shift;
   }
@@ -100,13 +100,13 @@ __device__ __forceinline__ float max_or_nan(float x, float y) {
     return a;                                                        \
   }
 #endif
-FASTSAE_LARGER_PAIR(max_float16x2, cpu::fp16, false, "max.f16x2")
-FASTSAE_LARGER_PAIR(max_or_nan_float16x2, cpu::fp16, true, "max.NaN.f16x2")
-FASTSAE_LARGER_PAIR(max_bfloat16x2, cpu::bf16, false, "max.bf16x2")
-FASTSAE_LARGER_PAIR(max_or_nan_bfloat16x2, cpu::bf16, true, "max.NaN.bf16x2")
+FASTSAE_LARGER_PAIR(max_float16x2, fp16, false, "max.f16x2")
+FASTSAE_LARGER_PAIR(max_or_nan_float16x2, fp16, true, "max.NaN.f16x2")
+FASTSAE_LARGER_PAIR(max_bfloat16x2, bf16, false, "max.bf16x2")
+FASTSAE_LARGER_PAIR(max_or_nan_bfloat16x2, bf16, true, "max.NaN.bf16x2")
 #undef FASTSAE_LARGER_PAIR
 
-// Square root and quotient to 2 units in the last place: 2 instructions each instead of some 20.
+// Square root and quotient to 2 units in the last place: 2 instructions each instead of about 20.
 #ifdef FASTSAE_EMULATED
 inline float close_root(float x) {
   return std::sqrt(x);
@@ -133,7 +133,7 @@ __device__ __forceinline__ uint4 load_once(const void* p) {
 __device__ __forceinline__ uint4 load_shared_by_all(const void* p) {
   return __ldg(static_cast<const uint4*>(p));
 }
-// 16 bytes that this block and its neighbours read again and again: the first-level cache should
+// 16 bytes that this block and its neighbors read again and again: the first-level cache should
 // keep them, or leave its room to others.
 __device__ __forceinline__ uint4 load_again(const void* p, bool keep) {
 #ifdef FASTSAE_EMULATED
@@ -180,8 +180,7 @@ __device__ __forceinline__ void prefetch_block(const void* p, unsigned bytes) {
 #endif
 }
 
-// ---- the host's side of a launch
-// -----------------------------------------------------------------
+// ---- the host's side of a launch ----
 
 // Lets a kernel be launched with `bytes` of dynamic shared memory. Without this it gets 48 KiB, and
 // its static shared memory counts too.

@@ -22,8 +22,8 @@ struct Row {
 
   __device__ __forceinline__ Bits at(int j) const { return adjusted(x[j], j); }
 
-  // Vectors of 16 bytes, v[i] from element j + i step on, of those that begin below `end`. All are
-  // on their way before one is waited for.
+  // Vectors of 16 bytes, v[i] from element j + i step on, of those that begin below `end`. Issues
+  // all loads before consuming any.
   template <int kVectors>
   __device__ __forceinline__ void load(uint4 (&v)[kVectors], int j, int step, int end) const {
 #pragma unroll
@@ -63,7 +63,7 @@ struct Row {
 
  private:
   // Numbers of the bias that every row should find in the first-level cache: 128 KiB, which
-  // Hopper's holds beside the stream of x.
+  // Hopper's holds along with the stream of x.
   static constexpr int kKept = 1 << 15;
 
   template <class Change>
@@ -106,7 +106,7 @@ __device__ __forceinline__ int index_of(uint64_t candidate) {
 struct SelectSpace {
   alignas(16) unsigned histogram[256];
   Digit found;
-  unsigned count, taken;
+  unsigned candidate_count, winner_count;
 };
 
 __device__ __forceinline__ void clear_histogram(SelectSpace& s) {

@@ -2,7 +2,7 @@
 #include "sparse_adam_call.h"
 
 #include "cuda/sparse_adam_step.h"
-#include "cuda/sparse_args.h"
+#include "cuda/sparse_acts_args.h"
 
 namespace fastsae::cuda {
 namespace {
@@ -20,23 +20,22 @@ void run(AdamCall& c) {
        {&c.extra_latents, &c.extra_W_enc, &c.extra_W_dec, &c.extra_b_enc}) {
     if (*t) check_device(op, "rows and their gradients", **t, c.W_enc, "W_enc");
   }
-  FASTSAE_CHECK(c.W_enc.size(0) < INT32_MAX, op, ": expected d_sae < 2^31 - 1, got ",
-                c.W_enc.size(0));
+  check_d_sae(op, c.W_enc.size(0));
   const DeviceScope device(c.W_enc);
   const Format format = format_of(op, "W_enc", c.W_enc);
-  const Entries e = checked_entries(op, c.values, c.indices, c.offsets, c.W_enc.size(0),
-                                    c.W_enc.scalar_type(), "W_enc", c.W_enc);
-  const Tensor grad = as_contiguous(c.grad_values), error = as_contiguous(c.grad_output);
-  const auto moving = [](Tensor& p, Tensor& m, Tensor& v) {
-    return MovingParams{p.mutable_data_ptr(), m.mutable_data_ptr(), v.mutable_data_ptr()};
+  const SparseActsArgs e = checked_sparse_acts(op, c.values, c.indices, c.offsets, c.W_enc.size(0),
+                                               c.W_enc.scalar_type(), "W_enc", c.W_enc);
+  const Tensor grad = as_contiguous(c.grad_values), grad_output = as_contiguous(c.grad_output);
+  const auto parameter = [](Tensor& p, Tensor& m, Tensor& v) {
+    return ParameterParams{p.mutable_data_ptr(), m.mutable_data_ptr(), v.mutable_data_ptr()};
   };
-  AdamParams params{moving(c.W_enc, c.m_W_enc, c.v_W_enc),
-                    moving(c.W_dec, c.m_W_dec, c.v_W_dec),
-                    moving(c.b_enc, c.m_b_enc, c.v_b_enc),
-                    moving(c.b_dec, c.m_b_dec, c.v_b_dec),
+  AdamParams params{parameter(c.W_enc, c.m_W_enc, c.v_W_enc),
+                    parameter(c.W_dec, c.m_W_dec, c.v_W_dec),
+                    parameter(c.b_enc, c.m_b_enc, c.v_b_enc),
+                    parameter(c.b_dec, c.m_b_dec, c.v_b_dec),
                     e.params,
                     grad.const_data_ptr(),
-                    error.const_data_ptr(),
+                    grad_output.const_data_ptr(),
                     nullptr,
                     nullptr,
                     nullptr,
@@ -45,30 +44,30 @@ void run(AdamCall& c) {
                     nullptr,
                     0,
                     static_cast<int32_t>(c.W_enc.size(1)),
-                    c.scalars<AdamConstants>(),
+                    c.constants(),
                     c.max_norm,
                     c.unit_norm,
                     false};
-  Tensor added = c.W_enc, added_enc = c.W_enc, added_dec = c.W_enc, added_b = c.W_enc;
+  Tensor extra = c.W_enc, extra_enc = c.W_enc, extra_dec = c.W_enc, extra_b = c.W_enc;
   if (c.extra_latents) {
-    added = as_contiguous(*c.extra_latents);
-    added_enc = as_contiguous(*c.extra_W_enc);
-    added_dec = as_contiguous(*c.extra_W_dec);
-    added_b = as_contiguous(*c.extra_b_enc);
-    params.added = data_of<int32_t>(added);
-    params.added_W_enc = added_enc.const_data_ptr();
-    params.added_W_dec = added_dec.const_data_ptr();
-    params.added_b_enc = added_b.const_data_ptr();
-    params.added_count = static_cast<int32_t>(added.numel());
+    extra = as_contiguous(*c.extra_latents);
+    extra_enc = as_contiguous(*c.extra_W_enc);
+    extra_dec = as_contiguous(*c.extra_W_dec);
+    extra_b = as_contiguous(*c.extra_b_enc);
+    params.extra_latents = data_of<int32_t>(extra);
+    params.extra_W_enc = extra_enc.const_data_ptr();
+    params.extra_W_dec = extra_dec.const_data_ptr();
+    params.extra_b_enc = extra_b.const_data_ptr();
+    params.extra_count = static_cast<int32_t>(extra.numel());
   }
   params.bf16_rows = c.bf16_rows && takes_bf16_rows(params, format);
   const auto gathered = [&](const Tensor& t) {
     return as_contiguous(params.bf16_rows ? torch::stable::to(t, ScalarType::BFloat16) : t);
   };
-  const Tensor error_rows = gathered(error);
-  const Tensor centred_rows = gathered(torch::stable::subtract(c.x, c.b_dec));
-  params.error_rows = error_rows.const_data_ptr();
-  params.centred_rows = centred_rows.const_data_ptr();
+  const Tensor grad_rows = gathered(grad_output);
+  const Tensor centered_rows = gathered(torch::stable::subtract(c.x, c.b_dec));
+  params.grad_rows = grad_rows.const_data_ptr();
+  params.centered_rows = centered_rows.const_data_ptr();
   Tensor space = scratch(c.W_enc, sparse_adam_step_scratch(params, format));
   params.scratch = space.mutable_data_ptr();
   check_launch(op, launch_sparse_adam_step(params, format, device.stream()));

@@ -15,16 +15,16 @@ namespace {
 constexpr int kMostShared = 96 * 1024;  // of a block, on every architecture
 
 template <class F, class R>
-bool wide(const AdamParams& p) {
-  for (const MovingParams& m : {p.W_enc, p.W_dec}) {
+bool is_wide(const AdamParams& p) {
+  for (const ParameterParams& m : {p.W_enc, p.W_dec}) {
     for (const void* t : {m.p, m.m, m.v}) {
       if (!rows_aligned<F>(t, p.d)) return false;
     }
   }
-  for (const void* t : {p.added_W_enc, p.added_W_dec}) {
+  for (const void* t : {p.extra_W_enc, p.extra_W_dec}) {
     if (!rows_aligned<F>(t, p.d)) return false;
   }
-  for (const void* t : {p.centred_rows, p.error_rows}) {
+  for (const void* t : {p.centered_rows, p.grad_rows}) {
     if (!rows_aligned<R>(t, p.d)) return false;
   }
   return true;
@@ -44,59 +44,60 @@ Split split_block(int packs, int warps) {
   return best;
 }
 
+// How a step is cut, and its scratch.
+template <class F, class R>
 struct Plan {
+  using A = typename F::Acc;
   bool wide, large;  // large: 512 threads a block instead of 128
   Split split;
   int64_t groups, blocks, parts;
   int64_t shared;  // bytes of shared memory
-  // Offsets into scratch, and its size.
-  int64_t offsets, rows, slots, group_by_latent, added, shares, sums, g_b_dec, squares, scale, held;
-  int64_t strips[2], weights[2];
+
+  int32_t *offsets, *rows, *slots;  // the lists
+  char* group_by_latent;            // the scratch of that
+  int32_t* extra_rows;
+  typename F::Bits *shares, *gradients;
+  A *sums, *g_b_dec, *scale;
+  double* squares;
+  Segments<A> dec_segments, enc_segments;
   int64_t bytes;
+
+  explicit Plan(const AdamParams& p) {
+    const SparseActsParams& e = p.entries;
+    wide = is_wide<F, R>(p);
+    const int pack = wide ? R::kVector : 1;
+    const int64_t row = 3 * p.d * static_cast<int64_t>(sizeof(A));
+    large = row > 48 * 1024;
+    split = split_elements(p.d);
+    if (wide) split = split_block(p.d / pack, 4);
+    if (wide && large) split = {p.d / pack, 4, (p.d / pack + 127) / 128};
+    groups = (int64_t{e.d_sae} + kGroup - 1) / kGroup;
+    shared = row <= kMostShared ? row : 0;
+    blocks = groups;
+    if (row > kMostShared) blocks = std::min<int64_t>(groups, 2 * multiprocessors());
+    parts = (e.n + kColumnRows - 1) / kColumnRows + (groups + kColumnRows - 1) / kColumnRows;
+
+    const int64_t later = e.capacity / kSegment;
+    Scratch scratch(p.scratch);
+    offsets = scratch.take<int32_t>(int64_t{e.d_sae} + 1);
+    rows = scratch.take<int32_t>(e.capacity);
+    slots = scratch.take<int32_t>(e.capacity);
+    group_by_latent = scratch.take<char>(group_by_latent_scratch(e));
+    extra_rows = scratch.take<int32_t>(p.extra_latents ? e.d_sae : 0);
+    shares = scratch.take<typename F::Bits>(groups * p.d);
+    sums = scratch.take<A>(parts * p.d);
+    g_b_dec = scratch.take<A>(p.d);
+    squares = scratch.take<double>(groups);
+    scale = scratch.take<A>(1);
+    gradients = scratch.take<typename F::Bits>(shared == row ? 0 : blocks * 3 * p.d);
+    dec_segments = Segments<A>::take(scratch, later, split, pack);
+    enc_segments = Segments<A>::take(scratch, later, split, pack);
+    bytes = scratch.size();
+  }
 };
 
-template <class F, class R>
-Plan plan(const AdamParams& p) {
-  using A = typename F::Acc;
-  constexpr int64_t kNumber = sizeof(A);
-  const EntriesParams& e = p.entries;
-  Plan plan{};
-  plan.wide = wide<F, R>(p);
-  const int pack = plan.wide ? R::kVector : 1;
-  const int64_t row = 3 * p.d * kNumber;
-  plan.large = row > 48 * 1024;
-  plan.split = split_elements(p.d);
-  if (plan.wide) plan.split = split_block(p.d / pack, 4);
-  if (plan.wide && plan.large) plan.split = {p.d / pack, 4, (p.d / pack + 127) / 128};
-  plan.groups = (int64_t{e.d_sae} + kGroup - 1) / kGroup;
-  plan.shared = row <= kMostShared ? row : 0;
-  plan.blocks = plan.groups;
-  if (row > kMostShared) plan.blocks = std::min<int64_t>(plan.groups, 2 * multiprocessors());
-  plan.parts =
-      (e.n + kColumnRows - 1) / kColumnRows + (plan.groups + kColumnRows - 1) / kColumnRows;
-  const int64_t later = e.cap / kSegment;
-  Layout layout;
-  plan.offsets = layout.add((int64_t{e.d_sae} + 1) * 4);
-  plan.rows = layout.add(int64_t{e.cap} * 4);
-  plan.slots = layout.add(int64_t{e.cap} * 4);
-  plan.group_by_latent = layout.add(group_by_latent_scratch(e));
-  plan.added = layout.add(p.added ? int64_t{e.d_sae} * 4 : 0);
-  plan.shares = layout.add(plan.groups * p.d * kNumber);
-  plan.sums = layout.add(plan.parts * p.d * kNumber);
-  plan.g_b_dec = layout.add(p.d * kNumber);
-  plan.squares = layout.add(plan.groups * int64_t{sizeof(double)});
-  plan.scale = layout.add(kNumber);
-  plan.held = layout.add(plan.shared == row ? 0 : plan.blocks * row);
-  for (int i = 0; i < 2; ++i) {
-    plan.strips[i] = layout.add(Segments<A>::strip_bytes(later, plan.split, pack));
-    plan.weights[i] = layout.add(Segments<A>::weight_bytes(later));
-  }
-  plan.bytes = layout.bytes();
-  return plan;
-}
-
 template <class F, class R, bool kWide, int kPacks, int kThreads, bool kUpdate>
-void launch_adam(const AdamArgs<F, R>& args, const Plan& plan, cudaStream_t stream) {
+void launch_adam(const AdamArgs<F, R>& args, const Plan<F, R>& plan, cudaStream_t stream) {
   if (plan.groups == 0) return;
   allow_shared(&adam_kernel<F, R, kWide, kPacks, kThreads, kUpdate>,
                static_cast<size_t>(plan.shared));
@@ -105,65 +106,54 @@ void launch_adam(const AdamArgs<F, R>& args, const Plan& plan, cudaStream_t stre
 }
 
 template <class F, class R, bool kWide, int kPacks, int kThreads>
-const char* launch(const AdamParams& p, const Plan& plan, cudaStream_t stream) {
+const char* launch(const AdamParams& p, const Plan<F, R>& plan, cudaStream_t stream) {
   using A = typename F::Acc;
   using Bits = typename F::Bits;
-  const EntriesParams& e = p.entries;
-  char* space = static_cast<char*>(p.scratch);
-  const auto at = [space](int64_t offset, auto* type) {
-    return reinterpret_cast<decltype(type)>(space + offset);
-  };
-  constexpr A* kNumbers = nullptr;
-  constexpr Bits* kBits = nullptr;
-  constexpr int32_t* kInts = nullptr;
-
-  GroupByLatentParams group_by_latent{e, at(plan.offsets, kInts), at(plan.rows, kInts),
-                                      at(plan.slots, kInts), space + plan.group_by_latent};
+  const SparseActsParams& e = p.entries;
+  const GroupByLatentParams group_by_latent{e, plan.offsets, plan.rows, plan.slots,
+                                            plan.group_by_latent};
   const Format format = sizeof(A) == 8 ? Format::kFloat64 : Format::kFloat32;
   if (const char* error = launch_group_by_latent(group_by_latent, format, stream)) return error;
 
-  int32_t* added = nullptr;
-  if (p.added) {
-    added = at(plan.added, kInts);
-    cudaMemsetAsync(added, 0xff, static_cast<size_t>(e.d_sae) * 4, stream);  // -1
-    FASTSAE_LAUNCH(added_rows_kernel,
-                   grid_of((p.added_count + kColumnThreads - 1) / kColumnThreads), kColumnThreads,
-                   0, stream, p.added, p.added_count, e.d_sae, added);
+  int32_t* extra_rows = nullptr;
+  if (p.extra_latents) {
+    extra_rows = plan.extra_rows;
+    cudaMemsetAsync(extra_rows, 0xff, static_cast<size_t>(e.d_sae) * 4, stream);  // -1
+    FASTSAE_LAUNCH(extra_rows_kernel,
+                   grid_of((p.extra_count + kColumnThreads - 1) / kColumnThreads), kColumnThreads,
+                   0, stream, p.extra_latents, p.extra_count, e.d_sae, extra_rows);
   }
 
   ListsParams lists{group_by_latent.offsets,
                     group_by_latent.rows,
                     group_by_latent.slots,
                     e.d_sae,
-                    e.cap,
+                    e.capacity,
                     static_cast<int32_t>(std::min<int64_t>(e.n, INT32_MAX)),
                     e.values,
-                    e.cap,
+                    e.capacity,
                     true};
   ListsParams grad_lists = lists;
   grad_lists.values = p.grad_values;
-  const Segments<A> later[2] = {{at(plan.strips[0], kNumbers), at(plan.weights[0], kNumbers)},
-                                {at(plan.strips[1], kNumbers), at(plan.weights[1], kNumbers)}};
-  launch_segments<R, kWide, kPacks>(lists, p.error_rows, p.d, plan.split, later[0], stream);
-  launch_segments<R, kWide, kPacks>(grad_lists, p.centred_rows, p.d, plan.split, later[1], stream);
+  launch_segments<R, kWide, kPacks>(lists, p.grad_rows, p.d, plan.split, plan.dec_segments, stream);
+  launch_segments<R, kWide, kPacks>(grad_lists, p.centered_rows, p.d, plan.split, plan.enc_segments,
+                                    stream);
 
   const bool clips = !std::isinf(p.max_norm);
-  A* g_b_dec = at(plan.g_b_dec, kNumbers);
-  A* scale = clips ? at(plan.scale, kNumbers) : nullptr;
-  double* squares = reinterpret_cast<double*>(space + plan.squares);
-  AdamArgs<F, R> args{Moving<F>(p.W_enc),
-                      Moving<F>(p.W_dec),
-                      Moving<F>(p.b_enc),
+  A* scale = clips ? plan.scale : nullptr;
+  AdamArgs<F, R> args{Parameter<F>(p.W_enc),
+                      Parameter<F>(p.W_dec),
+                      Parameter<F>(p.b_enc),
                       {lists},
                       {grad_lists},
-                      later[0],
-                      later[1],
-                      static_cast<const typename R::Bits*>(p.error_rows),
-                      static_cast<const typename R::Bits*>(p.centred_rows),
-                      added,
-                      static_cast<const Bits*>(p.added_W_enc),
-                      static_cast<const Bits*>(p.added_W_dec),
-                      static_cast<const Bits*>(p.added_b_enc),
+                      plan.dec_segments,
+                      plan.enc_segments,
+                      static_cast<const typename R::Bits*>(p.grad_rows),
+                      static_cast<const typename R::Bits*>(p.centered_rows),
+                      extra_rows,
+                      static_cast<const Bits*>(p.extra_W_enc),
+                      static_cast<const Bits*>(p.extra_W_dec),
+                      static_cast<const Bits*>(p.extra_b_enc),
                       e.d_sae,
                       p.d,
                       p.d / (kWide ? F::kVector : 1),
@@ -172,13 +162,12 @@ const char* launch(const AdamParams& p, const Plan& plan, cudaStream_t stream) {
                       Adam<A>(p.adam),
                       nullptr,
                       p.unit_norm,
-                      at(plan.shares, kBits),
-                      squares,
-                      plan.shared ? nullptr : at(plan.held, kBits)};
+                      plan.shares,
+                      plan.squares,
+                      plan.shared ? nullptr : plan.gradients};
 
   const auto sum_b_dec = [&] {
     if (p.d == 0) return;
-    A* sums = at(plan.sums, kNumbers);
     const int64_t strips = (p.d + kColumnThreads - 1) / kColumnThreads;
     const auto parts = [](int64_t rows) { return (rows + kColumnRows - 1) / kColumnRows; };
     const auto add = [&](const A* x, int64_t rows, A* out) {
@@ -186,16 +175,16 @@ const char* launch(const AdamParams& p, const Plan& plan, cudaStream_t stream) {
       FASTSAE_LAUNCH(column_sums_kernel<A>, grid_of(parts(rows) * strips), kColumnThreads, 0,
                      stream, x, rows, p.d, out);
     };
-    add(static_cast<const A*>(p.error), e.n, sums);
-    add(at(plan.shares, kNumbers), plan.groups, sums + parts(e.n) * p.d);
-    FASTSAE_LAUNCH(last_column_sums_kernel<A>, grid_of((p.d + 31) / 32), 1024, 0, stream, sums,
-                   plan.parts, p.d, g_b_dec);
+    add(static_cast<const A*>(p.grad_output), e.n, plan.sums);
+    add(reinterpret_cast<const A*>(plan.shares), plan.groups, plan.sums + parts(e.n) * p.d);
+    FASTSAE_LAUNCH(last_column_sums_kernel<A>, grid_of((p.d + 31) / 32), 1024, 0, stream, plan.sums,
+                   plan.parts, p.d, plan.g_b_dec);
   };
 
   if (clips) {
     launch_adam<F, R, kWide, kPacks, kThreads, false>(args, plan, stream);
     sum_b_dec();
-    FASTSAE_LAUNCH(clip_kernel<A>, 1, 1024, 0, stream, squares, plan.groups, g_b_dec, p.d,
+    FASTSAE_LAUNCH(clip_kernel<A>, 1, 1024, 0, stream, plan.squares, plan.groups, plan.g_b_dec, p.d,
                    p.max_norm, scale);
     args.scale = scale;
     args.shares = nullptr;
@@ -204,14 +193,15 @@ const char* launch(const AdamParams& p, const Plan& plan, cudaStream_t stream) {
   if (!clips) sum_b_dec();
   if (p.d > 0) {
     FASTSAE_LAUNCH(adam_vector_kernel<F>, grid_of((p.d + kColumnThreads - 1) / kColumnThreads),
-                   kColumnThreads, 0, stream, Moving<F>(p.b_dec), g_b_dec, p.d, scale, args.adam);
+                   kColumnThreads, 0, stream, Parameter<F>(p.b_dec), plan.g_b_dec, p.d, scale,
+                   args.adam);
   }
   return launch_error();
 }
 
 template <class F, class R>
 const char* launch_format(const AdamParams& p, cudaStream_t stream) {
-  const Plan plan = fastsae::cuda::plan<F, R>(p);
+  const Plan<F, R> plan(p);
   if constexpr (std::is_same_v<F, R>) {
     if (!plan.wide && plan.large) return launch<F, R, false, 4, 512>(p, plan, stream);
     if (!plan.wide) return launch<F, R, false, 4, 128>(p, plan, stream);
@@ -227,13 +217,13 @@ const char* launch_format(const AdamParams& p, cudaStream_t stream) {
 }  // namespace
 
 bool takes_bf16_rows(const AdamParams& params, Format format) {
-  return format == Format::kFloat32 && wide<Float32, BFloat16>(params);
+  return format == Format::kFloat32 && is_wide<Float32, BFloat16>(params);
 }
 
 int64_t sparse_adam_step_scratch(const AdamParams& params, Format format) {
-  if (format == Format::kFloat64) return plan<Float64, Float64>(params).bytes;
-  if (params.bf16_rows) return plan<Float32, BFloat16>(params).bytes;
-  return plan<Float32, Float32>(params).bytes;
+  if (format == Format::kFloat64) return Plan<Float64, Float64>(params).bytes;
+  if (params.bf16_rows) return Plan<Float32, BFloat16>(params).bytes;
+  return Plan<Float32, Float32>(params).bytes;
 }
 
 const char* launch_sparse_adam_step(const AdamParams& params, Format format, void* stream) {

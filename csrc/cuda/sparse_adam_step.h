@@ -1,38 +1,32 @@
 // What the operator and the launcher of the CUDA sparse_adam_step_ agree on. No torch, no CUDA.
 #pragma once
 
-#include "cuda/entries.h"
+#include "adam_constants.h"
+#include "cuda/sparse_acts.h"
 
 namespace fastsae::cuda {
 
-struct AdamConstants {
-  double one_minus_beta1, beta2, one_minus_beta2;
-  double step_size;            // lr / (1 - beta1^t)
-  double inverse_correction2;  // 1 / sqrt(1 - beta2^t)
-  double eps;
-};
-
 // A parameter and Adam's two averages of it.
-struct MovingParams {
+struct ParameterParams {
   void *p, *m, *v;
 };
 
 // float32 or float64 throughout, but for the rows that are gathered.
 struct AdamParams {
-  MovingParams W_enc, W_dec;  // [d_sae, d]
-  MovingParams b_enc, b_dec;  // [d_sae], [d]
-  EntriesParams entries;
-  const void* grad_values;   // like the values
-  const void* error;         // [n, d]
-  const void* error_rows;    // [n, d] the same, in bfloat16 if bf16_rows
-  const void* centred_rows;  // [n, d], x - b_dec, likewise
-  const int32_t* added;      // [added_count] latents with added gradients, or null
-  const void* added_W_enc;   // [added_count, d]
-  const void* added_W_dec;   // [added_count, d]
-  const void* added_b_enc;   // [added_count]
-  int32_t added_count;
+  ParameterParams W_enc, W_dec;  // [d_sae, d]
+  ParameterParams b_enc, b_dec;  // [d_sae], [d]
+  SparseActsParams entries;
+  const void* grad_values;       // like the values
+  const void* grad_output;       // [n, d]
+  const void* grad_rows;         // [n, d] the same, in bfloat16 if bf16_rows
+  const void* centered_rows;     // [n, d], x - b_dec, likewise
+  const int32_t* extra_latents;  // [extra_count] latents with more gradients, or null
+  const void* extra_W_enc;       // [extra_count, d]
+  const void* extra_W_dec;       // [extra_count, d]
+  const void* extra_b_enc;       // [extra_count]
+  int32_t extra_count;
   int32_t d;
-  AdamConstants adam;
+  AdamConstants<double> adam;
   double max_norm;  // infinity does not clip
   bool unit_norm;
   bool bf16_rows;           // takes_bf16_rows() must be true
@@ -43,8 +37,8 @@ struct AdamParams {
 // bytes at a time. Theirs are null when this is asked.
 bool takes_bf16_rows(const AdamParams& params, Format format);
 
-// Mostly d_sae / 16 rows of d numbers, the shares of the gradient of b_dec, and 2 cap / 256 rows
-// for the segments of long lists.
+// Mostly d_sae / 16 rows of d numbers, the shares of the gradient of b_dec, and 2 capacity / 256
+// rows for the segments of long lists.
 int64_t sparse_adam_step_scratch(const AdamParams& params, Format format);
 
 // Launches on `stream` (a cudaStream_t); null when all is well, else the CUDA error's text.

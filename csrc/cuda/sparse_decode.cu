@@ -13,11 +13,11 @@ constexpr int kWarps = kDecodeThreads / 32;
 template <class F, bool kWide>
 void launch_decode(const DecodeParams& p, cudaStream_t stream) {
   using Bits = typename F::Bits;
-  const EntriesParams& e = p.entries;
+  const SparseActsParams& e = p.entries;
   const auto launch = [&](const Split& split, auto packs) {
     FASTSAE_LAUNCH((sparse_decode_kernel<F, kWide, decltype(packs)::value>),
                    grid_of((e.n * split.chunks + kWarps - 1) / kWarps), kDecodeThreads, 0, stream,
-                   EntriesView<F>{e}, static_cast<const Bits*>(p.W),
+                   SparseActsView<F>{e}, static_cast<const Bits*>(p.W),
                    static_cast<const Bits*>(p.bias), e.n, p.d, split.packs, split.chunks,
                    static_cast<Bits*>(p.out));
   };
@@ -27,22 +27,6 @@ void launch_decode(const DecodeParams& p, cudaStream_t stream) {
   } else {
     launch(split_elements(p.d), Constant<4>{});
   }
-}
-
-template <class F, bool kWide>
-void launch_grad(const ValuesGradParams& p, cudaStream_t stream) {
-  using Bits = typename F::Bits;
-  const EntriesParams& e = p.entries;
-  // Entries of an average row, in batches of 32, or less where warps are wanted.
-  const int64_t row = e.offsets ? e.cap / std::max<int64_t>(e.n, 1) : e.k;
-  int batch = 32;
-  while (batch > kDotRows && e.n * (row / batch) < 8 * multiprocessors()) batch /= 2;
-  const int batches = static_cast<int>(std::max<int64_t>(1, (row + batch - 1) / batch));
-  const int64_t tasks = std::max<int64_t>(e.n * batches, 1);
-  FASTSAE_LAUNCH((values_grad_kernel<F, kWide>), grid_of((tasks + kWarps - 1) / kWarps),
-                 kDecodeThreads, 0, stream, EntriesView<F>{e}, static_cast<const Bits*>(p.grad),
-                 static_cast<const Bits*>(p.W), e.n, p.d, p.d / Pack<F, kWide>::kSize, batches,
-                 batch, p.out);
 }
 
 }  // namespace
@@ -58,21 +42,6 @@ const char* launch_sparse_decode(const DecodeParams& params, Format format, void
       launch_decode<F, true>(params, on);
     } else {
       launch_decode<F, false>(params, on);
-    }
-  });
-  return launch_error();
-}
-
-const char* launch_sparse_decode_values_grad(const ValuesGradParams& params, Format format,
-                                             void* stream) {
-  const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  if (params.entries.cap == 0) return nullptr;
-  with_format(format, [&](auto f) {
-    using F = decltype(f);
-    if (rows_aligned<F>(params.W, params.d) && rows_aligned<F>(params.grad, params.d)) {
-      launch_grad<F, true>(params, on);
-    } else {
-      launch_grad<F, false>(params, on);
     }
   });
   return launch_error();

@@ -1,7 +1,7 @@
 // The operator sparse_weight_grad on CUDA: check, allocate, launch, register.
 #include "cuda/sparse_weight_grad.h"
 
-#include "cuda/sparse_args.h"
+#include "cuda/sparse_acts_args.h"
 
 namespace fastsae::cuda {
 namespace {

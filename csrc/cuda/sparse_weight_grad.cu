@@ -17,16 +17,20 @@ Split split_of(const WeightGradParams& p) {
   return split_elements(p.d);
 }
 
+template <class F>
+Segments<typename F::Acc> take_segments(const WeightGradParams& p, const Split& split,
+                                        Scratch& scratch) {
+  const int64_t count = p.lists.later_segments();
+  return Segments<typename F::Acc>::take(scratch, count, split, wide<F>(p) ? F::kVector : 1);
+}
+
 template <class F, bool kWide>
 void launch(const WeightGradParams& p, cudaStream_t stream) {
   using Bits = typename F::Bits;
   using Acc = typename F::Acc;
   const Split split = split_of<F>(p);
-  char* space = static_cast<char*>(p.scratch);
-  const Segments<Acc> later{
-      reinterpret_cast<Acc*>(space),
-      reinterpret_cast<Acc*>(space + Segments<Acc>::strip_bytes(p.lists.later_segments(), split,
-                                                                Pack<F, kWide>::kSize))};
+  Scratch scratch(p.scratch);
+  const Segments<Acc> later = take_segments<F>(p, split, scratch);
   const auto launch_with = [&](auto packs) {
     constexpr int kPacks = decltype(packs)::value;
     launch_segments<F, kWide, kPacks>(p.lists, p.x, p.d, split, later, stream);
@@ -46,10 +50,9 @@ void launch(const WeightGradParams& p, cudaStream_t stream) {
 int64_t sparse_weight_grad_scratch(const WeightGradParams& params, Format format) {
   return with_format(format, [&](auto f) {
     using F = decltype(f);
-    using S = Segments<typename F::Acc>;
-    const int64_t count = params.lists.later_segments();
-    return S::strip_bytes(count, split_of<F>(params), wide<F>(params) ? F::kVector : 1) +
-           S::weight_bytes(count);
+    Scratch scratch(nullptr);
+    take_segments<F>(params, split_of<F>(params), scratch);
+    return scratch.size();
   });
 }
 

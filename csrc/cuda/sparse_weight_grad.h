@@ -14,7 +14,8 @@ struct WeightGradParams {
   void* scratch = nullptr;  // sparse_weight_grad_scratch() bytes
 };
 
-// At most cap / kSegment rows of d numbers in the accumulator's format, rounded up to whole strips.
+// At most capacity / kSegment rows of d numbers in the accumulator's format, rounded up to whole
+// strips.
 int64_t sparse_weight_grad_scratch(const WeightGradParams& params, Format format);
 
 // Launches on `stream` (a cudaStream_t); null when all is well, else the CUDA error's text.

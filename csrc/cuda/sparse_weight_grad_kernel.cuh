@@ -9,6 +9,7 @@
 
 namespace fastsae::cuda {
 
+// A task is one strip of one latent.
 template <class F, bool kWide, int kPacks>
 __global__ void __launch_bounds__(kListThreads, kGatherBlocks<kPacks>)
     weight_grad_kernel(ListsView<F> lists, const typename F::Bits* __restrict__ x, int64_t d,

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/topk_kernel.cuh"
+#include "cuda/topk_radix_kernel.cuh"
 
 namespace fastsae::cuda {
 namespace {
@@ -29,19 +30,20 @@ enum class Kind { kRadix, k256x1, k512x1, k512x4 };
 
 struct Plan {
   Kind kind;
-  int parts, part_size, room;
+  int parts, part_size;
+  int capacity;     // of candidates
   int sort_blocks;  // of sort_kernel
 };
 
 Plan plan(const TopkParams& p, Format format) {
-  const int64_t blocks_wanted = 4 * multiprocessors();
-  Plan plan{Kind::kRadix, 1, p.m, 0, static_cast<int>(std::min<int64_t>(p.n, blocks_wanted))};
+  const int64_t target_blocks = 4 * multiprocessors();
+  Plan plan{Kind::kRadix, 1, p.m, 0, static_cast<int>(std::min<int64_t>(p.n, target_blocks))};
   if (format == Format::kFloat64 || p.k > kMostHeld || 4 * int64_t{p.k} > p.m) return plan;
   const int64_t needed = (int64_t{p.m} + kPart - 1) / kPart;
-  const int64_t wanted = std::min<int64_t>(blocks_wanted / std::max<int64_t>(p.n, 1),
+  const int64_t target = std::min<int64_t>(target_blocks / std::max<int64_t>(p.n, 1),
                                            p.m / std::max(kShortestPart, 16 * p.k));
   const int64_t parts =
-      std::max(needed, std::min<int64_t>(wanted, kMostMerged / next_power_of_two(p.k)));
+      std::max(needed, std::min<int64_t>(target, kMostMerged / next_power_of_two(p.k)));
   if (parts * p.k > kMostMerged) return plan;
   plan.parts = static_cast<int>(std::max<int64_t>(1, parts));
   plan.part_size = plan.parts == 1 ? p.m : up_to_multiple((p.m + parts - 1) / parts, 64);
@@ -52,8 +54,8 @@ Plan plan(const TopkParams& p, Format format) {
   const int held = plan.kind == Kind::k256x1 || format == Format::kFloat32 ? 8192 : 16384;
   const int groups = plan.kind == Kind::k256x1 ? 256 : plan.kind == Kind::k512x1 ? 512 : 2048;
   const int64_t expected = int64_t{p.k} * std::max(plan.part_size, held) / held;
-  const int64_t room = 2 * expected + expected * p.k / groups + 256;
-  plan.room = std::min(up_to_multiple(room, 256), kMostCandidates);
+  const int64_t candidates = 2 * expected + expected * p.k / groups + 256;
+  plan.capacity = std::min(up_to_multiple(candidates, 256), kMostCandidates);
   return plan;
 }
 
@@ -62,13 +64,13 @@ Plan plan(const TopkParams& p, Format format) {
 template <class F, bool kAffine, int kThreads, int kVectors, int kMaxima, int kResident>
 void launch_held(TopkArgs<F> a, cudaStream_t stream) {
   a.ahead = int64_t{kResident} * multiprocessors();
-  const size_t shared = sizeof(uint64_t) * static_cast<size_t>(a.room + a.taken);
+  const size_t shared = sizeof(uint64_t) * static_cast<size_t>(a.capacity + a.winner_capacity);
   allow_shared(&topk_kernel<F, kAffine, kThreads, kVectors, kMaxima, kResident>, shared);
   FASTSAE_LAUNCH((topk_kernel<F, kAffine, kThreads, kVectors, kMaxima, kResident>),
                  grid_of(a.n * a.parts), kThreads, shared, stream, a);
   if (a.parts > 1) {
     constexpr int kMergeThreads = 256;
-    const size_t merged = sizeof(uint64_t) * static_cast<size_t>(a.parts * a.k + a.taken);
+    const size_t merged = sizeof(uint64_t) * static_cast<size_t>(a.parts * a.k + a.winner_capacity);
     allow_shared(&merge_parts_kernel<F, kAffine, kMergeThreads, kMaxima == 1>, merged);
     FASTSAE_LAUNCH((merge_parts_kernel<F, kAffine, kMergeThreads, kMaxima == 1>), grid_of(a.n),
                    kMergeThreads, merged, stream, a);
@@ -92,7 +94,7 @@ const char* launch(const TopkParams& p, Format format, cudaStream_t stream) {
                       p.indices,
                       plan.parts,
                       plan.part_size,
-                      plan.room,
+                      plan.capacity,
                       p.k > kMostRanked ? next_power_of_two(p.k) : p.k + kSpare,
                       0,
                       scratch};

@@ -176,11 +176,34 @@ def test_a_threshold_is_a_constant(name) -> None:
 
 
 @every_op
-def test_transforms_compile(case) -> None:
+@pytest.mark.parametrize("transform", ["grad", "jvp", "hessian"])
+def test_transforms_compile(case, transform) -> None:
     torch._dynamo.reset()
-    f = torch.func.grad(loss(case.op), argnums=arguments(case))
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(*case.inputs), f(*case.inputs))
+    if transform == "hessian" and case.name not in ("topk", "encode_topk", "sparse_decode-fixed"):
+        pytest.skip("slow, and the same for all")
+
+    def of(function):
+        if transform == "jvp":
+            return lambda *t: torch.func.jvp(function, t, moved)[1]
+        return getattr(torch.func, transform)(loss(function), argnums=arguments(case))
+
+    moved = tangents(case)
+    compiled = torch.compile(of(case.op), fullgraph=True, backend="aot_eager")
+    assert_close(compiled(*case.inputs), of(case.dense)(*case.inputs))
+
+
+def test_compiled_autograd() -> None:
+    x, W, *_ = CASES[4].inputs
+    W = W.clone().requires_grad_()
+
+    def f():
+        acts = SparseActs(*ops.encode_topk(x, W, None, K), None, F)
+        return ops.sparse_decode(acts, W).sin().sum()
+
+    (want,) = torch.autograd.grad(f(), W)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        f().backward()
+    assert_close(W.grad, want)
 
 
 def test_no_derivative_of_an_update() -> None:

@@ -65,16 +65,19 @@ def _barrier(
 
 
 _SELECT, _BLOCK = "cuda/row_select.cuh", "cuda/block.cuh"
-_TOPK, _LAUNCH = "cuda/topk_kernel.cuh", "cuda/topk.cu"
-_MATRIX, _FEATURE = "cuda/matrix_select_kernel.cuh", "cuda/feature_topk_kernel.cuh"
+_TOPK, _TAKE = "cuda/topk_kernel.cuh", "cuda/take_largest.cuh"
+_RADIX, _LAUNCH = "cuda/topk_radix_kernel.cuh", "cuda/topk.cu"
+_MATRIX = "cuda/matrix_select_args.cuh"
+_FILTER, _CHOOSE = "cuda/matrix_select_filter_kernel.cuh", "cuda/matrix_select_choose_kernel.cuh"
+_FEATURE, _COLUMNS = "cuda/feature_topk_lists_kernel.cuh", "cuda/feature_topk_columns_kernel.cuh"
 _GROUP_BY_LATENT, _LISTS = "cuda/group_by_latent_kernel.cuh", "cuda/lists.cuh"
-_ADAM = "cuda/sparse_adam_step_kernel.cuh"
+_ADAM, _ADAM_BLOCK = "cuda/sparse_adam_step_kernel.cuh", "cuda/adam_block.cuh"
 
 BUGS = (
     _barrier("candidates are counted too early", "topk", _TOPK, "all candidates are there"),
-    _barrier("survivors are ranked too early", "topk", _TOPK, "all that remain are there"),
-    _barrier("winners are placed too early", "topk", _TOPK, "all that are placed are there"),
-    _barrier("sorted before all are taken", "topk", _TOPK, "all that are taken are there"),
+    _barrier("survivors are ranked too early", "topk", _TAKE, "all that remain are there"),
+    _barrier("winners are placed too early", "topk", _TAKE, "all that are placed are there"),
+    _barrier("sorted before all are taken", "topk", _TAKE, "all that are taken are there"),
     _barrier("sort without steps", "topk", _BLOCK, "one exchange step done by all before the next"),
     _barrier("digit before its counts", "topk", _SELECT, "counted before the digit is looked for"),
     _barrier(
@@ -99,8 +102,8 @@ BUGS = (
         "shared memory is one short",
         "topk",
         _LAUNCH,
-        "static_cast<size_t>(a.room + a.taken)",
-        "static_cast<size_t>(a.room + a.taken - 1)",
+        "static_cast<size_t>(a.capacity + a.winner_capacity)",
+        "static_cast<size_t>(a.capacity + a.winner_capacity - 1)",
         "asan",
     ),
     Bug(
@@ -146,7 +149,7 @@ BUGS = (
     Bug(
         "ties go to the highest index",
         "topk",
-        _TOPK,
+        _RADIX,
         "places[j] < places[p]",
         "places[j] > places[p]",
         "result",
@@ -171,51 +174,51 @@ BUGS = (
     _barrier(
         "hits before the zeros",
         "batch_topk",
-        _MATRIX,
+        _FILTER,
         "zeroed before the first hit",
         launcher="matrix_select",
     ),
     _barrier(
         "tiles do not know what is before",
         "batch_topk",
-        _MATRIX,
+        _CHOOSE,
         "every tile knows what comes before it",
         launcher="matrix_select",
     ),
     Bug(
         "tiles take the same place",
         "batch_topk",
-        _MATRIX,
-        "base = atomicAdd(&a.header->candidates, static_cast<Count>(count));",
-        "base = a.header->candidates, a.header->candidates = base + count;",
+        _FILTER,
+        "base = atomicAdd(&a.scratch.header->candidates, static_cast<Count>(count));",
+        "base = a.scratch.header->candidates, a.scratch.header->candidates = base + count;",
         "tsan",
         "matrix_select",
     ),
     Bug(
         "one tie less is kept",
         "batch_topk",
-        _MATRIX,
+        _CHOOSE,
         "if (is_above || (is_equal && rank < known.need)) {",
         "if (is_above || (is_equal && rank + 1 < known.need)) {",
         "result",
         "matrix_select",
     ),
     Bug(
-        "a guess is believed",
+        "a bound from a sample is believed",
         "batch_topk",
         _MATRIX,
-        "return found > capacity || (header->guessed && found < cap);",
-        "return found > capacity;",
+        "return found > candidates.capacity || (scratch.header->sampled && found < out.capacity);",
+        "return found > candidates.capacity;",
         "result",
         "matrix_select",
     ),
     _barrier(
-        "column digit is read early", "feature_topk", _FEATURE, "found before everyone reads it"
+        "column digit is read early", "feature_topk", _COLUMNS, "found before everyone reads it"
     ),
     Bug(
         "last tie is one row late",
         "feature_topk",
-        _FEATURE,
+        _COLUMNS,
         "tie_row = static_cast<int32_t>(r - 1);",
         "tie_row = static_cast<int32_t>(r);",
         "result",
@@ -228,8 +231,8 @@ BUGS = (
         "entries equal to the bound are not listed",
         "feature_topk",
         _FEATURE,
-        "any |= piece.value(e) >= bound[e];",
-        "any |= piece.value(e) > bound[e];",
+        "any |= P::at(piece, e) >= bound[e];",
+        "any |= P::at(piece, e) > bound[e];",
         "result",
     ),
     Bug(
@@ -243,9 +246,9 @@ BUGS = (
     Bug(
         "a full list is believed",
         "feature_topk",
-        _FEATURE,
-        "return room == 0 || count[c] > static_cast<unsigned>(room);",
-        "return room == 0;",
+        "cuda/feature_topk_args.cuh",
+        "list_count[c] > static_cast<unsigned>(list_capacity);",
+        "false;",
         "result",
     ),
     _barrier(
@@ -268,7 +271,7 @@ BUGS = (
         "segments have no room",
         "sparse_weight_grad",
         "cuda/sparse_weight_grad.cu",
-        "const int64_t count = params.lists.later_segments();",
+        "const int64_t count = p.lists.later_segments();",
         "const int64_t count = 1;",
         "asan",
     ),
@@ -321,7 +324,7 @@ BUGS = (
     Bug(
         "the share of the encoder has the wrong sign",
         "sparse_adam_step_",
-        _ADAM,
+        _ADAM_BLOCK,
         "at(old, e) - g_b * at(own.w_enc, e)",
         "at(old, e) + g_b * at(own.w_enc, e)",
         "result",

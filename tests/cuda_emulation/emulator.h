@@ -57,8 +57,7 @@ inline uint4 make_uint4(unsigned a, unsigned b, unsigned c, unsigned d) {
   return {a, b, c, d};
 }
 
-// ---- bfloat16
-// -----------------------------------------------------------------------------------------------
+// ---- bfloat16 ----
 struct __nv_bfloat16 {
   uint16_t bits;
 };
@@ -320,8 +319,7 @@ inline float __fmaf_rn(float a, float b, float c) {
 using std::max;
 using std::min;
 
-// ---- the few runtime calls a launcher makes
-// ------------------------------------------------------------------
+// ---- the few runtime calls a launcher makes ----
 using cudaStream_t = void*;
 enum cudaError_t {
   cudaSuccess = 0,

@@ -78,20 +78,22 @@ class Build:
 
     recipe: dict[str, Any]
     folder: Path
-    emulators: dict[str, Path] = field(default_factory=dict)
+    emulators: dict[str, list[Path]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, recipe: Path, folder: Path) -> Build:
         """Read what CMake wrote down: compiler, torch, objects."""
         return cls(json.loads(recipe.read_text()), folder)
 
-    def emulator(self, kind: str) -> Path:
-        """Return the emulator's object of that kind, compiled at the first call."""
+    def emulator(self, kind: str) -> list[Path]:
+        """Return the emulator's objects of that kind, compiled at the first call."""
         if kind not in self.emulators:
             # It is not instrumented for ThreadSanitizer, but tells it which thread it runs.
             flags = ("-DEMU_TSAN=1",) if kind == "tsan" else FLAGS[kind]
-            source, name = HERE / "emulator.cpp", f"emulator_{kind}.o"
-            self.emulators[kind] = self._compile(source, ROOT / "csrc", name, flags)
+            self.emulators[kind] = [
+                self._compile(HERE / f"{name}.cpp", ROOT / "csrc", f"{name}_{kind}.o", flags)
+                for name in ("block", "fiber", "launch")
+            ]
         return self.emulators[kind]
 
     def launcher(self, file: str, csrc: Path, kind: str) -> Path:
@@ -99,14 +101,23 @@ class Build:
         name = f"{csrc.name}_{file}_{kind}.o"
         return self._compile(csrc / f"cuda/{file}.cu", csrc, name, FLAGS[kind])
 
-    def library(self, name: str, launchers: dict[str, Path], kind: str, emulator: Path) -> Path:
+    def library(
+        self, name: str, launchers: dict[str, Path], kind: str, emulator: list[Path]
+    ) -> Path:
         """Link operators, the given launchers, and the built ones of all other files."""
         built = {Path(o).name.removesuffix(".cu.o"): o for o in self.recipe["launchers"]}
         # The changed ones first: of two copies of an inline function the linker takes the first.
         objects = [*launchers.values(), *(o for file, o in built.items() if file not in launchers)]
         out = self.folder / f"{name}.so"
         self._run(
-            *("-shared", *FLAGS[kind], "-pthread", "-o", str(out), *map(str, (*objects, emulator))),
+            *(
+                "-shared",
+                *FLAGS[kind],
+                "-pthread",
+                "-o",
+                str(out),
+                *map(str, (*objects, *emulator)),
+            ),
             *(*self.recipe["operators"], "-Wl,--no-as-needed", self.recipe["torch"]),
         )
         return out

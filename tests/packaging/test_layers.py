@@ -11,7 +11,7 @@ import fastsae
 ROOT = Path(fastsae.__file__).parent
 
 # Part of the package -> the parts it may import from. What everything may import is BASE.
-BASE = {"types", "_files"}
+BASE = {"types"}
 LAYERS: dict[str, set[str]] = {
     "types": set(),
     "_files": set(),
@@ -20,13 +20,12 @@ LAYERS: dict[str, set[str]] = {
     "ops": {"_library", "reference"},
     "nn": {"ops"},
     "models": set(),
-    "data": {"models"},
-    "interop": {"nn"},
-    # Checkpoints are in the format of fastsae.save.
-    "train": {"nn", "data", "ops", "_library", "interop"},
+    "data": {"models", "_files"},
+    "interop": {"nn", "models", "_files"},
+    "train": {"nn", "data", "ops", "interop", "_files", "_library"},
     "eval": {"nn", "models", "data"},
     "analysis": {"nn", "models", "data", "train", "eval"},
-    "report": {"nn", "models", "data", "eval", "analysis"},
+    "report": {"nn", "models", "data", "eval", "analysis", "_files"},
 }
 
 
@@ -39,22 +38,13 @@ def modules() -> dict[str, Path]:
     return found
 
 
-class OnlyRun(ast.NodeTransformer):
-    """Leaves out what stands under `if TYPE_CHECKING:`."""
-
-    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
-        checked = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        return node.orelse if checked else self.generic_visit(node)
-
-
-def imports(path: Path, known: dict[str, Path], *, types: bool = True) -> set[str]:
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
     """Return the modules of the package that a module imports, lazily or not.
 
-    types: also for the signatures alone, which is a dependency, but no circle when it runs.
+    `if TYPE_CHECKING:` counts: what a signature names is a dependency as well.
     """
     names: set[str] = set()
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree if types else OnlyRun().visit(tree)):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -65,10 +55,10 @@ def imports(path: Path, known: dict[str, Path], *, types: bool = True) -> set[st
     return {name for name in names if name in known}
 
 
-def graph(*, types: bool = True) -> dict[str, set[str]]:
+def graph() -> dict[str, set[str]]:
     """Return what every module imports of the package, itself left out."""
     known = modules()
-    return {name: imports(path, known, types=types) - {name} for name, path in known.items()}
+    return {name: imports(path, known) - {name} for name, path in known.items()}
 
 
 def part(module: str) -> str:
@@ -77,9 +67,8 @@ def part(module: str) -> str:
 
 
 def test_no_module_imports_itself_around_a_corner() -> None:
-    edges = graph(types=False)
     try:
-        TopologicalSorter(edges).prepare()
+        TopologicalSorter(graph()).prepare()
     except CycleError as error:
         raise AssertionError(f"a circle of imports: {' -> '.join(error.args[1])}") from None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -11,12 +11,24 @@ from fastsae.nn.auxk import LatentRows, auxk_loss
 from fastsae.nn.loss import SAEOutput, fvu, squared_error
 from fastsae.types import SparseActs
 
-if TYPE_CHECKING:
-    from fastsae.nn.sae import SAE
+
+class Dictionary(Protocol):
+    """What the loss reads of an SAE."""
+
+    d_sae: int
+    k_aux: int
+    auxk_alpha: float
+    W_enc_rows: Tensor
+    W_dec: Tensor
+    b_enc: Tensor
+
+    def _input_bias(self) -> Tensor | None: ...
+
+    def _fail(self, expectation: str) -> NoReturn: ...
 
 
 def total_loss(
-    sae: SAE,
+    sae: Dictionary,
     x: Tensor,
     target: Tensor,
     acts: SparseActs,
@@ -57,7 +69,7 @@ def total_loss(
     )
 
 
-def dead_rows(sae: SAE, dead: Tensor | None) -> LatentRows | None:
+def dead_rows(sae: Dictionary, dead: Tensor | None) -> LatentRows | None:
     """Return the rows of the latents that the auxiliary loss trains, None without any.
 
     Args:

@@ -105,7 +105,6 @@ class Parameters(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         # A plain tensor is copied into the parameter, which keeps its layout and its optimizer
         # state; anything else (a new nn.Parameter too) is assigned as in every module.
-        given = name
         if name == "W_enc":
             object.__setattr__(self, name, value)  # the property, for an nn.Parameter too
             return

@@ -13,15 +13,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastsae.nn.loss import upcast
 
-if TYPE_CHECKING:
-    from fastsae.nn.sae import SAE
+
+class Foldable(Protocol):
+    """What folding changes of an SAE."""
+
+    W_enc_rows: Tensor
+    W_dec: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+
+    def rescale_code_(self, scaler: ActivationScaler) -> None:
+        """See `SAE.rescale_code_`."""
 
 
 class Batch(NamedTuple):
@@ -136,7 +145,7 @@ class ActivationScaler:
         return _divided(target, factor)
 
     @torch.no_grad()
-    def fold_(self, sae: SAE) -> None:
+    def fold_(self, sae: Foldable) -> None:
         """Turn an SAE of scaled rows into one of raw rows, in place."""
         c = self.code_scale
         if not self.keeps_matrices:
@@ -153,7 +162,7 @@ class ActivationScaler:
         sae.b_dec.copy_(_divided(sae.b_dec, target))
         sae.rescale_code_(self)
 
-    def unfold_(self, sae: SAE) -> None:
+    def unfold_(self, sae: Foldable) -> None:
         """Undo `fold_`: turn an SAE of raw rows into one of scaled rows, in place."""
         ActivationScaler(self.columns, [1 / scale for scale in self.scales]).fold_(sae)
 

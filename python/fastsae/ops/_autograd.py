@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd import Function, forward_ad
 
 Rule = Callable[..., Any]
 
@@ -55,7 +54,7 @@ def register(op: str, *, setup_context: Rule, backward: Rule, jvp: Rule) -> None
         else:
             output = below_autograd(keyset, tuple(inputs))
         setup_context(ctx, inputs, output)
-        if forward_ad._current_level >= 0:
+        if _may_have_tangents():
             ctx.save_for_forward(*map(_primal, ctx.to_save))
         return output
 
@@ -69,26 +68,34 @@ def register(op: str, *, setup_context: Rule, backward: Rule, jvp: Rule) -> None
     rules = {"forward": forward, "backward": all_gradients, "jvp": tangent}
     differentiable: Any = type(
         f"fastsae_{op}",
-        (_SingleLevelFunction,),
+        (Function,),
         {name: staticmethod(rule) for name, rule in rules.items()},
     )
 
+    # `Function.apply` itself would start at the top level of torch.func again.
+    apply = super(Function, differentiable).apply
+
     def kernel(keyset: Any, *inputs: Any) -> Any:
-        if forward_ad._current_level < 0 and not (
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return apply(*inputs, keyset)
+        if forward_ad._current_level >= 0 or (
             torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
         ):
-            return below_autograd(keyset, inputs)
-        if not torch._C._are_functorch_transforms_active():
-            return differentiable.apply(*inputs, keyset)
-        with enable_single_level_autograd_function():
-            return differentiable.apply(*inputs, keyset)
+            return apply(*inputs, keyset)
+        return below_autograd(keyset, inputs)
 
     _implementations.impl(op, kernel, "Autograd", with_keyset=True)
 
 
+def _may_have_tangents() -> bool:
+    # A compiled graph enters forward mode without telling forward_ad.
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def _primal(t: Tensor | None) -> Tensor | None:
     with forward_ad._set_fwd_grad_enabled(True):
-        return None if t is None else forward_ad.unpack_dual(t).primal
+        return None if t is None else forward_ad.unpack_dual(t, level=0).primal
 
 
 def decode_entries(values: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
@@ -98,7 +105,7 @@ def decode_entries(values: Tensor, indices: Tensor, offsets: Tensor | None, W: T
     the decoder does it.
     """
     native = torch.ops.fastsae
-    if not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
+    if not (torch.is_grad_enabled() or _may_have_tangents()):
         out: Tensor = native.sparse_decode(values, indices, offsets, W, None)
         return out
     slots = torch.arange(values.numel(), dtype=torch.int32, device=values.device)
@@ -117,7 +124,7 @@ def total(*terms: Tensor | None) -> Tensor | None:
 
 def no_tangents(op: str, *tensors: Tensor) -> None:
     """Raise RuntimeError if one of the tensors has a forward-mode tangent, which would be lost."""
-    if forward_ad._current_level < 0:
+    if not _may_have_tangents():
         return
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors):
         raise RuntimeError(f"{op}: expected no forward-mode tangent, got one; it has no derivative")

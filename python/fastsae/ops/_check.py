@@ -72,6 +72,8 @@ def capacity(op: str, wanted: int, n: int, d_sae: int) -> int:
 
 def int_min(a: int, b: int) -> int:
     """Return the smaller one, as an expression where one follows from a symbolic shape."""
+    if type(a) is int and type(b) is int and not torch.compiler.is_compiling():
+        return min(a, b)  # 2 us faster
     smaller: int = torch.sym_min(a, b)
     return smaller
 

@@ -5,15 +5,15 @@
 
 namespace fastsae::cuda {
 
-struct EntriesParams {
+struct SparseActsParams {
   const void* values;      // [n, k] or [capacity]
-  bool wide;               // values are in the accumulator's format, not in that of the matrix
+  bool wide;               // values are in the accumulator's format, not the matrix's
   const int32_t* indices;  // like values
   const int32_t* offsets;  // [n + 1], or null: k entries in every row
   int64_t n;
   int32_t k;
-  int32_t cap;    // entries there is room for
-  int32_t d_sae;  // an entry whose index is not below takes no part
+  int32_t capacity;  // entries there is room for
+  int32_t d_sae;     // an entry whose index is not below is ignored
 };
 
 }  // namespace fastsae::cuda

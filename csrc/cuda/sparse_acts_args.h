@@ -1,38 +1,40 @@
 // Arguments that the sparse operators on CUDA share. What only the device knows, that indices and
-// offsets are in range, is not checked: it would wait for the device. Entries out of range take no
-// part, so nothing is read out of bounds.
+// offsets are in range, is not checked: it would wait for the device. Entries out of range are
+// ignored, so nothing is read out of bounds.
 #pragma once
 
 #include <algorithm>
 
 #include "check.h"
-#include "cuda/entries.h"
+#include "cuda/sparse_acts.h"
 #include "cuda/stream.h"
 
 namespace fastsae::cuda {
 
 // Contiguous, and alive as long as the parameters are in use.
-struct Entries {
+struct SparseActsArgs {
   Tensor values, indices;
   std::optional<Tensor> offsets;
-  EntriesParams params;
+  SparseActsParams params;
 };
 
-// Whether values are to be read in the format of the sums, not in that of their matrix.
+// Whether values are read in the format of the sums instead of their matrix's.
 inline bool is_wide(const Tensor& values, ScalarType matrix) {
   return values.scalar_type() != matrix || matrix == ScalarType::Float ||
          matrix == ScalarType::Double;
 }
 
 // `like`: a tensor of the device, which errors call by `like_name`.
-inline Entries checked_entries(const char* op, const Tensor& values, const Tensor& indices,
-                               const std::optional<Tensor>& offsets, int64_t d_sae,
-                               ScalarType matrix, const char* like_name, const Tensor& like) {
+inline SparseActsArgs checked_sparse_acts(const char* op, const Tensor& values,
+                                          const Tensor& indices,
+                                          const std::optional<Tensor>& offsets, int64_t d_sae,
+                                          ScalarType matrix, const char* like_name,
+                                          const Tensor& like) {
   check_entries_layout(op, values, indices, offsets);
   check_device(op, "values", values, like, like_name);
   check_device(op, "indices", indices, like, like_name);
   if (offsets) check_device(op, "offsets", *offsets, like, like_name);
-  Entries e{as_contiguous(values), as_contiguous(indices), std::nullopt, {}};
+  SparseActsArgs e{as_contiguous(values), as_contiguous(indices), std::nullopt, {}};
   if (offsets) e.offsets = as_contiguous(*offsets);
   e.params = {e.values.const_data_ptr(),
               is_wide(values, matrix),
@@ -45,7 +47,7 @@ inline Entries checked_entries(const char* op, const Tensor& values, const Tenso
   return e;
 }
 
-// Values come in the dtype of the matrix they meet, or in that of its sums.
+// Values come in the dtype of the matrix they multiply, or in the dtype of its sums.
 inline void check_values_type(const char* op, const Tensor& values, const char* name,
                               const Tensor& matrix) {
   FASTSAE_CHECK(values.scalar_type() == matrix.scalar_type() ||

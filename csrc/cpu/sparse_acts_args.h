@@ -10,7 +10,7 @@
 
 namespace fastsae::cpu {
 
-struct Entries {
+struct SparseActsArgs {
   Tensor values;   // contiguous
   Tensor indices;  // contiguous int32
   Tensor offsets;  // [n + 1] int32, only for the variable layout
@@ -24,9 +24,11 @@ struct Entries {
 };
 
 // Checks shapes, offsets and that every index is in [0, d_sae): nothing is read out of bounds.
-inline Entries checked_entries(const char* op, const Tensor& values, const Tensor& indices,
-                               const std::optional<Tensor>& offsets, int64_t d_sae) {
-  Entries e{as_contiguous(values), as_contiguous(indices), indices, !offsets.has_value(), 0, 0, 0};
+inline SparseActsArgs checked_sparse_acts(const char* op, const Tensor& values,
+                                          const Tensor& indices,
+                                          const std::optional<Tensor>& offsets, int64_t d_sae) {
+  SparseActsArgs e{
+      as_contiguous(values), as_contiguous(indices), indices, !offsets.has_value(), 0, 0, 0};
   check_entries_layout(op, values, indices, offsets);
   if (e.fixed) {
     e.n = values.size(0);

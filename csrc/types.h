@@ -1,11 +1,12 @@
-// Storage types of the CPU kernels and the type that sums over them are kept in.
-// Included by the ISA translation units too: everything here has internal linkage or no code.
+// Storage types that C++ lacks, the type that sums over them are kept in, and how numbers order.
+// Included by the files that have flags of their own: everything here has internal linkage or no
+// code, and there is no standard library.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
-namespace fastsae::cpu {
+namespace fastsae {
 
 struct bf16 {
   uint16_t bits;
@@ -98,4 +99,4 @@ inline fp16 narrow<fp16>(float x) {
   return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
 }
 
-}  // namespace fastsae::cpu
+}  // namespace fastsae
