@@ -11,7 +11,7 @@ import torch
 
 import fastsae
 
-D_IN, FEATURES, BATCH, STEPS = 32, 64, 256, 150
+D_IN, FEATURES, BATCH, STEPS = 32, 64, 256, 250
 
 
 def batches(steps: int, seed: int = 0):
@@ -27,7 +27,7 @@ def batches(steps: int, seed: int = 0):
 
 def main() -> dict[str, float]:
     """Train, and return the last FVU of each."""
-    config = fastsae.TrainConfig(batch_size=BATCH, steps=STEPS, lr=3e-3, progress=False)
+    config = fastsae.TrainConfig(batch_size=BATCH, steps=STEPS, lr=1e-2, progress=False)
     saes = {
         "TopK": fastsae.TopKSAE(D_IN, 2 * FEATURES, k=3),
         "BatchTopK": fastsae.BatchTopKSAE(D_IN, 2 * FEATURES, k=3),

@@ -7,24 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-import fastsae
-
 FOLDER = Path(__file__).parents[2] / "examples"
-
-# To be removed with the condition once the names are there.
-pending = pytest.mark.skipif(
-    not (hasattr(fastsae.Trainer, "prepare") and hasattr(fastsae, "save")),
-    reason="written for Trainer.prepare, step and finish, and fastsae.save",
-)
 
 
 def run(name: str):
     return runpy.run_path(str(FOLDER / name))["main"]()
 
 
-@pending
 def test_train_two() -> None:
     assert all(fvu < 0.3 for fvu in run("train_two.py").values())
 
@@ -34,7 +23,6 @@ def test_op_in_your_code() -> None:
     assert last < 0.5 * first
 
 
-@pending
 def test_load_and_steer() -> None:
     moved = run("load_and_steer.py")
     assert 0 < moved["spliced"] < moved["steered"]

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import fastsae
-
 README = Path(__file__).parents[2] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
@@ -28,10 +26,6 @@ def test_block_runs_as_printed(number, tmp_path, monkeypatch) -> None:
     "page", sorted((README.parent / "docs").rglob("*.md")), ids=lambda p: p.stem
 )
 def test_documented_code_runs(page, tmp_path, monkeypatch) -> None:
-    # To be removed once the names are there.
-    unfinished = not (hasattr(fastsae.Trainer, "prepare") and hasattr(fastsae, "save"))
-    if unfinished and page.stem in ("train", "load-and-steer"):
-        pytest.skip("written for Trainer.prepare, step and finish, and fastsae.save")
     monkeypatch.chdir(tmp_path)
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
         exec(compile(block, page.name, "exec"), {})
