@@ -199,9 +199,7 @@ def driven(sae, steps, **settings):
 
 def same(a, b, tolerance=2e-5):
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(
-            p, q, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}"
-        )  # noqa: B023
+        assert torch.allclose(p, q, rtol=tolerance, atol=tolerance), name
 
 
 @pytest.mark.parametrize("way", UNFUSED)

@@ -1,4 +1,4 @@
-"""SAELens >= 6: a folder with `sae_weights.safetensors` and `cfg.json`, and what fastsae adds to it.
+"""SAELens >= 6: a folder with `sae_weights.safetensors` and `cfg.json`, and what fastsae adds.
 
 The weights file holds W_enc [d_in, d_sae], W_dec [d_sae, d_in], b_enc, b_dec and what the
 architecture has besides, such as threshold [d_sae]. `cfg.json` holds SAELens' keys; fastsae's class

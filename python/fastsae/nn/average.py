@@ -30,8 +30,8 @@ def average_saes(saes: Sequence[SAE]) -> SAE:
 
     Floating-point buffers (thresholds, densities) are averaged too, and stay +inf where any is; all
     else is that of the first SAE. The average of thresholds is not the threshold of the average:
-    for classes that choose batch-wise call `estimate_threshold_` on training batches, or `calibrate_` on
-    held-out tokens, before using the result.
+    for classes that select batch-wise call `estimate_threshold_` on training batches, or
+    `calibrate_` on held-out tokens, before using the result.
 
     Args:
         saes: of one class and config; at least one. They are not changed.
@@ -88,9 +88,9 @@ def _check(saes: Sequence[SAE]) -> None:
                 )
         if not (cosine := _mean_cosine(first.W_dec, sae.W_dec)) > NEAR:
             raise ValueError(
-                "average_saes: expected fine-tunes of one checkpoint, with a mean cosine of matching rows "
-                f"of W_dec > {NEAR}, got {cosine:.3f} for saes[{i}]; independent runs have their "
-                "latents in another order"
+                "average_saes: expected fine-tunes of one checkpoint, with a mean cosine of "
+                f"matching rows of W_dec > {NEAR}, got {cosine:.3f} for saes[{i}]; independent "
+                "runs have their latents in another order"
             )
 
 

@@ -55,7 +55,10 @@ class JumpReLU(_Elementwise):
 
 
 class Step(_Elementwise):
-    """H(z - threshold) elementwise: d/dz = 0, d/dthreshold = -(1 / eps) K((z - threshold) / eps)."""
+    """H(z - threshold) elementwise.
+
+    d/dz = 0,   d/dthreshold = -(1 / eps) K((z - threshold) / eps)
+    """
 
     @staticmethod
     def forward(z: Tensor, threshold: Tensor, eps: Tensor) -> Tensor:
@@ -84,7 +87,8 @@ class JumpReLUSAE(PenalizedSAE):
     pre-activations within half a bandwidth of it, on both sides; z gets none from the penalty. Only
     those entries and the active ones are ever kept. `log_threshold` is float32 whatever the dtype
     of the other parameters, and gets its estimate in training mode from `forward` too. The paper
-    does not subtract b_dec from x; here it is, as in all classes, and b_enc can undo it. See `PenalizedSAE` for k, `unit` and the other arguments.
+    does not subtract b_dec from x; here it is, as in all classes, and b_enc can undo it. See
+    `PenalizedSAE` for k, `unit` and the other arguments.
 
     Args:
         d_in: width of the activations.
@@ -141,12 +145,14 @@ class JumpReLUSAE(PenalizedSAE):
 
     def _open(self, acts: SparseActs) -> SparseActs:
         """Return f from the pre-activations near and above the thresholds."""
-        z, threshold = self._inside(acts)
+        return self._activate(acts, *self._inside(acts))
+
+    def _activate(self, acts: SparseActs, z: Tensor, threshold: Tensor) -> SparseActs:
         values = _apply(JumpReLU, z, threshold, self._eps)
         return SparseActs(values, acts.indices, acts.offsets, self.d_sae)
 
     def _inside(self, acts: SparseActs) -> tuple[Tensor, Tensor]:
-        """Return pre-activations, out of every threshold's reach where padding is, and thresholds."""
+        """Return pre-activations, -inf where padding is, and the threshold of each."""
         assert acts.offsets is not None
         entry = torch.arange(acts.values.shape[0], device=acts.values.device)
         z = torch.where(entry < acts.offsets[-1], acts.values, -math.inf)
@@ -199,9 +205,10 @@ class JumpReLUSAE(PenalizedSAE):
         context: StepContext,
     ) -> SAEOutput:
         """See `SAE.loss_of`; `acts` is what `encode_for_training` returned."""
-        f = self._open(acts)
+        z, threshold = self._inside(acts)
+        f = self._activate(acts, z, threshold)
         self._adjust_coefficient(f.detach(), context)
-        active = _apply(Step, *self._inside(acts), self._eps)
+        active = _apply(Step, z, threshold, self._eps)
         penalty = context.sparsity_scale * self._weigh(mean_over_tokens(active, acts.n))
         return total_loss(self, x, target, f, self.reconstruct(x, f), penalty, dead)
 

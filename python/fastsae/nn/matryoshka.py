@@ -169,7 +169,8 @@ class _PrefixErrors(torch.autograd.Function):
         # once_differentiable would not notice: the gradient of the loss itself has no graph.
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "HierarchicalTopKSAE: expected create_graph=False, the loss has no second derivative"
+                "HierarchicalTopKSAE: expected create_graph=False, the loss has no second "
+                "derivative"
             )
         df, dW, db = (t * grads[0].to(t.dtype) for t in ctx.saved_tensors)
         return df, None, dW, db, None

@@ -40,10 +40,10 @@ class PenalizedSAE(SAE, register=False):
         d_sae: number of latents.
         k: target mean number of active latents per token; None keeps the coefficient fixed.
         coefficient: initial weight of the penalty.
-        control_lr: how fast the coefficient is adjusted; 0.005 means at most 0.5 % a batch, 20 times in
-            600 batches. Slower is better where the run allows it: an L0 that falls before features
-            have formed kills latents. ReLU found planted features with a cosine of 0.91, 0.78, 0.69
-            and 0.64 at 0.003, 0.005, 0.01 and 0.02 (900 batches).
+        control_lr: how fast the coefficient is adjusted; 0.005 means at most 0.5 % a batch, 20
+            times in 600 batches. Slower is better where the run allows it: an L0 that falls before
+            features have formed kills latents. ReLU found planted features with a cosine of 0.91,
+            0.78, 0.69 and 0.64 at 0.003, 0.005, 0.01 and 0.02 (900 batches).
 
     Raises:
         ValueError: k is not in (0, d_sae], coefficient or control_lr is negative.

@@ -31,10 +31,9 @@ class ReLUSAE(PenalizedSAE):
         p_anneal   c f^p              p falls linearly from 1 to p_end; c makes the batch pay what
                                       it would have paid for L1, as the paper's coefficients do
 
-    p follows from `StepContext.progress`. Decoder rows have norm
-    1 while training, so L1 needs no weighting by them. On large inputs, see `capacity`, the smallest
-    active entries of a code that is hardly sparse yet are left out. See `PenalizedSAE` for k and
-    the other arguments.
+    p follows from `StepContext.progress`. Decoder rows have norm 1 while training, so L1 needs no
+    weighting by them. On large inputs, see `capacity`, the smallest active entries of a code that
+    is hardly sparse yet are left out. See `PenalizedSAE` for k and the other arguments.
 
     Args:
         d_in: width of the activations.

@@ -177,16 +177,16 @@ class SAE(Parameters, ABC):
         dead: LatentRows | None,
         context: StepContext,
     ) -> SAEOutput:
-        """Return the loss for the code `acts` of `x: [n, d_in]`; `target: [..., d_in]` of n rows."""
+        """Return the loss for the code `acts` of `x: [n, d_in]` and a target `[..., d_in]`."""
         penalty = self.sparsity_loss(acts, context)
         return total_loss(self, x, target, acts, self.reconstruct(x, acts), penalty, dead)
 
     def estimate_threshold_(self, batches: Iterable[Tensor]) -> None:
-        """Estimate inference-time thresholds from training inputs `[n, d_in]`; here there are none."""
+        """Estimate inference-time thresholds from training inputs `[n, d_in]`; none here."""
 
     @torch.no_grad()
     def initialize_from_data_(self, batch: Tensor, method: str = "geometric_median") -> None:
-        """Set the biases from a training batch, before the first update; see `initialize_b_dec_`."""
+        """Set the biases from a training batch, before the first update."""
         self.initialize_b_dec_(self.columns.split(batch).target, method)
 
     @torch.no_grad()

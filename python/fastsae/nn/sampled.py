@@ -41,8 +41,8 @@ class SampledSAE(BatchTopKSAE):
     Inference has no batch to choose a pool from, so it takes all latents, and the threshold is the
     one with which these give k per token: the smallest value that BatchTopK without a pool keeps.
     That of the pool is lower, and would keep too much. Training averages it from the rows scored
-    first (the whole batch, up to 64 MiB of pre-activations); `estimate_threshold_` and `calibrate_` do without
-    a pool as well. See `BatchTopKSAE` for the other arguments.
+    first (the whole batch, up to 64 MiB of pre-activations); `estimate_threshold_` and
+    `calibrate_` do without a pool as well. See `BatchTopKSAE` for the other arguments.
 
     Args:
         d_in: width of the activations.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastsae import ops
 from fastsae.types import SparseActs
@@ -42,8 +43,8 @@ def encode_selected(
 
     Gradients: as those of `ops.encode_topk`: x, both biases and W_enc, from active entries only.
     Numerics: under autocast as `F.linear`, with selection on the rounded pre-activations.
-    Cost: 2 n d_in d_sae flops in torch's matmul, what `select` does to every entry, and one dot
-        product for each active entry.
+    Cost: 2 n d_in d_sae flops in torch's matmul, and what `select` does to every entry; with a
+        graph, one dot product for each active entry.
     """
     centered = x if b_dec is None else x - b_dec
     with torch.no_grad():
@@ -53,8 +54,10 @@ def encode_selected(
             part = slice(start, min(start + rows, x.shape[0]))
             parts.append(select(torch.addmm(b_enc, centered[part], W_enc.t()), part))
         values, indices = (torch.cat(column) for column in zip(*parts, strict=True))
-    # The same numbers again, from the chosen rows alone and with a graph.
     chosen = SparseActs(values, indices, None, W_enc.shape[0])
+    if not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
+        return chosen
+    # The same numbers again, from the chosen rows alone and with a graph.
     again = ops.sparse_decode_values_grad(centered, chosen, W_enc) + b_enc[indices.long()]
     kept = (values != 0) & (again.detach().sign() != -values.sign())
     again = torch.where(kept, again, 0).to(values.dtype)

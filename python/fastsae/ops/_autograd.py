@@ -119,6 +119,15 @@ def decode_entries(values: Tensor, indices: Tensor, offsets: Tensor | None, W: T
     return out
 
 
+def reverse_mode_alone() -> bool:
+    """Return whether neither torch.func, forward mode nor a compiler looks on."""
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+    )
+
+
 def total(*terms: Tensor | None) -> Tensor | None:
     """Return the sum of the terms that are there."""
     present = [t for t in terms if t is not None]

@@ -25,11 +25,11 @@ class SGDSaI(torch.optim.Optimizer):
         p   <- (1 - lr weight_decay) p - lr gsnr m
 
     What it saves is memory: one number per weight, half of Adam's state, in the process and in
-    checkpoints. Besides the gradients that autograd holds, the peak of a `Trainer` is that of Adam's
-    fused update, which forms none, and below that of Adam with autograd. What it lacks is Adam's
-    second moment. A gradient g with mean near 0 has gsnr = sqrt(numel), whatever its scale and
-    however few of its entries are not 0, so W_enc and W_dec get the same scale, and within each a
-    latent that fires rarely moves as little as in plain SGD. Expect a worse fvu than Adam's after
+    checkpoints. Besides the gradients that autograd holds, the peak of a `Trainer` is that of
+    Adam's fused update, which forms none, and below that of Adam with autograd. What it lacks is
+    Adam's second moment. A gradient g with mean near 0 has gsnr = sqrt(numel), whatever its scale
+    and however few of its entries are not 0, so W_enc and W_dec get the same scale, and within each
+    a latent that fires rarely moves as little as in plain SGD. Expect a worse fvu than Adam's after
     the same number of steps; take it where Adam's state does not fit.
 
     A gradient with a dominant mean, such as that of b_dec before the data are centered, has a small
