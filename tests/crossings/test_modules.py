@@ -319,6 +319,18 @@ def test_the_loss_depends_on_the_reconstruction_that_is_returned(cls, shape):
     torch.testing.assert_close(grad, expected)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("cls", [fastsae.BatchTopKSAE, fastsae.JumpReLUSAE, fastsae.ReLUSAE])
+def test_a_trace_that_would_drop_entries_is_refused(cls):
+    sae = make(cls)
+    sae.training_loss(rows())
+    with pytest.raises(
+        RuntimeError, match="got torch.jit.trace, which fixes the number of entries"
+    ):
+        torch.jit.trace(sae.eval(), (rows(),))
+
+
 # -- wrong calls -------------------------------------------------------------------------------
 
 

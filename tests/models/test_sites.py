@@ -132,7 +132,7 @@ def test_a_block_without_mlp_says_what_it_has():
 def test_a_module_that_never_runs_is_an_error():
     model = tiny_model()
     model.spare = nn.Linear(2, 2)
-    with pytest.raises(RuntimeError, match="site spare: its module takes no part"):
+    with pytest.raises(RuntimeError, match="site spare: its module is not reached"):
         read(model, [resolve(model, "spare")], TOKENS)
     assert not model.spare._forward_hooks
 
@@ -179,6 +179,6 @@ def test_gradients_need_a_site_that_takes_part():
     model = tiny_model()
     model.unused = nn.Linear(2, 2)
     real = torch.ones_like(TOKENS, dtype=torch.bool)
-    with pytest.raises(RuntimeError, match="site unused: its module takes no part"):
+    with pytest.raises(RuntimeError, match="site unused: its module is not reached"):
         read_gradients(model, [resolve(model, "unused")], TOKENS, real)
     assert all(p.requires_grad for p in model.parameters())

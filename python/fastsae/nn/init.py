@@ -47,7 +47,9 @@ def geometric_median(x: Tensor, *, tolerance: float = 1e-6, max_iterations: int 
         distance = torch.linalg.vector_norm(x - y, dim=1)
         mean = distance.mean()
         weight = 1 / distance.clamp_min(1e-6 * mean)
-        moved = (weight @ x) / weight.sum() if mean > 0 else y
+        # Not weight @ x: a library's matrix-vector product depends on the number of threads.
+        weighted = (weight.unsqueeze(1) * x).sum(0)
+        moved = weighted / weight.sum() if mean > 0 else y
         step = torch.linalg.vector_norm(moved - y)
         y = moved
         if step <= tolerance * mean:

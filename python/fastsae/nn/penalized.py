@@ -21,6 +21,7 @@ from fastsae.nn.loss import total_variance, upcast
 from fastsae.nn.parameters import plain
 from fastsae.nn.sae import SAE
 from fastsae.nn.scaler import ActivationScaler
+from fastsae.nn.threshold_sae import entry_capacity
 from fastsae.types import SparseActs
 
 
@@ -81,8 +82,7 @@ class PenalizedSAE(SAE, register=False):
 
     def capacity(self, n: int) -> int:
         """Return the places that the code of n tokens gets: every latent, or 4 million at least."""
-        capacity: int = torch.sym_min(n * self.d_sae, torch.sym_max(n * 1024, 1 << 22))
-        return capacity
+        return entry_capacity(n, self.d_sae, 1024)
 
     def _above(self, x: Tensor, threshold: Tensor, context: StepContext) -> SparseActs:
         """Return the pre-activations of `x: [n, d_in]` above `threshold`: [] or [d_sae]."""

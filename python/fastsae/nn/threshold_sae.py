@@ -116,8 +116,21 @@ def threshold_capacity(n: int, d_sae: int, k: float) -> int:
     Small inputs get room for every latent; large ones for 8 times the expected count, beyond which
     the largest values are kept.
     """
-    generous = torch.sym_max(n * max(8 * math.ceil(k), 256), 1 << 22)
-    capacity: int = torch.sym_min(n * d_sae, generous)
+    return entry_capacity(n, d_sae, max(8 * math.ceil(k), 256))
+
+
+def entry_capacity(n: int, d_sae: int, per_token: int) -> int:
+    """Return room for `per_token` entries each, for 4 million at least, for all at most.
+
+    Raises:
+        RuntimeError: in torch.jit.trace, which would fix it to that of the example.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise RuntimeError(
+            "SAE: expected torch.export or torch.compile, got torch.jit.trace, which fixes the "
+            "number of entries to that of the example"
+        )
+    capacity: int = torch.sym_min(n * d_sae, torch.sym_max(n * per_token, 1 << 22))
     return capacity
 
 
