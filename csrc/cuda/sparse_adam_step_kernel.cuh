@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs
   __shared__ double square_space[kWarps];
   Bits* rows = a.rows ? a.rows + int64_t{blockIdx.x} * 3 * a.d : dynamic;
   const int tid = static_cast<int>(threadIdx.x), lane = tid & 31;
-  const Block block{a, rows, rows + a.d, rows + 2 * a.d, tid};
+  // Not rows + 2 * a.d, a second offset: it spills on sm_80.
+  const Block block{a, rows, rows + a.d, rows + a.d + a.d, tid};
   const A zeros[E] = {};
   const A scale = a.scale ? *a.scale : A(1);
 
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs
       const A g_b = any ? weight_sum : A(0);
       if (tid == 0) group_bias[member] = g_b;
       const A along = any ? block.project(from, space) : A(0);
-      const A norm = block.move_rows(from, any, g_b, along, scale, first);
+      const A norm = block.move_rows(from, end - begin, extra, g_b, along, scale, first);
       if constexpr (!kUpdate) {
         squares += static_cast<double>(norm);
         if (tid == 0) squares += static_cast<double>(g_b) * static_cast<double>(g_b);
