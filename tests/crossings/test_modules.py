@@ -326,7 +326,7 @@ def test_a_trace_that_would_drop_entries_is_refused(cls):
     sae = make(cls)
     sae.training_loss(rows())
     with pytest.raises(
-        RuntimeError, match="got torch.jit.trace, which fixes the number of entries"
+        RuntimeError, match=r"got torch\.jit\.trace, which fixes the number of entries"
     ):
         torch.jit.trace(sae.eval(), (rows(),))
 
