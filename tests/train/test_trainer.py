@@ -422,3 +422,17 @@ def test_a_checkpoint_of_a_development_version_is_refused_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=f"a checkpoint of format 2 in .*, got {shown};") as e:
             Trainer(make(), rows(), settings(out=tmp_path)).fit(resume=True)
         assert "\n" not in str(e.value)
+
+
+def test_a_failed_start_leaves_a_trainer_that_takes_no_step():
+    x = torch.randn(64, 8)
+    x[3, 2] = torch.nan
+    sae = TopKSAE(8, 32, 4)
+    trainer = Trainer(sae, None, TrainConfig(batch_size=16, steps=2))
+    before = {name: t.clone() for name, t in sae.state_dict().items()}
+    with pytest.raises(ValueError, match="expected finite activations"):
+        trainer.prepare(x)
+    with pytest.raises(RuntimeError, match=r"expected a step after prepare\(\)"):
+        trainer.step(x[8:24])
+    trainer.finish()
+    assert all(torch.equal(before[name], t) for name, t in sae.state_dict().items())

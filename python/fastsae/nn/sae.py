@@ -41,16 +41,14 @@ class SAE(Parameters, ABC):
             two closest to d_in / 2 (Gao et al. 2024, appendix B.1).
         auxk_alpha: weight of that auxiliary loss; 0 turns it off.
         aux: which latents the auxiliary loss trains: `auxk`, the dead ones, or `zipf`, also those
-            that fire far less often than a Zipf fit predicts for their rank
-            (`train.UnderusedLatents`).
+            that fire far less often than a Zipf fit predicts (`train.UnderusedLatents`).
 
     Raises:
         ValueError: a size below 1, k_aux above d_sae, a negative auxk_alpha, or another aux.
     """
 
     registry: ClassVar[dict[str, type[SAE]]] = {}
-    """Classes by the name that saved files have: that of the class, and for classes outside of
-    fastsae with its module in front."""
+    """Classes by the name in saved files: of the class, with its module outside of fastsae."""
 
     def __init_subclass__(cls, register: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

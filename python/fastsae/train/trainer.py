@@ -141,7 +141,8 @@ class Trainer:
         Raises:
             ValueError: there are neither data nor a sample, rows are not finite, or all equal.
         """
-        self._allocate()
+        self._close()  # of a run that was not finished
+        update = self._allocate()
         self.steps_done, self._position, self._recent_from = 0, None, None
         self._recent.clear()
         if sample is None:
@@ -156,6 +157,7 @@ class Trainer:
                 self.scaler.unfold_(sae)
         if fresh and cfg.b_dec_init != "zeros":
             sae.initialize_from_data_(self.scaler.scale(x), cfg.b_dec_init)
+        self._update = update
         sae.train()
 
     def step(self, batch: Tensor) -> SAEOutput:
@@ -227,7 +229,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that an exact continuation needs: live tensors and JSON values.
 
-        The position of the data is part of it when `fit` reads them, not when you do.
+        The position of the data is part of it when `fit` reads them, not when you do; nor are the
+        last batches that you gave, from which `finish` estimates thresholds.
         """
         if self._update is None:
             raise RuntimeError("Trainer: expected prepare() before state_dict()")
@@ -250,9 +253,8 @@ class Trainer:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state, bit for bit, in place of `prepare`; restores torch's RNG too."""
-        self._allocate()
-        assert self._update is not None
-        if (kind := type(self._update).__name__) != state["update_kind"]:
+        update = self._allocate()
+        if (kind := type(update).__name__) != state["update_kind"]:
             raise ValueError(
                 f"Trainer: expected the state of a {kind}, which applies here, got that of a "
                 f"{state['update_kind']}; set update= to the one that the run began with"
@@ -260,7 +262,7 @@ class Trainer:
         self.steps_done = state["step"]
         self.scaler = ActivationScaler(self.sae.columns, state["scales"])
         self.sae.load_state_dict(state["sae"])
-        self._update.load_state_dict(state["update"])
+        update.load_state_dict(state["update"])
         for name, tensor in self._dead.tensors().items():
             tensor.copy_(state["dead"][name])
         torch.set_rng_state(state["rng"]["cpu"])
@@ -269,17 +271,19 @@ class Trainer:
             torch.cuda.set_rng_state(state["rng"]["cuda"], device)
         self._position, self._recent_from = state["data"], state["recent_from"]
         self._recent.clear()
+        self._update = update
         self.sae.train()
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _allocate(self) -> None:
-        """Make what steps need, before anything is measured or loaded."""
+    def _allocate(self) -> Update:
+        """Make what steps need, before anything is measured or loaded; return the update."""
         counter = UnderusedLatents if self.sae.aux == "zipf" else DeadLatents
         device = self.sae.W_enc_rows.device
         self._dead = counter(self.sae.d_sae, self.plan.dead_after_tokens, device)
-        self._update = make_update(self.sae, self.config)
         self._compute_dtype = compute_dtype(self.sae, self.config)
+        self._update = None
+        return make_update(self.sae, self.config)
 
     def _begin(self, resume: bool) -> None:
         """Prepare a fresh run, or load the newest checkpoint."""
