@@ -222,3 +222,28 @@ def test_no_derivative_of_an_update() -> None:
         torch.func.jvp(step, (x,), (x,))
     with pytest.raises(RuntimeError, match=r"sparse_adam_step_: expected no vmap.*got 2 samples"):
         torch.vmap(step)(torch.stack([x, x]))
+
+
+def test_reverse_over_forward() -> None:
+    """A penalty on the Jacobian: the gradient of a jvp."""
+    torch.manual_seed(0)
+    x, v = torch.randn(4, 6).double(), torch.randn(4, 6).double()
+    W, b = torch.randn(20, 6).double(), torch.randn(20).double()
+
+    def sparse(x, W):
+        top = ops.encode_topk(x, W, b, 3)
+        return ops.sparse_decode(SparseActs(*top, None, 20), W)
+
+    def dense(x, W):
+        z = x @ W.t() + b
+        values, indices = z.topk(3)
+        return torch.zeros_like(z).scatter(1, indices, values.relu()) @ W
+
+    def penalty(f):
+        return lambda x, W: torch.func.jvp(lambda y: f(y, W), (x,), (v,))[1].sin().sum()
+
+    got = torch.func.grad(penalty(sparse), (0, 1))(x, W)
+    want = torch.func.grad(penalty(dense), (0, 1))(x, W)
+    assert want[1].abs().max() > 0
+    for a, e in zip(got, want, strict=True):
+        torch.testing.assert_close(a, e)

@@ -133,3 +133,21 @@ def test_two_lists_of_one_length_are_refused():
 
     with pytest.raises(ValueError, match=r"expected Towers to have one list .* left, right"):
         find_blocks(Towers())
+
+
+def test_a_mask_given_by_position_counts_too():
+    model = tiny_model()
+    ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), PROMPT], 1)
+    mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(PROMPT)], 1)
+    with torch.no_grad(), replace(model, SITE, halve, drop_prefix=2):
+        named = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        placed = model(ids, mask, use_cache=False).logits
+    assert torch.equal(named, placed)
+
+
+def test_a_mask_that_does_not_say_where_contexts_start_is_refused():
+    model = tiny_model()
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    message = r"expected an attention mask \[batch, t\] or none, got \[1, 1, 5, 5\]"
+    with pytest.raises(TypeError, match=message), replace(model, SITE, halve):
+        model(input_ids=PROMPT, attention_mask=mask)

@@ -321,3 +321,50 @@ def test_total_loss_is_what_a_subclass_needs():
     out = sae.training_loss(x)
     expected = (x - out.reconstruction).square().sum() / (x - x.mean(0)).square().sum()
     torch.testing.assert_close(out.loss, expected + (out.reconstruction**4).mean())
+
+
+class Masked(fastsae.TopKSAE):
+    """A buffer that is not saved, and an argument that config() holds."""
+
+    def __init__(self, d_in, d_sae, k, temperature=1.0, **kwargs):
+        super().__init__(d_in, d_sae, k, **kwargs)
+        self.temperature = temperature
+        self.register_buffer("mask", torch.ones(self.d_in), persistent=False)
+
+    def decode(self, acts):
+        return super().decode(acts) * self.mask * self.temperature
+
+    def config(self):
+        return {**super().config(), "temperature": self.temperature}
+
+
+class Forgetful(Masked):
+    def config(self):
+        config = super().config()
+        del config["temperature"]
+        return config
+
+    def __init__(self, d_in, d_sae, k, temperature=1.0, **kwargs):
+        super().__init__(d_in, d_sae, k, temperature, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_a_constructor_makes_is_there_after_loading(dtype, tmp_path):
+    sae = Masked(D, F, K, temperature=1.5, dtype=dtype)
+    fastsae.save(sae, tmp_path)
+    x = torch.randn(5, D, dtype=dtype)
+    assert torch.equal(fastsae.load(tmp_path)(x), sae(x))
+    gain = Gain(D, F, k=K).to(dtype)
+    fastsae.save(gain, tmp_path / "gain")
+    assert fastsae.load(tmp_path / "gain").gain.dtype == dtype
+
+
+def test_an_argument_that_config_does_not_hold_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="hold every argument of its constructor, got none for te"):
+        fastsae.save(Forgetful(D, F, K, temperature=1.5), tmp_path)
+
+
+def test_an_overridden_reconstruction_is_that_of_forward():
+    sae = Reconstruct(D, F, k=K)
+    x = torch.randn(20, D)
+    torch.testing.assert_close(sae(x), sae.training_loss(x).reconstruction)

@@ -436,3 +436,60 @@ def test_a_failed_start_leaves_a_trainer_that_takes_no_step():
         trainer.step(x[8:24])
     trainer.finish()
     assert all(torch.equal(before[name], t) for name, t in sae.state_dict().items())
+
+
+def started(sae, **settings):
+    trainer = Trainer(sae, None, TrainConfig(batch_size=64, steps=20, **settings))
+    trainer.prepare(torch.randn(512, 8) @ torch.randn(8, 8))
+    return trainer
+
+
+def test_a_look_at_inference_does_not_change_training():
+    a, b = (started(BatchTopKSAE(8, 32, 4)) for _ in range(2))
+    b.sae.load_state_dict(a.sae.state_dict())
+    b.scaler = a.scaler
+    for i in range(6):
+        x = torch.randn(64, 8)
+        a.step(x)
+        b.step(x)
+        if i == 2:
+            b.sae.eval()
+    for name, tensor in a.sae.state_dict().items():
+        assert torch.equal(b.sae.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("update", ["fused", "autograd"])
+def test_a_step_is_the_same_in_any_surroundings(update):
+    torch.manual_seed(0)
+    a = started(TopKSAE(8, 32, 4), update=update, compute_dtype="float32")
+    b = started(copy.deepcopy(a.sae), update=update, compute_dtype="float32")
+    b.sae.load_state_dict(a.sae.state_dict())
+    b.scaler = a.scaler
+    x = torch.randn(64, 8)
+    a.step(x)
+    b.sae.training_loss(x).loss.mul(1000).backward()  # for a log, say
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        b.step(x)
+    for name, tensor in a.sae.state_dict().items():
+        assert torch.equal(b.sae.state_dict()[name], tensor), name
+
+
+def test_fit_after_steps_is_refused():
+    trainer = started(TopKSAE(8, 32, 4))
+    trainer.step(torch.randn(64, 8))
+    with pytest.raises(RuntimeError, match=r"expected fit\(\) before any step, got it after 1"):
+        trainer.fit()
+
+
+def test_every_validation_reads_all_rows():
+    x = torch.randn(640, 8) @ torch.randn(8, 8)
+    config = TrainConfig(batch_size=64, steps=9, eval_every=3)
+    rows = {}
+    for name, val in (("tensor", x[:200]), ("list", [*x[:200].split(70), x[:0]])):
+        torch.manual_seed(0)
+        rows[name] = Trainer(TopKSAE(8, 32, 4), x, config, val=val).fit().history
+    for a, b in zip(*rows.values(), strict=True):
+        assert a["val_fvu"] == pytest.approx(b["val_fvu"], rel=1e-6)
+    once = Trainer(TopKSAE(8, 32, 4), x, config, val=iter([x[:200]]))
+    with pytest.raises(ValueError, match="at least one row of validation data, got none"):
+        once.fit()

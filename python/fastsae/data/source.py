@@ -145,6 +145,9 @@ class IterableSource:
 
     def batches(self, batch_size: int, *, seed: int | None = 0) -> Iterator[Tensor]:
         """See `ActivationSource.batches`; the order is that of the iterable."""
+        if seed is None and self._rows is not self._iterator:  # one pass, from the start
+            self._waiting.clear()
+            self._iterator = iter(self._rows)
         return _Rebatched(self, batch_size, endless=seed is not None)
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
@@ -184,10 +187,13 @@ class IterableSource:
             self._iterator = iter(self._rows)
 
     def _pull(self) -> bool:
-        state = self.stateful.state_dict() if self.stateful is not None else None
-        chunk = next(self._iterator, None)
-        if chunk is None:
-            return False
+        while True:
+            state = self.stateful.state_dict() if self.stateful is not None else None
+            chunk = next(self._iterator, None)
+            if chunk is None:
+                return False
+            if not isinstance(chunk, Tensor) or len(chunk):
+                break
         if not isinstance(chunk, Tensor) or not chunk.is_floating_point() or chunk.ndim != 2:
             got = [*chunk.shape] if isinstance(chunk, Tensor) else type(chunk).__name__
             raise TypeError(f"IterableSource: expected floating tensors [m, d_in], got {got}")

@@ -9,6 +9,7 @@ Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from contextlib import suppress
@@ -178,7 +179,7 @@ def read(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"load: expected {folder} to hold {name}, found none")
-    sae, cfg, learned = _build(folder / CONFIG)
+    sae, cfg, learned = _build(folder / CONFIG, device)
     try:
         tensors = load_file(folder / WEIGHTS, device=str(device))
     except SafetensorError as error:
@@ -202,12 +203,13 @@ def read(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
                 f"load: expected {name} in {sae.W_enc_rows.dtype}, as dtype in {folder / CONFIG} "
                 f"says, got {dtype}; change both, or neither"
             )
-    sae.to_empty(device=device)
+    if sae.W_enc_rows.is_meta:
+        sae.to_empty(device=device)
     with torch.no_grad():
         for own, name in names.items():
             setattr(sae, own, tensors[name])
         for name, held in _extra(sae).items():
-            held.copy_(tensors[name])
+            held.data = tensors[name].to(held.device)
         _restore(sae, tensors, learned)
     return sae.eval()
 
@@ -259,6 +261,7 @@ def _extra(sae: SAE) -> dict[str, Tensor]:
     """
     inside = "." not in class_name(sae)
     known = OWN if inside else {*FOUR, *_numbers(sae)}
+    _check_arguments(sae)
     extra = {
         name: tensor
         for name, tensor in sae.state_dict(keep_vars=True).items()
@@ -270,6 +273,20 @@ def _extra(sae: SAE) -> dict[str, Tensor]:
             f"{', '.join(extra)}; a subclass whose constructor makes them is saved and loaded"
         )
     return extra
+
+
+def _check_arguments(sae: SAE) -> None:
+    """Raise ValueError where the constructor has an argument that config() does not hold."""
+    if "." not in class_name(sae):
+        return
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = inspect.signature(type(sae).__init__).parameters.values()
+    named = {p.name for p in found if p.kind in kinds} - {"self", "dtype", "device"}
+    if missing := named - sae.config().keys():
+        raise ValueError(
+            f"save: expected config() of {type(sae).__name__} to hold every argument of its "
+            f"constructor, got none for {', '.join(sorted(missing))}"
+        )
 
 
 def _restore(sae: SAE, tensors: dict[str, Tensor], learned: dict[str, Any]) -> None:
@@ -300,9 +317,9 @@ def _restore(sae: SAE, tensors: dict[str, Tensor], learned: dict[str, Any]) -> N
         sae.W_skip.copy_(tensors["W_skip"])
 
 
-def _build(file: Path) -> tuple[SAE, dict[str, Any], dict[str, Any]]:
-    """Return the module that `file` describes, without storage (on the meta device), the whole
-    content, and what it had learned besides its tensors.
+def _build(file: Path, device: torch.device | str) -> tuple[SAE, dict[str, Any], dict[str, Any]]:
+    """Return the module that `file` describes, the whole content, and what it had learned besides
+    its tensors. A class of fastsae comes without storage, on the meta device.
     """
     try:
         cfg = json.loads(file.read_text())
@@ -313,7 +330,8 @@ def _build(file: Path) -> tuple[SAE, dict[str, Any], dict[str, Any]]:
         own = metadata.pop("fastsae")
         cls, dtype = _class_named(own["class"]), DTYPES[cfg["dtype"]]
         arguments = {RENAMED.get(name, name): value for name, value in own["config"].items()}
-        sae = cls(**arguments, dtype=dtype, device="meta")
+        inside = "." not in own["class"] and cls.__module__.startswith("fastsae.")
+        sae = cls(**arguments, dtype=dtype, device="meta" if inside else device)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"load: expected {file} to describe one of {', '.join(sorted(SAE.registry))} under "

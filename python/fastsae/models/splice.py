@@ -8,8 +8,9 @@ hide the quality of everything else.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def replace(
     handles = [
         model.register_forward_pre_hook(call.begin, with_kwargs=True),
         site.hook(hook),
-        model.register_forward_hook(call.end),
+        model.register_forward_hook(call.end, always_call=True),
     ]
     try:
         yield
@@ -99,10 +100,17 @@ class _Call:
         """Note the cache and the attention mask of a call."""
         self.count += 1
         self._running = True
-        caches = (kwargs.get(name) for name in CACHE_NAMES)
+        with suppress(TypeError):  # the call itself says what is wrong with it
+            kwargs = inspect.signature(model.forward).bind(*args, **kwargs).arguments | kwargs
+        caches = [kwargs.get(name) for name in CACHE_NAMES]
         self.start = _cached(next((cache for cache in caches if cache is not None), None))
         mask = kwargs.get("attention_mask")
-        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if isinstance(mask, Tensor) and mask.ndim != 2:
+            raise TypeError(
+                f"replace: expected an attention mask [batch, t] or none, got {[*mask.shape]}, "
+                "which does not say where contexts start; a static cache makes such masks"
+            )
+        self._mask = mask if isinstance(mask, Tensor) else None
 
     def end(self, *_: Any) -> None:
         """Note that the call is over."""

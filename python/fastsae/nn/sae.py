@@ -123,7 +123,7 @@ class SAE(Parameters, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction of `x: [..., d_in]`, in the same shape."""
-        return self.decode(self.encode_sparse(x)).reshape(x.shape)
+        return self.reconstruct(self._rows(x, "x"), self.encode_sparse(x)).reshape(x.shape)
 
     def training_loss(self, batch: Tensor, context: StepContext = STEP) -> SAEOutput:
         """Return the loss of a training batch `[n, sum(columns.widths)]`; see `loss`."""

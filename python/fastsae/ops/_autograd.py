@@ -63,7 +63,8 @@ def register(op: str, *, setup_context: Rule, backward: Rule, jvp: Rule) -> None
         return *backward(ctx, *grads), None
 
     def tangent(ctx: Any, *tangents: Tensor | None) -> Any:
-        with forward_ad._set_fwd_grad_enabled(True):  # as in forward; nothing saved has a tangent
+        # As in forward; nothing saved has a tangent. Reverse mode may go over this one.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             return jvp(ctx, *tangents[:-1])
 
     rules: dict[str, Rule] = {
@@ -97,7 +98,7 @@ def _may_have_tangents() -> bool:
 
 
 def _primal(t: Tensor | None) -> Tensor | None:
-    with forward_ad._set_fwd_grad_enabled(True):
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         return None if t is None else forward_ad.unpack_dual(t, level=0).primal
 
 

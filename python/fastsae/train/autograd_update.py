@@ -33,6 +33,7 @@ class AutogradUpdate:
         sae, optimizer = self.sae, self.optimizer
         for group in optimizer.param_groups:
             group["lr"] = lr
+        optimizer.zero_grad()  # whatever somebody else's backward has left
         out = sae.training_loss(batch, context)
         out.loss.backward()
         moves_decoder = sae.W_dec.requires_grad

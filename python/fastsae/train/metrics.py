@@ -65,16 +65,23 @@ def validate(
     linear: Tensor | float = 0.0
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # squared error, x^2, active
     rows = 0
-    for batch in data.batches(batch_size, seed=None):
-        x, target, _ = sae.columns.split(scaler.scale(batch.to(device, dtype)))
-        acts = sae.encode_sparse(x)
-        shift = target.mean(0) if shift is None else shift  # keeps sum x^2 - (sum x)^2 / n exact
-        centered = (target - shift).double()
-        linear = linear + centered.sum(0)
-        error = (target - sae.reconstruct(x, acts)).double().square().sum()
-        sums += torch.stack([error, centered.square().sum(), acts.row_counts().sum().double()])
-        rows += x.shape[0]
-    sae.train(training)
+    try:
+        for batch in data.batches(batch_size, seed=None):
+            x, target, _ = sae.columns.split(scaler.scale(batch.to(device, dtype)))
+            acts = sae.encode_sparse(x)
+            shift = target.mean(0) if shift is None else shift  # sum x^2 - (sum x)^2 / n is exact
+            centered = (target - shift).double()
+            linear = linear + centered.sum(0)
+            error = (target - sae.reconstruct(x, acts)).double().square().sum()
+            sums += torch.stack([error, centered.square().sum(), acts.row_counts().sum().double()])
+            rows += x.shape[0]
+    finally:
+        sae.train(training)
+    if rows == 0:
+        raise ValueError(
+            "validate: expected at least one row of validation data, got none; an iterator can be "
+            "read once only"
+        )
     error_sum, square_sum, active = sums.tolist()
     total = square_sum - float(torch.as_tensor(linear).square().sum()) / max(rows, 1)
     return {

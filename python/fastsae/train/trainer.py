@@ -122,6 +122,7 @@ class Trainer:
         """What data are multiplied by in training."""
         self.steps_done = 0
         """Updates done."""
+        self._tokens_done = 0
         self._update: Update | None = None
         self._position: Any = None  # of the data after the last step
         self._recent: deque[Tensor] = deque()  # the last batches, encoded inputs only
@@ -143,7 +144,8 @@ class Trainer:
         """
         self._close()  # of a run that was not finished
         update = self._allocate()
-        self.steps_done, self._position, self._recent_from = 0, None, None
+        self.steps_done, self._tokens_done = 0, 0
+        self._position = self._recent_from = None
         self._recent.clear()
         if sample is None:
             sample = self._sample()
@@ -240,6 +242,7 @@ class Trainer:
             rng["cuda"] = torch.cuda.get_rng_state(device)
         return {
             "step": self.steps_done,
+            "tokens": self._tokens_done,
             "scales": self.scaler.scales,
             "sae": self.sae.state_dict(),
             "update_kind": type(self._update).__name__,
@@ -259,7 +262,7 @@ class Trainer:
                 f"Trainer: expected the state of a {kind}, which applies here, got that of a "
                 f"{state['update_kind']}; set update= to the one that the run began with"
             )
-        self.steps_done = state["step"]
+        self.steps_done, self._tokens_done = state["step"], state["tokens"]
         self.scaler = ActivationScaler(self.sae.columns, state["scales"])
         self.sae.load_state_dict(state["sae"])
         update.load_state_dict(state["update"])
@@ -282,11 +285,15 @@ class Trainer:
         device = self.sae.W_enc_rows.device
         self._dead = counter(self.sae.d_sae, self.plan.dead_after_tokens, device)
         self._compute_dtype = compute_dtype(self.sae, self.config)
-        self._update = None
         return make_update(self.sae, self.config)
 
     def _begin(self, resume: bool) -> None:
         """Prepare a fresh run, or load the newest checkpoint."""
+        if self._update is not None and self.steps_done:
+            raise RuntimeError(
+                f"Trainer: expected fit() before any step, got it after {self.steps_done}; go on "
+                "with step(), then finish()"
+            )
         found = None if self.out is None else latest(self.out / "checkpoints")
         if found is None:
             self.prepare()
@@ -340,16 +347,20 @@ class Trainer:
             raise RuntimeError(f"Trainer: expected a step {why}, got one more")
         done, plan = self.steps_done, self.plan
         # No latent can be dead before that many tokens, so the first part of a run never asks.
-        may_have_dead = done * x.shape[0] >= self._dead.after_tokens
+        may_have_dead = self._tokens_done >= self._dead.after_tokens
+        if not self.sae.training:  # somebody has looked at inference meanwhile
+            self.sae.train()
         context = StepContext(
             dead=self._dead.to_revive() if may_have_dead else None,
             sparsity_scale=plan.sparsity_at(done),
             progress=done / plan.steps,
             compute_dtype=self._compute_dtype,
         )
-        out = self._update.step(x, context, plan.lr_at(done))
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            out = self._update.step(x, context, plan.lr_at(done))
         self._dead.count(out.acts.counts(), x.shape[0])
         self.steps_done += 1
+        self._tokens_done += x.shape[0]
         self._remember(x)
         for name in ("loss", "fvu", "aux_loss", "sparsity_loss"):
             setattr(out, name, getattr(out, name).detach())
