@@ -360,7 +360,7 @@ def test_what_a_constructor_makes_is_there_after_loading(dtype, tmp_path):
 
 
 def test_an_argument_that_config_does_not_hold_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="hold every argument of its constructor, got none for te"):
+    with pytest.raises(ValueError, match="hold every argument of its constructor, got none for"):
         fastsae.save(Forgetful(D, F, K, temperature=1.5), tmp_path)
 
 
