@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastsae
-from fastsae.nn import BatchTopKSAE, sampled
+from fastsae.nn import BatchTopKSAE, select
 from fastsae.nn.sampled import SampledSAE
 from fastsae.train import TrainConfig, Trainer
 
@@ -49,7 +49,7 @@ def largest(a, count):
 def test_the_code_is_batch_topk_in_the_pool_of_a_dense_computation(
     score, chunk, device, monkeypatch
 ):
-    monkeypatch.setattr(sampled, "CHUNK_BYTES", chunk * D_SAE * 8)
+    monkeypatch.setattr(select, "CHUNK_BYTES", chunk * D_SAE * 8)
     sae = random_sae(dtype=torch.float64, pool=5, score=score).to(device)
     x = 2 * torch.randn(60, D_IN, dtype=torch.float64, device=device)
     a = activations(sae, x).detach()

@@ -18,10 +18,8 @@ from fastsae.nn.batch_topk import BatchTopKSAE
 from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.loss import upcast
 from fastsae.nn.parameters import plain
+from fastsae.nn.select import chunk_rows
 from fastsae.types import SparseActs
-
-CHUNK_BYTES = 1 << 26
-"""Pre-activations held at once while columns are scored."""
 
 
 class SampledSAE(BatchTopKSAE):
@@ -123,7 +121,7 @@ class SampledSAE(BatchTopKSAE):
         total = upcast(torch.zeros_like(self.b_enc))
         other = torch.zeros_like(total)
         threshold = torch.full_like(total[0], torch.inf)
-        for i, rows in enumerate(x.split(max(1, CHUNK_BYTES // (self.d_sae * total.itemsize)))):
+        for i, rows in enumerate(x.split(chunk_rows(self.d_sae, total.itemsize))):
             centered = rows if bias is None else rows - bias
             a = upcast(torch.addmm(self.b_enc, centered, self.W_enc)).relu_()
             if i == 0:

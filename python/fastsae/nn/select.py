@@ -14,6 +14,12 @@ from fastsae.types import SparseActs
 CHUNK_BYTES = 1 << 26
 """Pre-activations that are held at a time."""
 
+
+def chunk_rows(d_sae: int, itemsize: int) -> int:
+    """Return how many rows of pre-activations `[d_sae]` are held at a time, at least 1."""
+    return max(1, CHUNK_BYTES // (d_sae * itemsize))
+
+
 Select = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """From pre-activations z: [m, d_sae] of some rows and which rows they are to values [m, k], 0 where
 nothing is active, and indices [m, k], int32 and ascending."""
@@ -48,7 +54,7 @@ def encode_selected(
     """
     centered = x if b_dec is None else x - b_dec
     with torch.no_grad():
-        rows = max(1, CHUNK_BYTES // (W_enc.shape[0] * W_enc.element_size()))
+        rows = chunk_rows(W_enc.shape[0], W_enc.element_size())
         parts = []
         for start in range(0, max(x.shape[0], 1), rows):
             part = slice(start, min(start + rows, x.shape[0]))

@@ -458,7 +458,7 @@ class Trainer:
         target = self.scaler.unscale_target(self.sae.columns.split(x).target)
         numbers = step_metrics(out, target, self.config.outlier_norm)
         numbers["dead"] = float(self._dead.mask().sum())
-        row: Row = {"step": self.steps_done, "tokens": self.steps_done * len(x), **numbers}
+        row: Row = {"step": self.steps_done, "tokens": self._tokens_done, **numbers}
         row["lr"] = self.plan.lr_at(self.steps_done - 1)
         if not abs(row["loss"]) < float("inf"):
             raise RuntimeError(
