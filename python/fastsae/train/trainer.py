@@ -143,7 +143,8 @@ class Trainer:
             ValueError: there are neither data nor a sample, rows are not finite, or all equal.
         """
         self._close()  # of a run that was not finished
-        update = self._allocate()
+        update = make_update(self.sae, self.config)
+        self._count_from_zero()
         self.steps_done, self._tokens_done = 0, 0
         self._position = self._recent_from = None
         self._recent.clear()
@@ -176,7 +177,12 @@ class Trainer:
             RuntimeError: `prepare` was not called, or all steps are done.
             ValueError: a row holds NaN or Inf; nothing was updated.
         """
-        return self._step(self.scaler.scale(self._checked(batch)))
+        out = self._step(self.scaler.scale(self._checked(batch)))
+        for name in ("loss", "fvu", "aux_loss", "sparsity_loss"):
+            setattr(out, name, getattr(out, name).detach())
+        out.mse = out.mse / self.scaler.error_scale**2
+        out.reconstruction = self.scaler.unscale_target(out.reconstruction)
+        return out
 
     def finish(self) -> SAE:
         """Estimate thresholds, fold the scale into the module, and put it into eval mode.
@@ -256,12 +262,13 @@ class Trainer:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state, bit for bit, in place of `prepare`; restores torch's RNG too."""
-        update = self._allocate()
+        update = make_update(self.sae, self.config)
         if (kind := type(update).__name__) != state["update_kind"]:
             raise ValueError(
                 f"Trainer: expected the state of a {kind}, which applies here, got that of a "
                 f"{state['update_kind']}; set update= to the one that the run began with"
             )
+        self._count_from_zero()
         self.steps_done, self._tokens_done = state["step"], state["tokens"]
         self.scaler = ActivationScaler(self.sae.columns, state["scales"])
         self.sae.load_state_dict(state["sae"])
@@ -279,13 +286,12 @@ class Trainer:
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _allocate(self) -> Update:
-        """Make what steps need, before anything is measured or loaded; return the update."""
+    def _count_from_zero(self) -> None:
+        """Make what steps need besides the update, before anything is measured or loaded."""
         counter = UnderusedLatents if self.sae.aux == "zipf" else DeadLatents
         device = self.sae.W_enc_rows.device
         self._dead = counter(self.sae.d_sae, self.plan.dead_after_tokens, device)
         self._compute_dtype = compute_dtype(self.sae, self.config)
-        return make_update(self.sae, self.config)
 
     def _begin(self, resume: bool) -> None:
         """Prepare a fresh run, or load the newest checkpoint."""
@@ -341,7 +347,7 @@ class Trainer:
         return x
 
     def _step(self, x: Tensor) -> SAEOutput:
-        """Do one update with the scaled batch `x: [n, columns]`."""
+        """Do one update with the scaled batch `x: [n, columns]`; what it returns is scaled too."""
         if self._update is None or self.steps_done >= self.plan.steps:
             why = "after prepare()" if self._update is None else f"of {self.plan.steps} steps"
             raise RuntimeError(f"Trainer: expected a step {why}, got one more")
@@ -362,10 +368,6 @@ class Trainer:
         self.steps_done += 1
         self._tokens_done += x.shape[0]
         self._remember(x)
-        for name in ("loss", "fvu", "aux_loss", "sparsity_loss"):
-            setattr(out, name, getattr(out, name).detach())
-        out.mse = out.mse / self.scaler.error_scale**2
-        out.reconstruction = self.scaler.unscale_target(out.reconstruction)
         return out
 
     def _run(self, log: MetricsLog, stop: StopSignals) -> None:
@@ -455,8 +457,8 @@ class Trainer:
 
     def _row(self, x: Tensor, out: SAEOutput) -> Row:
         """Return the metrics of the update just done, read from the device at once."""
-        target = self.scaler.unscale_target(self.sae.columns.split(x).target)
-        numbers = step_metrics(out, target, self.config.outlier_norm)
+        numbers = step_metrics(out, self.sae.columns.split(x).target, self.config.outlier_norm)
+        numbers["mse"] /= self.scaler.error_scale**2
         numbers["dead"] = float(self._dead.mask().sum())
         row: Row = {"step": self.steps_done, "tokens": self._tokens_done, **numbers}
         row["lr"] = self.plan.lr_at(self.steps_done - 1)
