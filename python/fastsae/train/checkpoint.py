@@ -94,6 +94,15 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return state, header["about"]
 
 
+def check_same_run(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise ValueError where the `about` of the checkpoint `path` is not that of this run."""
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            raise ValueError(
+                f"Trainer: expected {name} = {theirs.get(name)!r} as in {path}, got {value!r}"
+            )
+
+
 def _without_tensors(value: Any, name: str, found: dict[str, Tensor]) -> Any:
     """Return `value` with `{"tensor": name}` in place of tensors, which are put into `found`."""
     if isinstance(value, Tensor):

@@ -14,7 +14,6 @@ import copy
 import json
 import sys
 import time
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -28,20 +27,17 @@ from tqdm import tqdm
 from fastsae.data.source import ActivationSource, as_source, sample_rows, source_len
 from fastsae.interop.saelens import contents, write
 from fastsae.nn import SAE, ActivationScaler, SAEOutput, StepContext
-from fastsae.train.checkpoint import latest, load_checkpoint, save_checkpoint
+from fastsae.train.checkpoint import check_same_run, latest, load_checkpoint, save_checkpoint
 from fastsae.train.config import TrainConfig
 from fastsae.train.dead import DeadLatents, UnderusedLatents
 from fastsae.train.interrupt import StopSignals
 from fastsae.train.metrics import MetricsLog, Row, inlier_mask, step_metrics, validate
 from fastsae.train.precision import bad_rows, compute_dtype
 from fastsae.train.prefetch import Prepared, prefetch
+from fastsae.train.recent import RecentBatches
 from fastsae.train.schedule import make_plan
 from fastsae.train.update import Update, make_update
 
-LAST_BATCHES = 32
-"""Training batches from which thresholds are estimated at the end of a run,"""
-LAST_BYTES = 1 << 29
-"""as far as this many bytes hold them."""
 FREE_SETTINGS: tuple[str, ...] = (
     "log_every",
     "eval_every",
@@ -125,8 +121,6 @@ class Trainer:
         self._tokens_done = 0
         self._update: Update | None = None
         self._position: Any = None  # of the data after the last step
-        self._recent: deque[Tensor] = deque()  # the last batches, encoded inputs only
-        self._recent_from: dict[str, Any] | None = None  # where in the data they begin
 
     # -- the run, step by step -----------------------------------------------------------------
 
@@ -146,8 +140,7 @@ class Trainer:
         update = make_update(self.sae, self.config)
         self._count_from_zero()
         self.steps_done, self._tokens_done = 0, 0
-        self._position = self._recent_from = None
-        self._recent.clear()
+        self._position = None
         if sample is None:
             sample = self._sample()
         cfg, sae = self.config, self.sae
@@ -191,7 +184,7 @@ class Trainer:
         """
         if self._update is None:
             return self.sae
-        self._estimate_threshold()
+        self._recent.estimate_threshold_()
         self._close()
         return self.sae
 
@@ -256,7 +249,7 @@ class Trainer:
             "dead": self._dead.tensors(),
             "rng": rng,
             "data": self._position,
-            "recent_from": self._recent_from,
+            "recent_from": self._recent.begin,
         }
 
     @torch.no_grad()
@@ -279,8 +272,7 @@ class Trainer:
         device = self.sae.W_enc_rows.device
         if device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], device)
-        self._position, self._recent_from = state["data"], state["recent_from"]
-        self._recent.clear()
+        self._position, self._recent.begin = state["data"], state["recent_from"]
         self._update = update
         self.sae.train()
 
@@ -291,6 +283,7 @@ class Trainer:
         counter = UnderusedLatents if self.sae.aux == "zipf" else DeadLatents
         device = self.sae.W_enc_rows.device
         self._dead = counter(self.sae.d_sae, self.plan.dead_after_tokens, device)
+        self._recent = RecentBatches(self.sae, self.plan.steps, self.config.batch_size)
         self._compute_dtype = compute_dtype(self.sae, self.config)
 
     def _begin(self, resume: bool) -> None:
@@ -310,11 +303,7 @@ class Trainer:
                 "fit(resume=True) continues it"
             )
         state, theirs = load_checkpoint(found)
-        for name, value in self._about().items():
-            if theirs.get(name) != value:
-                raise ValueError(
-                    f"Trainer: expected {name} = {theirs.get(name)!r} as in {found}, got {value!r}"
-                )
+        check_same_run(found, theirs, self._about())
         if 0 < state["step"] < self.plan.steps and state["data"] is None:
             raise ValueError(self._no_position())
         self.load_state_dict(state)
@@ -367,7 +356,7 @@ class Trainer:
         self._dead.count(out.acts.counts(), x.shape[0])
         self.steps_done += 1
         self._tokens_done += x.shape[0]
-        self._remember(x)
+        self._recent.add(x, self.steps_done)
         return out
 
     def _run(self, log: MetricsLog, stop: StopSignals) -> None:
@@ -379,15 +368,14 @@ class Trainer:
             tqdm(total=steps, initial=self.steps_done, disable=not show, unit="step") as bar,
         ):
             for x, position in batches:
-                if self.steps_done == self._recent_start:
-                    self._recent_from = {"step": self.steps_done, "data": self._position}
+                self._recent.at_step(self.steps_done, self._position)
                 out = self._step(x)
                 self._position = position
                 bar.update()
                 last = self.steps_done == steps
                 evaluates = last or _due(self.steps_done, cfg.eval_every)
                 if last:
-                    self._estimate_threshold()
+                    self._recent.estimate_threshold_()
                 if evaluates or _due(self.steps_done, cfg.log_every):
                     row = self._row(x, out)
                     seconds = time.perf_counter() - since
@@ -429,36 +417,18 @@ class Trainer:
             state = iterator.state_dict() if stateful else None  # type: ignore[attr-defined]
             yield Prepared(self.scaler.scale(self._checked(batch)), state)
 
-    @property
-    def _recent_start(self) -> int:
-        """Step from which on batches are remembered; the number of steps if none are needed."""
-        if type(self.sae).estimate_threshold_ is SAE.estimate_threshold_:
-            return self.plan.steps
-        width = sum(self.sae.columns.inputs) * self.sae.W_enc_rows.element_size()
-        fitting = max(1, LAST_BYTES // (self.config.batch_size * width))
-        return max(0, self.plan.steps - min(LAST_BATCHES, fitting))
-
-    def _remember(self, x: Tensor) -> None:
-        if self.steps_done > self._recent_start:
-            self._recent.append(self.sae.columns.split(x).x)
-
     def _read_recent(self) -> None:
         """Read again what the interrupted run remembered."""
-        if self._recent_from is None or self.steps_done == self.plan.steps:
+        begin = self._recent.begin
+        if begin is None or self.steps_done == self.plan.steps:
             return  # a finished run has estimated its thresholds
-        count = self.steps_done - self._recent_from["step"]
-        for x, _ in self._read(self._recent_from["data"], count):
-            self._recent.append(self.sae.columns.split(x).x)
-
-    def _estimate_threshold(self) -> None:
-        if self._recent:
-            self.sae.estimate_threshold_(self._recent)
-            self._recent.clear()
+        for x, _ in self._read(begin["data"], self.steps_done - begin["step"]):
+            self._recent.add(x, self.steps_done)
 
     def _row(self, x: Tensor, out: SAEOutput) -> Row:
         """Return the metrics of the update just done, read from the device at once."""
+        out.mse = out.mse / self.scaler.error_scale**2
         numbers = step_metrics(out, self.sae.columns.split(x).target, self.config.outlier_norm)
-        numbers["mse"] /= self.scaler.error_scale**2
         numbers["dead"] = float(self._dead.mask().sum())
         row: Row = {"step": self.steps_done, "tokens": self._tokens_done, **numbers}
         row["lr"] = self.plan.lr_at(self.steps_done - 1)
