@@ -368,3 +368,16 @@ def test_an_overridden_reconstruction_is_that_of_forward():
     sae = Reconstruct(D, F, k=K)
     x = torch.randn(20, D)
     torch.testing.assert_close(sae(x), sae.training_loss(x).reconstruction)
+
+
+def test_it_says_which_parameters_keep_their_unit(caplog):
+    class Knows(Gain):
+        def rescale_code_(self, scaler):
+            super().rescale_code_(scaler)
+
+    with caplog.at_level(logging.WARNING, "fastsae"):
+        for cls in (Gain, Knows, fastsae.TopKSAE):
+            Trainer(cls(D, F, k=K), data(), TrainConfig(batch_size=N, steps=1)).fit()
+    said = [m for m in map(logging.LogRecord.getMessage, caplog.records) if " scaled " in m]
+    assert len(said) == 1
+    assert "gain of Gain stay as they are when the scale is folded in" in said[0]

@@ -34,7 +34,7 @@ def trained(seed=0, cls=BatchTopKSAE, **settings):
 def save(folder, trainer, keep=2):
     raw = copy.deepcopy(trainer.sae)
     trainer.scaler.fold_(raw)
-    return save_checkpoint(folder, raw, trainer.state_dict(), {"batch_size": 10}, keep)
+    return save_checkpoint(folder, raw, trainer.state_dict(), keep)
 
 
 def assert_same(a, b):
@@ -57,8 +57,8 @@ def test_everything_comes_back(cls, update, tmp_path):
     path = save(tmp_path, a)
     numbers = torch.rand(3)
     for b in (trained(5, cls, update=update), fresh(6, cls, update=update)):
-        state, about = load_checkpoint(path)
-        assert about == {"batch_size": 10}
+        state = load_checkpoint(path)
+        assert state["about"]["batch_size"] == 10
         b.load_state_dict(state)
         assert torch.equal(torch.rand(3), numbers)
         torch.set_rng_state(a.state_dict()["rng"]["cpu"])

@@ -4,9 +4,11 @@ import copy
 import errno
 import json
 import os
+import re
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -493,3 +495,42 @@ def test_every_validation_reads_all_rows():
     once = Trainer(TopKSAE(8, 32, 4), x, config, val=iter([x[:200]]))
     with pytest.raises(ValueError, match="at least one row of validation data, got none"):
         once.fit()
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        (np.zeros((4, 8), np.float32), TypeError, "to be a floating-point Tensor, got ndarray"),
+        ([[0.0] * 8], TypeError, "to be a floating-point Tensor, got list"),
+        (torch.ones(4, 8).long(), TypeError, "to be a floating-point Tensor, got torch.int64"),
+        (torch.ones(4, 8) + 1j, TypeError, "to be a floating-point Tensor, got torch.complex64"),
+        (torch.ones(4, 9), ValueError, "expected rows [n, 8] with n >= 1, got [4, 9]"),
+        (torch.ones(8), ValueError, "expected rows [n, 8] with n >= 1, got [8]"),
+        (torch.ones(2, 4, 8), ValueError, "expected rows [n, 8] with n >= 1, got [2, 4, 8]"),
+        (torch.ones(0, 8), ValueError, "expected rows [n, 8] with n >= 1, got [0, 8]"),
+    ],
+)
+def test_what_is_no_batch_is_refused_and_changes_nothing(batch, error, message):
+    trainer = started(TopKSAE(8, 32, 4))
+    trainer.step(torch.randn(64, 8))
+    before = {name: t.clone() for name, t in trainer.sae.state_dict().items()}
+    for call in (trainer.step, Trainer(TopKSAE(8, 32, 4), None, trainer.config).prepare):
+        with pytest.raises(error, match=re.escape(message)) as e:
+            call(batch)
+        assert "\n" not in str(e.value)
+    assert trainer.steps_done == 1
+    assert all(torch.equal(before[name], t) for name, t in trainer.sae.state_dict().items())
+
+
+def test_the_state_of_another_run_is_refused_and_changes_nothing():
+    state = started(TopKSAE(8, 32, 4)).state_dict()
+    trainer = started(TopKSAE(8, 32, 8))
+    trainer.step(torch.randn(64, 8))
+    before = {name: t.clone() for name, t in trainer.sae.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^Trainer: expected k = 4 as in the state, got 8$"):
+        trainer.load_state_dict(state)
+    assert trainer.steps_done == 1
+    assert all(torch.equal(before[name], t) for name, t in trainer.sae.state_dict().items())
+    trainer.step(torch.randn(64, 8))
+    trainer.finish()
+    assert not trainer.sae.training

@@ -30,16 +30,13 @@ FORMAT = 2
 """Development versions of 0.1.0 wrote no format; their states have other names."""
 
 
-def save_checkpoint(
-    folder: Path, sae: SAE, state: dict[str, Any], about: dict[str, Any], keep: int
-) -> Path:
+def save_checkpoint(folder: Path, sae: SAE, state: dict[str, Any], keep: int) -> Path:
     """Write checkpoint `state["step"]` into `folder`, then delete all but the newest `keep`.
 
     Args:
         folder: of all checkpoints of the run.
         sae: the module for raw activations.
         state: from `Trainer.state_dict`.
-        about: JSON values that a resumed run compares with its own.
         keep: how many stay.
 
     Raises:
@@ -56,7 +53,7 @@ def save_checkpoint(
         write_tensors(temporary / WEIGHTS, weights)
         write_json(temporary / CONFIG, cfg)
         write_tensors(temporary / TENSORS, tensors)
-        write_json(temporary / STATE, {"format": FORMAT, "state": values, "about": about})
+        write_json(temporary / STATE, {"format": FORMAT, "state": values})
         sync(temporary)
         shutil.rmtree(final, ignore_errors=True)  # an incomplete one of the same step
         os.replace(temporary, final)
@@ -77,8 +74,8 @@ def latest(folder: Path) -> Path | None:
     return next(iter(_complete(folder)), None)
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the state and the `about` of the checkpoint `path`.
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the state of the checkpoint `path`.
 
     Raises:
         ValueError: it was written by another version of fastsae.
@@ -91,15 +88,15 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "version that began it, or train fastsae.load(...) of the same folder further"
         )
     state: dict[str, Any] = _with_tensors(header["state"], load_file(path / TENSORS))
-    return state, header["about"]
+    return state
 
 
-def check_same_run(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raise ValueError where the `about` of the checkpoint `path` is not that of this run."""
+def check_same_run(where: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise ValueError where the settings `theirs` of a state are not `ours`."""
     for name, value in ours.items():
         if theirs.get(name) != value:
             raise ValueError(
-                f"Trainer: expected {name} = {theirs.get(name)!r} as in {path}, got {value!r}"
+                f"Trainer: expected {name} = {theirs.get(name)!r} as in {where}, got {value!r}"
             )
 
 
@@ -136,7 +133,9 @@ def _complete(folder: Path) -> list[Path]:
 
 def _is_complete(path: Path) -> bool:
     try:
-        json.loads((path / STATE).read_text())["about"]
+        header = json.loads((path / STATE).read_text())
+        if "state" not in header and "about" not in header:  # development versions had the latter
+            return False
         with safe_open(path / TENSORS, "pt"):  # compares the file's size with its header
             return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
     except (OSError, ValueError, KeyError, SafetensorError):

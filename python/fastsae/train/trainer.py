@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastsae.data.source import ActivationSource, as_source, sample_rows, source_len
-from fastsae.interop.saelens import contents, write
+from fastsae.interop.saelens import OWN, contents, write
 from fastsae.nn import SAE, ActivationScaler, SAEOutput, StepContext
 from fastsae.train.checkpoint import check_same_run, latest, load_checkpoint, save_checkpoint
 from fastsae.train.config import TrainConfig
@@ -36,7 +36,7 @@ from fastsae.train.precision import bad_rows, compute_dtype
 from fastsae.train.prefetch import Prepared, prefetch
 from fastsae.train.recent import RecentBatches
 from fastsae.train.schedule import make_plan
-from fastsae.train.update import Update, make_update
+from fastsae.train.update import Update, logger, make_update
 
 FREE_SETTINGS: tuple[str, ...] = (
     "log_every",
@@ -153,6 +153,8 @@ class Trainer:
                 self.scaler.unfold_(sae)
         if fresh and cfg.b_dec_init != "zeros":
             sae.initialize_from_data_(self.scaler.scale(x), cfg.b_dec_init)
+        if self.scaler.scales != [1.0] * len(self.scaler.scales):
+            self._mention_units()
         self._update = update
         sae.train()
 
@@ -240,6 +242,7 @@ class Trainer:
         if device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(device)
         return {
+            "about": self._about(),
             "step": self.steps_done,
             "tokens": self._tokens_done,
             "scales": self.scaler.scales,
@@ -254,7 +257,17 @@ class Trainer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state, bit for bit, in place of `prepare`; restores torch's RNG too."""
+        """Continue from a state, bit for bit, in place of `prepare`; restores torch's RNG too.
+
+        Raises:
+            ValueError: it is of a run with other settings, or of another update.
+        """
+        self._restore(state, "the state")
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _restore(self, state: dict[str, Any], where: str) -> None:
+        check_same_run(where, state["about"], self._about())
         update = make_update(self.sae, self.config)
         if (kind := type(update).__name__) != state["update_kind"]:
             raise ValueError(
@@ -275,8 +288,6 @@ class Trainer:
         self._position, self._recent.begin = state["data"], state["recent_from"]
         self._update = update
         self.sae.train()
-
-    # -- inside --------------------------------------------------------------------------------
 
     def _count_from_zero(self) -> None:
         """Make what steps need besides the update, before anything is measured or loaded."""
@@ -302,12 +313,24 @@ class Trainer:
                 f"Trainer: expected out to hold no earlier run, got {found}; "
                 "fit(resume=True) continues it"
             )
-        state, theirs = load_checkpoint(found)
-        check_same_run(found, theirs, self._about())
+        state = load_checkpoint(found)
         if 0 < state["step"] < self.plan.steps and state["data"] is None:
             raise ValueError(self._no_position())
-        self.load_state_dict(state)
+        self._restore(state, str(found))
         self._read_recent()
+
+    def _mention_units(self) -> None:
+        """Log which parameters folding the scale leaves alone, since it does not know them."""
+        own = [name for name, _ in self.sae.named_parameters() if name not in OWN]
+        own = [name for name in own if not name.startswith("parametrizations.")]
+        if own and type(self.sae).rescale_code_.__module__.startswith("fastsae."):
+            logger.warning(
+                "Trainer: training on scaled activations; %s of %s stay as they are when the scale "
+                "is folded in, so override rescale_code_ if they have a unit, or set "
+                "normalize=False",
+                ", ".join(own),
+                type(self.sae).__name__,
+            )
 
     def _close(self) -> None:
         """Fold the scale into the module and leave the run; a second time does nothing."""
@@ -327,6 +350,14 @@ class Trainer:
 
     def _checked(self, batch: Tensor) -> Tensor:
         """Return raw rows in the dtype and on the device of the module, if they are finite."""
+        if not isinstance(batch, Tensor) or not batch.is_floating_point():
+            got = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
+            raise TypeError(f"Trainer: expected rows to be a floating-point Tensor, got {got}")
+        width = sum(self.sae.columns.widths)
+        if batch.ndim != 2 or batch.shape[1] != width or len(batch) == 0:
+            raise ValueError(
+                f"Trainer: expected rows [n, {width}] with n >= 1, got {[*batch.shape]}"
+            )
         x = batch.to(self.sae.W_enc_rows.device, self.sae.W_enc_rows.dtype)
         if bad := bad_rows(x):
             raise ValueError(
@@ -448,7 +479,7 @@ class Trainer:
                 "the last checkpoint is kept"
             )
         folder, keep = self.out / "checkpoints", self.config.keep_checkpoints
-        save_checkpoint(folder, self._raw_copy(), self.state_dict(), self._about(), keep)
+        save_checkpoint(folder, self._raw_copy(), self.state_dict(), keep)
 
     def _raw_copy(self) -> SAE:
         """Return a copy of the SAE that takes raw activations; it shares what folding keeps."""
