@@ -205,7 +205,7 @@ def owners(offsets: Tensor, entries: int) -> Tensor:
     # The first offset is 0. Added, it makes one row per sample under vmap; searchsorted wants that,
     # and contiguous tensors.
     entry = torch.arange(entries, device=offsets.device, dtype=torch.int32) + offsets[0]
-    return torch.searchsorted(offsets, entry, right=True) - 1
+    return torch.searchsorted(offsets, entry, right=True).sub_(1)
 
 
 class TopK(NamedTuple):

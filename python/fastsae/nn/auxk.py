@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsae import ops
-from fastsae.nn.loss import fvu_of_residual
+from fastsae.nn.loss import fvu_of_error
 from fastsae.types import SparseActs
 
 DENSE_UP_TO = 1.5
@@ -45,12 +45,12 @@ class LatentRows(NamedTuple):
         return LatentRows(self.latents, W_enc, W_dec, b_enc, bias)
 
 
-def auxk_loss(x: Tensor, residual: Tensor, rows: LatentRows, k: int) -> Tensor:
-    """Return how badly the k largest of `rows` reconstruct `residual: [n, d_in]`, without a bias.
+def auxk_loss(x: Tensor, error: Tensor, rows: LatentRows, k: int) -> Tensor:
+    """Return how badly the k largest of `rows` reconstruct the residual -error, without a bias.
 
     Args:
         x: [n, d_in], what was encoded.
-        residual: [n, d_in], without a graph.
+        error: [n, d_in], reconstruction - target, without a graph.
         rows: the dead latents.
         k: latents per token at most.
 
@@ -58,7 +58,7 @@ def auxk_loss(x: Tensor, residual: Tensor, rows: LatentRows, k: int) -> Tensor:
     that is cheaper than gathering k rows of d_in per token.
     """
     if rows.mask is not None:
-        return _masked_loss(x, residual, rows, rows.mask, k)
+        return _masked_loss(x, error, rows, rows.mask, k)
     count = rows.W_enc.shape[0]
     k = min(k, count)
     if count > DENSE_UP_TO * k:
@@ -72,11 +72,11 @@ def auxk_loss(x: Tensor, residual: Tensor, rows: LatentRows, k: int) -> Tensor:
             kept.scatter_(1, ops.topk(pre.detach(), k).indices.long(), True)
             pre = pre.where(kept, 0)
         prediction = pre.relu() @ rows.W_dec
-    return fvu_of_residual(prediction, residual)
+    return fvu_of_error(prediction, error)
 
 
-def _masked_loss(x: Tensor, residual: Tensor, rows: LatentRows, mask: Tensor, k: int) -> Tensor:
+def _masked_loss(x: Tensor, error: Tensor, rows: LatentRows, mask: Tensor, k: int) -> Tensor:
     """Return the same from whole matrices: no shape depends on how many latents are dead."""
     top = ops.encode_topk(x, rows.W_enc, rows.b_enc, k, b_dec=rows.input_bias, mask=mask)
     prediction = ops.sparse_decode(SparseActs(*top, None, mask.shape[0]), rows.W_dec)
-    return torch.where(mask.any(), fvu_of_residual(prediction, residual), 0.0)
+    return torch.where(mask.any(), fvu_of_error(prediction, error), 0.0)

@@ -59,8 +59,16 @@ def total_variance(x: Tensor) -> Tensor:
 
 
 def squared_error(target: Tensor, prediction: Tensor) -> Tensor:
-    """Return the sum of (target - prediction)^2, in float32 or float64."""
-    return (upcast(target) - upcast(prediction).reshape(target.shape)).square().sum()
+    """Return the sum of (prediction - target)^2, in float32 or float64."""
+    return error_of(target, prediction).square().sum()
+
+
+def error_of(target: Tensor, prediction: Tensor) -> Tensor:
+    """Return prediction - target in the shape of the target, in float32 or float64.
+
+    This way round, so that its gradient is that of the prediction, not its negative.
+    """
+    return upcast(prediction).reshape(target.shape) - upcast(target)
 
 
 def fvu(squared: Tensor, target: Tensor) -> Tensor:
@@ -68,12 +76,12 @@ def fvu(squared: Tensor, target: Tensor) -> Tensor:
     return squared / total_variance(target).clamp_min(_FLOOR)
 
 
-def fvu_of_residual(prediction: Tensor, residual: Tensor) -> Tensor:
-    """Return the same for a `prediction` of the `residual: [n, d]`, which carries no graph.
+def fvu_of_error(prediction: Tensor, error: Tensor) -> Tensor:
+    """Return the same for a `prediction` of what is missing, -error: [n, d], without a graph.
 
-    A residual that is the same for every token (up to rounding) has nothing to explain: 0.
+    An error that is the same for every token (up to rounding) has nothing to explain: 0.
     """
-    total = total_variance(residual)
-    constant = total <= torch.finfo(residual.dtype).eps * residual.square().sum()
-    ratio = squared_error(residual, prediction) / total.clamp_min(_FLOOR)
+    total = total_variance(error)
+    constant = total <= torch.finfo(error.dtype).eps * error.square().sum()
+    ratio = (error + upcast(prediction)).square().sum() / total.clamp_min(_FLOOR)
     return torch.where(constant, 0.0, ratio)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsae.nn.auxk import LatentRows, auxk_loss
-from fastsae.nn.loss import SAEOutput, fvu, squared_error
+from fastsae.nn.loss import SAEOutput, error_of, fvu
 from fastsae.types import SparseActs
 
 
@@ -48,13 +48,13 @@ def total_loss(
         dead: from `dead_rows`.
     """
     reconstruction = x_hat if x_hat.shape == target.shape else x_hat.reshape(target.shape)
-    squared = squared_error(target, reconstruction)
+    error = error_of(target, reconstruction)
+    squared = error.square().sum()
     unexplained = fvu(squared, target)
     loss, zero = unexplained, unexplained.new_zeros(())
     aux = zero
     if dead is not None:
-        residual = (target.to(squared.dtype) - reconstruction.to(squared.dtype)).detach()
-        aux = auxk_loss(x, residual.flatten(0, -2), dead, sae.k_aux)
+        aux = auxk_loss(x, error.detach().flatten(0, -2), dead, sae.k_aux)
         loss = loss + sae.auxk_alpha * aux
     if sparsity is not None:
         loss = loss + sparsity
