@@ -46,7 +46,10 @@ void select_all(const EncoderInput& in, int64_t k, bool relu, T* values, int32_t
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < k; ++j) {
         A v = 0;
-        if (pre && from[j] >= 0) v = widen(pre[r * m + from[j]]) + (bias ? bias[from[j]] : A(0));
+        if (pre && from[j] >= 0) {
+          v = widen(pre[r * m + from[j]]);
+          if (bias) v += bias[from[j]];
+        }
         values[(first + r) * k + j] = narrow<T>(rectified(v, relu));
         indices[(first + r) * k + j] = all[j];
       }

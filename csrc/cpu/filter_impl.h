@@ -49,7 +49,7 @@ void group_max_loop(const T* x, const typename V::A* bias, int64_t n, int64_t gr
     group_max_strip<V, kBias, 1>(x, bias, whole, groups, g, out);
   }
   for (int64_t j = whole; j < n; ++j) {
-    const A v = widen(x[j]) + (kBias ? bias[j] : A(0));
+    const A v = kBias ? widen(x[j]) + bias[j] : widen(x[j]);  // -0 stays -0
     if (v > out[j - whole]) out[j - whole] = v;
   }
 }
@@ -104,7 +104,7 @@ int64_t filter_loop(const T* x, const typename V::A* bias, int64_t n,
     }
   }
   for (; j < n; ++j) {
-    const A v = widen(x[j]) + (kBias ? bias[j] : A(0));
+    const A v = kBias ? widen(x[j]) + bias[j] : widen(x[j]);  // -0 stays -0
     const A t = lower_bound[kPerColumn ? j : 0];
     if (kPass == Pass::kAbove ? v > t : !(v <= t)) {
       values[m] = v;

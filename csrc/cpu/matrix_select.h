@@ -38,7 +38,7 @@ class MatrixSelect {
   template <class T>
   void add(const T* x, const A* bias, int64_t first, int64_t rows) {
     static_assert(std::is_same_v<Acc<T>, A>);
-    if (budget_ == 0 || rows == 0) return;
+    if (budget_ == 0 || rows == 0 || m_ == 0) return;
     const Kernels<T>& kernel = kernels<T>();
     if (bounded_ && !per_column_) {
       scan(kernel, x, bias, first, rows, &lower_bound_, false);
