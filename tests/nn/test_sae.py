@@ -173,8 +173,17 @@ def test_constructor_errors(cls, arguments, message):
 
 
 def test_sizes_below_one_and_acts_of_another_width():
-    with pytest.raises(ValueError, match="expected d_in >= 1 and d_sae >= 1, got d_in = 0"):
+    with pytest.raises(ValueError, match="expected d_in to be an integer >= 1, got 0"):
         TopKSAE(0, 4, k=1)
+    for sizes in ((16.5, 32), ("16", 32), (16, True)):
+        with pytest.raises(
+            ValueError, match=r"expected d_\w+ to be an integer >= 1, got (16.5|'16'|True)"
+        ):
+            TopKSAE(*sizes, 4)
+    with pytest.raises(
+        ValueError, match=r"expected dtype to be a floating torch.dtype, got torch\.int"
+    ):
+        TopKSAE(16, 32, 4, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"expected acts to be \[\.\.\., d_sae\] with d_sae = 48"):
         TopKSAE(16, 48, k=4).decode(torch.zeros(3, 16))
 

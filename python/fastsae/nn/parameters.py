@@ -25,7 +25,7 @@ class Parameters(nn.Module):
     plain tensor to a parameter, or to `W_enc`, copies it.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size is no integer or below 1, or dtype is not floating.
     """
 
     FLOAT32: ClassVar[tuple[str, ...]] = ()
@@ -45,11 +45,17 @@ class Parameters(nn.Module):
     ) -> None:
         super().__init__()
         d_in, d_sae = plain(d_in), plain(d_sae)
-        if min(d_in, d_sae) < 1:
-            self._fail(f"d_in >= 1 and d_sae >= 1, got d_in = {d_in}, d_sae = {d_sae}")
+        for name, size in (("d_in", d_in), ("d_sae", d_sae)):
+            if type(size) is not int or size < 1:
+                self._fail(f"{name} to be an integer >= 1, got {size!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            self._fail(f"dtype to be a floating torch.dtype, got {dtype!r}")
         self.d_in, self.d_sae = d_in, d_sae
-        rows = torch.randn(d_sae, d_in, dtype=dtype, device=device)
-        self.W_dec = nn.Parameter(rows / rows.norm(dim=1, keepdim=True))
+        rows = torch.empty(d_sae, d_in, dtype=dtype, device=device)
+        if not rows.is_meta:  # torch's shape functions of `norm` take seconds to import
+            rows = rows.normal_()
+            rows /= rows.norm(dim=1, keepdim=True)
+        self.W_dec = nn.Parameter(rows)
         self.W_enc_rows = nn.Parameter(self.W_dec.detach().clone())
         self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device))
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
