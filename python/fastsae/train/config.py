@@ -9,13 +9,19 @@ from typing import Any
 
 from fastsae.nn.parameters import plain
 
+INTEGERS: tuple[str, ...] = ("batch_size", "steps", "total_tokens", "warmup_steps", "seed")
+INTEGERS += ("sparsity_warmup_steps", "dead_after_tokens", "sample_rows", "log_every")
+INTEGERS += ("eval_every", "checkpoint_every", "keep_checkpoints")
+NUMBERS = ("lr", "eps", "epochs", "decay_fraction", "clip_grad_norm", "outlier_norm")
+SWITCHES = ("normalize", "tensorboard", "progress")
+
 
 @dataclass
 class TrainConfig:
     """Settings of a `Trainer`; the defaults follow Gao et al. 2024 (arXiv 2406.04093), appendix A.
 
     Raises:
-        ValueError: a value is out of range, or two exclude each other.
+        ValueError: a value is of another type or out of range, or two exclude each other.
     """
 
     lr: float | None = None
@@ -92,7 +98,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             setattr(self, field.name, plain(getattr(self, field.name)))
-        self.betas = (plain(self.betas[0]), plain(self.betas[1]))
+        self._check_types()
         for name in ("batch_size", "epochs", "sample_rows", "log_every", "keep_checkpoints"):
             self._expect(getattr(self, name) > 0, f"{name} > 0", name)
         optional = ("lr", "steps", "total_tokens", "dead_after_tokens", "clip_grad_norm")
@@ -127,6 +133,26 @@ class TrainConfig:
                     not getattr(self, name), f"out to be a folder when {name} is set", "out"
                 )
 
+    def _check_types(self) -> None:
+        for names, kinds, what in (
+            (INTEGERS, (int,), "an integer"),
+            (NUMBERS, (int, float), "a number"),
+            (SWITCHES, (bool,), "True or False"),
+            (("optimizer", "update", "compute_dtype", "b_dec_init"), (str,), "a string"),
+            (("out",), (str, os.PathLike), "a path"),
+        ):
+            for name in names:
+                value, may_be_none = getattr(self, name), NONE_IS_DEFAULT[name]
+                right = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+                expected = f"{name} to be {what}{' or None' if may_be_none else ''}"
+                self._expect(right or (value is None and may_be_none), expected, name)
+        for name in ("epochs", "eps"):
+            self._expect(math.isfinite(getattr(self, name)), f"a finite {name}", name)
+        betas = tuple(self.betas) if isinstance(self.betas, list | tuple) else ()
+        numbers = [isinstance(plain(b), int | float) for b in betas]
+        self._expect(numbers == [True, True], "two numbers as betas", "betas")
+        self.betas = (plain(betas[0]), plain(betas[1]))
+
     def _expect(self, condition: bool, expectation: str, name: str) -> None:
         if not condition:
             raise ValueError(f"TrainConfig: expected {expectation}, got {getattr(self, name)!r}")
@@ -143,3 +169,6 @@ class TrainConfig:
         values["betas"] = list(self.betas)
         values["out"] = None if self.out is None else os.fspath(self.out)
         return values
+
+
+NONE_IS_DEFAULT = {field.name: field.default is None for field in fields(TrainConfig)}
