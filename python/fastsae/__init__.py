@@ -31,6 +31,7 @@ from fastsae.nn import (
 )
 from fastsae.train import TrainConfig, Trainer
 from fastsae.types import SparseActs
+from fastsae.verification import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -74,4 +75,5 @@ __all__ = [
     "report",
     "save",
     "train",
+    "verify",
 ]

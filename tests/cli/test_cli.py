@@ -198,17 +198,10 @@ def test_missing_folders(tmp_path, capsys) -> None:
 
 
 def test_full_disk_while_harvesting(tiny, corpus, tmp_path, monkeypatch, capsys) -> None:
-    import safetensors.torch
-
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    from fastsae.data import shards
-
-    for name in ("save_file", "save"):
-        for module in (safetensors.torch, shards):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, full)
+    monkeypatch.setattr("fastsae._files.write.save_file", full)
     line = fails(
         capsys, 1, "harvest", "--model", "tiny", "--text", corpus, "--site", "resid_post.1",
         "--context", 32, "--out", tmp_path / "acts",

@@ -55,12 +55,17 @@ def test_the_demo_writes_everything_and_a_second_run_reuses_it(argv, capsys, mon
     assert not steps
     assert again["fvu"] == numbers["fvu"]
 
-    assert main([*argv, "--k", "5"]) == 0
+    before = (folder / "sae/sae_weights.safetensors").read_bytes()
+    for other in (["--k", "5"], ["--site", "mlp_out.1"]):
+        assert main([*argv, *other]) == 1
+        assert "choose another --out, or --overwrite replaces it" in capsys.readouterr().err
+    assert (folder / "sae/sae_weights.safetensors").read_bytes() == before
+    assert main([*argv, "--k", "5", "--overwrite"]) == 0
     assert json.loads(capsys.readouterr().out)["l0"] > 4
     assert not forwards
     assert steps
 
-    assert main([*argv, "--site", "mlp_out.1"]) == 0
+    assert main([*argv, "--site", "mlp_out.1", "--overwrite"]) == 0
     assert forwards
 
 

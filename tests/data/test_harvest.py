@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import stat
+import signal
 
 import pytest
 import torch
@@ -120,46 +120,152 @@ def test_the_model_is_left_as_it_was(tmp_path):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_an_interrupted_harvest_keeps_its_shards_and_can_be_repeated(model, tmp_path):
-    def texts():
-        yield from DOCUMENTS
-        raise KeyboardInterrupt
+STORE = '{"format": "fastsae-activations", '
+SMALL = {"context": 20, "batch_size": 1, "shard_rows": 30, "val_fraction": 0.3}
 
+
+def content(folder):
+    """Return the bytes of every file."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def stop_after(documents):
+    """Yield some documents, then fail like a killed process that could still clean up."""
+    yield from DOCUMENTS[:documents]
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("documents", range(1, 6))
+def test_an_interrupted_harvest_continues_to_the_same_bytes(model, tmp_path, documents):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    harvest(model, TOKENIZER, DOCUMENTS, SITE, whole, **SMALL)
     with pytest.raises(KeyboardInterrupt):
-        harvest(
-            model, TOKENIZER, texts(), SITE, tmp_path, context=20, batch_size=1, shard_rows=30,
-            val_fraction=0,
-        )  # fmt: skip
-    store = ActivationStore(tmp_path)
+        harvest(model, TOKENIZER, stop_after(documents), SITE, cut, **SMALL)
+    assert not (cut / "manifest.json").exists()
+    forward = []
+    handle = model.register_forward_pre_hook(lambda *_: forward.append(1))
+    harvest(model, TOKENIZER, DOCUMENTS, SITE, cut, **SMALL)
+    handle.remove()
+    assert content(cut) == content(whole)
+    assert len(forward) < len(list(chunks(TOKENIZER, DOCUMENTS, 20)))
+
+
+def test_an_interrupted_harvest_is_used_by_name_only(model, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        harvest(model, TOKENIZER, stop_after(5), SITE, tmp_path, **SMALL | {"val_fraction": 0})
+    with pytest.raises(ValueError, match=r"got an interrupted one of 390 rows; run the same"):
+        ActivationStore(tmp_path)
+    store = ActivationStore(tmp_path, partial=True)
     assert not store.manifest.complete
-    assert len(store) == TOTAL // 30 * 30
-    assert not list(tmp_path.glob("*.tmp"))
-    harvest(model, TOKENIZER, DOCUMENTS, SITE, tmp_path, context=20, val_fraction=0)
-    assert len(ActivationStore(tmp_path)) == TOTAL
-    assert len(list(tmp_path.glob("shard-*"))) == 1
+    assert len(store) == TOTAL // 30 * 30 == 390
+    assert sorted(store.doc_ids().unique().tolist()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"context": 30}, "expected context = 20 as in the interrupted harvest in .*, got 30"),
+        ({"batch_size": 2}, "expected batch_size = 1 as in the interrupted"),
+        ({"texts": ["other", *DOCUMENTS]}, "expected the documents of the interrupted harvest"),
+        ({"model": tiny_model("gpt2")}, "expected model = "),
+    ],
+)
+def test_another_harvest_does_not_continue_it(model, tmp_path, changed, message):
+    with pytest.raises(KeyboardInterrupt):
+        harvest(model, TOKENIZER, stop_after(4), SITE, tmp_path, **SMALL)
+    before = content(tmp_path)
+    arguments = {"model": model, "texts": DOCUMENTS, **SMALL, **changed}
+    sites = {"sites": SITE if "model" not in changed else "resid_post.0"}
+    with pytest.raises(ValueError, match=message):
+        harvest(tokenizer=TOKENIZER, out=tmp_path, **sites, **arguments)
+    assert content(tmp_path) == before
+    harvest(tokenizer=TOKENIZER, out=tmp_path, overwrite=True, **sites, **arguments)
+    assert ActivationStore(tmp_path).manifest.complete
+
+
+def test_other_weights_do_not_continue_it(model, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        harvest(model, TOKENIZER, stop_after(4), SITE, tmp_path, **SMALL)
+    other = tiny_model()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight += 1e-3
+    with pytest.raises(ValueError, match="expected weights = "):
+        harvest(other, TOKENIZER, DOCUMENTS, SITE, tmp_path, **SMALL)
+
+
+def test_a_stop_signal_keeps_all_rows_so_far(model, tmp_path):
+    def texts():
+        for i, text in enumerate(DOCUMENTS):
+            if i == 3:
+                signal.raise_signal(signal.SIGTERM)
+            yield text
+
+    with pytest.raises(KeyboardInterrupt, match=r"SIGTERM after \d+ rows; they are in .*continues"):
+        harvest(model, TOKENIZER, texts(), SITE, tmp_path, **SMALL | {"shard_rows": 1000})
+    assert sorted(content(tmp_path)) == [
+        "manifest.partial.json",
+        "waiting-train-00000.safetensors",
+        "waiting-val-00001.safetensors",
+    ]
+
+
+def test_a_failed_replacement_leaves_the_old_harvest(model, tmp_path):
+    harvest(model, TOKENIZER, DOCUMENTS, SITE, tmp_path, **SMALL)
+    before = content(tmp_path)
+    for texts, error in (
+        ([""], ValueError),
+        (["a", 3], TypeError),
+        (stop_after(0), KeyboardInterrupt),
+    ):
+        with pytest.raises(error):
+            harvest(model, TOKENIZER, texts, SITE, tmp_path, overwrite=True, **SMALL)
+        assert content(tmp_path) == before
+    with pytest.raises(KeyboardInterrupt):
+        harvest(model, TOKENIZER, stop_after(4), SITE, tmp_path, overwrite=True, **SMALL)
+    assert len(ActivationStore(tmp_path, split="val").rows()) > 0
+    assert {name: content(tmp_path)[name] for name in before} == before
+
+
+def test_files_of_others_are_never_removed(model, tmp_path):
+    for name in ("shard-mine.safetensors", "shard-00000.safetensors.bak", "notes.txt"):
+        (tmp_path / name).write_text("mine")
+    harvest(model, TOKENIZER, DOCUMENTS, SITE, tmp_path)
+    harvest(model, TOKENIZER, DOCUMENTS[:2], SITE, tmp_path, overwrite=True)
+    for name in ("shard-mine.safetensors", "shard-00000.safetensors.bak", "notes.txt"):
+        assert (tmp_path / name).read_text() == "mine"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "shard-00007.safetensors").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"hold no files of others, got shard-00007"):
+        harvest(model, TOKENIZER, DOCUMENTS, SITE, other)
+    assert [path.name for path in other.iterdir()] == ["shard-00007.safetensors"]
 
 
 def test_a_full_disk_is_one_line_and_keeps_complete_shards(model, tmp_path, monkeypatch):
-    calls = []
+    shards = []
 
-    def fsync(fd):  # manifest, shard 0, manifest, shard 1: full
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            calls.append(fd)
-        if len(calls) == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def replace(source, target, move=os.replace):
+        if "shard" in str(target):
+            shards.append(target)
+            if len(shards) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        move(source, target)
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    settings = SMALL | {"val_fraction": 0}
     with pytest.raises(OSError, match="disk full while writing shard-00001") as caught:
-        harvest(
-            model, TOKENIZER, DOCUMENTS, SITE, tmp_path, context=20, shard_rows=30, val_fraction=0
-        )
+        harvest(model, TOKENIZER, DOCUMENTS, SITE, tmp_path, **settings)
     assert caught.value.errno == errno.ENOSPC
     assert "1 complete shards (30 rows) are kept" in str(caught.value)
-    assert len(ActivationStore(tmp_path)) == 30
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "manifest.json",
-        "shard-00000.safetensors",
-    ]
+    assert len(ActivationStore(tmp_path, partial=True)) == 30
+    monkeypatch.undo()
+    harvest(model, TOKENIZER, DOCUMENTS, SITE, tmp_path, **settings)
+    assert len(ActivationStore(tmp_path)) == TOTAL
+
+
+def test_a_context_longer_than_the_model_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="expected context <= 256, the positions of the model"):
+        harvest(model, TOKENIZER, DOCUMENTS, SITE, tmp_path, context=257)
 
 
 def test_a_complete_harvest_is_not_overwritten_by_accident(model, tmp_path):
@@ -193,6 +299,8 @@ def test_activations_that_do_not_fit_are_an_error(tmp_path):
         ({"val_fraction": 1.0}, r"expected val_fraction in \[0, 1\), got 1.0"),
         ({"shard_rows": 0}, "expected shard_rows >= 1, got 0"),
         ({"max_tokens": 0}, "expected max_tokens >= 1, got 0"),
+        ({"max_norm_ratio": -1.0}, "expected max_norm_ratio > 0 or None, got -1.0"),
+        ({"dtype": torch.int8}, "expected dtype float16, bfloat16 or float32, got torch.int8"),
         ({"sites": [SITE, SITE]}, "expected one or more different sites"),
         ({"sites": "resid_post.9"}, "expected a layer in 0..2, got 9"),
         ({"texts": []}, "expected at least one token of text"),
@@ -226,13 +334,22 @@ def test_the_held_out_share_is_exact(fraction, n):
     assert sum(held_out(doc, fraction) for doc in range(100)) == n
 
 
-def test_a_foreign_manifest_is_refused(tmp_path):
-    (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a manifest of fastsae-activations"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "is not a manifest of fastsae-activations"),
+        ("{", "to be JSON, got "),
+        ("[1]", "to be a JSON object, got list"),
+        ("[" * 200_000, "to be JSON, got "),
+        ("\xff", "to be JSON, got "),
+        (STORE + '"version": 3}', r"expected version 2 .* got 3; update"),
+        (STORE + '"version": 2}', "to have a checksum, got none"),
+        (STORE + '"version": 1}', "expected model in .* to be str, got none"),
+    ],
+)  # fmt: skip
+def test_a_foreign_manifest_is_refused(tmp_path, text, message):
+    (tmp_path / "manifest.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=message) as caught:
         Manifest.read(tmp_path)
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        Manifest.read(tmp_path)
-    (tmp_path / "manifest.json").write_text('{"format": "fastsae-activations", "version": 2}')
-    with pytest.raises(ValueError, match=r"expected version 1 .* got 2; update fastsae"):
-        Manifest.read(tmp_path)
+    assert "manifest.json" in str(caught.value)
+    assert "\n" not in str(caught.value)

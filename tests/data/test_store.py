@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from fastsae._files.write import sealed
 from fastsae.data import ActivationStore
 from fastsae.data.shards import Manifest, ShardWriter
 
@@ -172,28 +178,112 @@ def test_damage_is_found_when_the_store_is_opened(tmp_path):
     shard = tmp_path / "shard-00004.safetensors"
     data = shard.read_bytes()
     shard.write_bytes(data[:-5])
-    with pytest.raises(ValueError, match=r"shard-00004.safetensors is truncated or damaged"):
+    with pytest.raises(ValueError, match=r"shard-00004.safetensors to be a whole safetensors file"):
         ActivationStore(tmp_path)
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=r"shard-00004\.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match=r"shard-00004\.safetensors, found none"):
         ActivationStore(tmp_path)
     shard.write_bytes((tmp_path / "shard-00010.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=r"to hold acts.a \[10, 3\], got \[3, 3\]"):
+    with pytest.raises(ValueError, match=r"shard-00004.safetensors to be the file with the seal"):
         ActivationStore(tmp_path)
+    os.unlink(shard)
+    os.mkfifo(shard)
+    with pytest.raises(ValueError, match=r"shard-00004.safetensors to be a regular file"):
+        ActivationStore(tmp_path)
+
+
+def test_damage_is_found_when_rows_are_read(tmp_path):
+    x = write(tmp_path)
+    shard = tmp_path / "shard-00004.safetensors"
+    data = bytearray(shard.read_bytes())
+    place = data.index(x[44].numpy().tobytes())
+    data[place + 1] ^= 4
     shard.write_bytes(data)
-    with pytest.raises(ValueError, match="expected batch_size >= 1, got 0"):
-        ActivationStore(tmp_path).batches(0)
+    store = ActivationStore(tmp_path)
+    assert torch.equal(store.rows(slice(0, 40)), x[:40])
+    for read in (store.rows, lambda: list(store.epoch(16)), lambda: store.sample(103)):
+        with pytest.raises(ValueError, match=r"shard-00004\S+ to hold acts.a as it was written"):
+            read()
+    assert len(store.token_ids()) == ROWS  # another tensor of the same file
 
 
-def test_several_sites_lie_side_by_side(tmp_path):
-    x = write(tmp_path, sites=("a", "b"))
-    one, two = ActivationStore(tmp_path, "b"), ActivationStore(tmp_path, ["b", "a"])
-    assert (one.d_in, two.d_in) == (D, 2 * D)
-    assert torch.equal(two.rows(slice(5, 31)), x[5:31].repeat(1, 2))
-    assert two.sample(7).shape == (7, 2 * D)
-    for a, b in zip(one.epoch(16, seed=1), two.epoch(16, seed=1), strict=True):
-        assert torch.equal(a.repeat(1, 2), b)
-    with pytest.raises(ValueError, match=r"expected site to be one of a, b in .*, got c"):
-        ActivationStore(tmp_path, ["a", "c"])
-    with pytest.raises(ValueError, match=r"expected site to be one of a, b in .*, got None"):
-        ActivationStore(tmp_path, [])
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def put(folder, values):
+    """Write a manifest whose checksum is right, as somebody with bad intentions would."""
+    values.pop("checksum", None)
+    (folder / "manifest.json").write_text(json.dumps(sealed(values)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": "trbin"}, "expected split in .* to be one of train, val, got 'trbin'"),
+        ({"rows": -1}, "expected rows in .*, got -1"),
+        ({"rows": 9}, r"to hold acts.a \[9, 3\], got \[10, 3\]"),
+        ({"rows": True}, "expected rows in .*, got True"),
+        ({"file": "../shard-00001.safetensors"}, "expected a file like shard-00000.safetensors"),
+        ({"file": "/etc/passwd"}, "expected a file like shard-00000.safetensors"),
+        ({"seal": 3}, "expected seal in .* to be str, got 3"),
+    ],
+)
+def test_entries_of_a_manifest_are_checked(tmp_path, change, message):
+    write(tmp_path)
+    values = manifest_of(tmp_path)
+    values["shards"][1] |= change
+    put(tmp_path, values)
+    with pytest.raises(ValueError, match=message):
+        ActivationStore(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"dtype": "int8"}, {"sites": {"a": 0}}, {"sites": {"a": "3"}}])
+def test_values_of_a_manifest_are_checked(tmp_path, change):
+    write(tmp_path)
+    put(tmp_path, manifest_of(tmp_path) | change)
+    with pytest.raises(ValueError, match=r"expected \w+ in .*manifest.json to be"):
+        ActivationStore(tmp_path)
+
+
+def test_a_link_must_stay_in_the_folder_or_in_the_cache_of_a_hub(tmp_path):
+    store = tmp_path / "models--x" / "snapshots" / "abc"
+    store.mkdir(parents=True)
+    x = write(store)
+    shard = store / "shard-00003.safetensors"
+    for place, right in ((tmp_path / "outside", False), (store.parent.parent / "blobs", True)):
+        place.mkdir()
+        shutil.move(shard.resolve(), place / "file")
+        shard.unlink(missing_ok=True)
+        shard.symlink_to(place / "file")
+        if right:
+            assert torch.equal(ActivationStore(store).rows(), x)
+        else:
+            with pytest.raises(ValueError, match="inside its folder, got a link to elsewhere"):
+                ActivationStore(store)
+
+
+def test_a_store_without_checksums_opens_with_a_note(tmp_path, caplog):
+    x = write(tmp_path)
+    values = manifest_of(tmp_path)
+    for shard in values["shards"]:
+        path = tmp_path / shard.pop("file")
+        save_file(load_file(path), path)
+        shard["file"] = path.name
+        del shard["seal"]
+    for name in ("checksum", "settings"):
+        del values[name]
+    (tmp_path / "manifest.json").write_text(json.dumps(values | {"version": 1}))
+    store = ActivationStore(tmp_path)
+    assert torch.equal(store.rows(), x)
+    assert "holds no checksums" in caplog.text
+    assert store.fingerprint() == ActivationStore(tmp_path).fingerprint()
+
+
+def test_the_fingerprint_is_that_of_the_content(tmp_path):
+    prints = set()
+    for name, rows in (("a", ROWS), ("b", ROWS), ("c", ROWS - 1)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, rows=rows)
+        prints.add(ActivationStore(tmp_path / name).fingerprint())
+    assert len(prints) == 2

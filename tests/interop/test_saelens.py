@@ -2,7 +2,9 @@
 
 import errno
 import json
+import random
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import fastsae
 from fastsae import load
 from fastsae.interop import saelens
-from fastsae.nn import SAE, BatchTopKSAE, TopKSAE
+from fastsae.nn import SAE, BatchTopKSAE, JumpReLUSAE, TopKSAE
+from tests.interop.older import strip_checksums
 
 
 def trained(cls, dtype=torch.float32):
@@ -79,12 +82,12 @@ def test_files_mean_in_saelens_terms_what_the_module_computes(cls, tmp_path):
     torch.testing.assert_close(sae(x), acts @ w["W_dec"] + w["b_dec"])
 
 
-@pytest.mark.parametrize("writer", ["write_tensors", "write_json"])
+@pytest.mark.parametrize("writer", ["write_tensors", "write_file"])
 def test_a_full_disk_keeps_the_previous_save(writer, tmp_path, monkeypatch):
     sae = trained(TopKSAE)
     fastsae.save(sae, tmp_path)
 
-    def full(file, value):
+    def full(file, *_):
         file.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -103,7 +106,9 @@ def test_a_write_that_the_system_cuts_short_keeps_the_previous_save(tmp_path):
     sae = trained(TopKSAE)
     fastsae.save(sae, tmp_path)
     code = f"""
+import random
 import resource
+import shutil
 import fastsae
 from fastsae.nn import TopKSAE
 sae = TopKSAE(8, 2000, k=3)
@@ -124,6 +129,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
 def test_a_missing_file(name, tmp_path):
     fastsae.save(trained(TopKSAE), tmp_path)
+    strip_checksums(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"^load: expected .* to hold {name}, found none$"):
         load(tmp_path)
@@ -156,7 +162,7 @@ def swap(name, tensor):
     ("break_it", "message"),
     [
         (lambda f: (f / "cfg.json").write_text("{"), "to be JSON"),
-        (lambda f: (f / "cfg.json").write_text("[1]"), "BatchTopKSAE, .*TopKSAE.* got list"),
+        (lambda f: (f / "cfg.json").write_text("[1]"), "to be a JSON object, got list"),
         (damage(lambda c: c["metadata"].pop("fastsae")), "architecture = 'topk', fastsae = None"),
         (damage(lambda c: c["metadata"]["fastsae"].update({"class": "os.system"})), "os.system"),
         (damage(lambda c: c["metadata"]["fastsae"]["config"].pop("k")), "missing .* argument: 'k'"),
@@ -167,13 +173,14 @@ def swap(name, tensor):
          r"W_enc to be \[8, 25\] .* got \[8, 24\]"),
         (damage(lambda c: c.update(dtype="int8")), "int8"),
         (lambda f: (f / "sae_weights.safetensors").write_bytes(b"PK\x03\x04" * 20),
-         "to be a safetensors file"),
+         "to be a whole safetensors file"),
         (swap("W_dec", torch.zeros(24, 7)), r"W_dec to be \[24, 8\] .* got \[24, 7\]"),
         (swap("b_enc", None), r"b_enc to be \[24\] .* got none"),
     ],
 )  # fmt: skip
 def test_damage_is_one_clear_line(break_it, message, tmp_path):
     fastsae.save(trained(TopKSAE), tmp_path)
+    strip_checksums(tmp_path)
     break_it(tmp_path)
     with pytest.raises(ValueError, match=f"^load: expected .*{message}") as caught:
         load(tmp_path)
@@ -184,7 +191,7 @@ def test_a_truncated_weights_file(tmp_path):
     fastsae.save(trained(TopKSAE), tmp_path)
     file = tmp_path / "sae_weights.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="to be a safetensors file"):
+    with pytest.raises(ValueError, match="to be a whole safetensors file"):
         load(tmp_path)
 
 
@@ -218,6 +225,7 @@ def test_a_class_of_the_user_comes_back(tmp_path):
 )
 def test_a_cfg_that_contradicts_itself_is_refused(change, message, tmp_path):
     fastsae.save(trained(TopKSAE), tmp_path)
+    strip_checksums(tmp_path)
     damage(change)(tmp_path)
     with pytest.raises(ValueError, match=f"^load: {message}.*; change both, or neither"):
         load(tmp_path)
@@ -226,6 +234,7 @@ def test_a_cfg_that_contradicts_itself_is_refused(change, message, tmp_path):
 def test_arguments_under_their_earlier_names_are_read(tmp_path):
     sae = trained(TopKSAE)
     fastsae.save(sae, tmp_path)
+    strip_checksums(tmp_path)
 
     def rename(cfg):
         config = cfg["metadata"]["fastsae"]["config"]
@@ -235,3 +244,64 @@ def test_arguments_under_their_earlier_names_are_read(tmp_path):
     back = load(tmp_path)
     assert (back.k_aux, back.auxk_alpha) == (5, 0.125)
     assert back.config() == sae.config()
+
+
+def test_two_files_of_different_saves(tmp_path, caplog):
+    one, two = trained(TopKSAE), trained(BatchTopKSAE)
+    fastsae.save(one, tmp_path / "one")
+    fastsae.save(two, tmp_path / "two")
+    shutil.copy(tmp_path / "one/cfg.json", tmp_path / "two/cfg.json")
+    back = load(tmp_path / "two")
+    assert isinstance(back, BatchTopKSAE)
+    assert torch.equal(back.W_dec, two.W_dec)
+    assert "cfg.json is of another save; took the copy in" in caplog.text
+    (tmp_path / "two/cfg.json").unlink()
+    assert isinstance(load(tmp_path / "two"), BatchTopKSAE)
+
+
+def test_checksums_that_one_file_lost(tmp_path, caplog):
+    sae = trained(TopKSAE)
+    fastsae.save(sae, tmp_path)
+    whole = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    strip_checksums(tmp_path)
+    bare = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    cfg, weights = tmp_path / "cfg.json", tmp_path / "sae_weights.safetensors"
+    weights.write_bytes(whole[weights])  # as a save over a folder without checksums may be killed
+    assert torch.equal(load(tmp_path).W_dec, sae.W_dec)
+    assert "cfg.json is of another save; took the copy in" in caplog.text
+    weights.write_bytes(bare[weights])
+    cfg.write_bytes(whole[cfg])
+    with pytest.raises(ValueError, match=r"^load: expected .*weights.* to have the checksums of"):
+        load(tmp_path)
+
+
+def load_or_reason(folder, caplog):
+    """Return the SAE and the warning, or None and why it is refused."""
+    caplog.clear()
+    try:
+        return load(folder), caplog.text
+    except ValueError as error:
+        return None, str(error)
+
+
+def test_every_byte_of_a_save_counts(tmp_path, caplog):
+    sae = trained(JumpReLUSAE)
+    fastsae.save(sae, tmp_path)
+    dice = random.Random(0)
+    refused = 0
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        data = (tmp_path / name).read_bytes()
+        for _ in range(200):
+            place, bit = dice.randrange(len(data)), 1 << dice.randrange(8)
+            changed = bytearray(data)
+            changed[place] ^= bit
+            (tmp_path / name).write_bytes(changed)
+            back, said = load_or_reason(tmp_path, caplog)
+            blank = {data[place], changed[place]} <= set(b" \n\r\t")
+            assert blank or f"{tmp_path}/{name}" in said
+            if back is not None:  # by the copy inside the weights, where a key has another name
+                assert torch.equal(back.W_dec, sae.W_dec)
+                assert blank or name == "cfg.json"
+            refused += back is None
+        (tmp_path / name).write_bytes(data)
+    assert refused > 350

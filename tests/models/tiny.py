@@ -31,19 +31,19 @@ def tiny_model(family: str = "llama") -> nn.Module:
             num_hidden_layers=LAYERS,
             num_attention_heads=2,
             num_key_value_heads=1,
-            max_position_embeddings=64,
+            max_position_embeddings=256,
             initializer_range=0.3,
         )
         return hf.LlamaForCausalLM(config).eval()
     if family == "gpt2":
         config = hf.GPT2Config(
-            vocab_size=VOCAB, n_embd=D, n_layer=LAYERS, n_head=2, n_positions=64,
+            vocab_size=VOCAB, n_embd=D, n_layer=LAYERS, n_head=2, n_positions=256,
             initializer_range=0.3, bos_token_id=1, eos_token_id=1,
         )  # fmt: skip
         return hf.GPT2LMHeadModel(config).eval()
     config = hf.GPTNeoXConfig(
         vocab_size=VOCAB, hidden_size=D, intermediate_size=24, num_hidden_layers=LAYERS,
-        num_attention_heads=2, max_position_embeddings=64, initializer_range=0.3,
+        num_attention_heads=2, max_position_embeddings=256, initializer_range=0.3,
         bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
     return hf.GPTNeoXForCausalLM(config).eval()

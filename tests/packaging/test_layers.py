@@ -15,16 +15,18 @@ BASE = {"types"}
 LAYERS: dict[str, set[str]] = {
     "types": set(),
     "_files": set(),
+    "_signals": set(),
     "_library": set(),
     "reference": set(),
     "ops": {"_library", "reference"},
     "nn": {"ops"},
     "models": set(),
-    "data": {"models", "_files"},
+    "data": {"models", "_files", "_signals"},
     "interop": {"nn", "models", "_files"},
-    "train": {"nn", "data", "ops", "interop", "_files", "_library"},
+    "train": {"nn", "data", "ops", "interop", "_files", "_library", "_signals"},
     "eval": {"nn", "models", "data"},
     "analysis": {"nn", "models", "data", "train", "eval"},
+    "verification": {"data", "interop", "train", "_files"},
     "report": {"nn", "models", "data", "eval", "analysis", "_files"},
 }
 

@@ -1,6 +1,7 @@
 """Checkpoints: complete or absent, the newest few, and usable as a module."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from fastsae import load
 from fastsae.nn import BatchTopKSAE, TopKSAE
 from fastsae.train import TrainConfig, Trainer, latest
 from fastsae.train.autograd_update import _make_state
-from fastsae.train.checkpoint import load_checkpoint, save_checkpoint
+from fastsae.train.checkpoint import load_checkpoint, newest_state, save_checkpoint
 
 
 def rows(seed):
@@ -103,25 +104,84 @@ def test_only_the_newest_stay(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000000003", "step_000000004"]
 
 
+def flip(path, place=-20):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         lambda p: (p / "state.json").unlink(),
         lambda p: (p / "state.json").write_text('{"step": 2'),
+        lambda p: (p / "state.json").write_bytes(b"\xff" + (p / "state.json").read_bytes()),
+        lambda p: flip(p / "state.json", 400),
+        lambda p: flip(p / "state.safetensors"),
         lambda p: (p / "state.safetensors").write_bytes(
             (p / "state.safetensors").read_bytes()[:-9]
         ),
         lambda p: (p / "sae_weights.safetensors").unlink(),
-        lambda p: p.rename(p.with_name(".tmp_step_000000002")),
+        lambda p: shutil.copy(p.with_name("step_000000001") / "state.safetensors", p),
     ],
 )
-def test_the_latest_complete_one_is_found(damage, tmp_path):
-    assert latest(tmp_path) is None
+def test_a_damaged_newest_checkpoint_is_named_and_not_passed_over(damage, tmp_path):
+    assert newest_state(tmp_path) is None
+    assert latest(tmp_path / "none") is None
     good = save(tmp_path, trained(0))
     bad = save(tmp_path, trained(1))
-    assert latest(tmp_path) == bad
+    assert newest_state(tmp_path)[0] == latest(tmp_path) == bad
     damage(bad)
-    assert latest(tmp_path) == good
-    assert latest(tmp_path / "none") is None
+    with pytest.raises(ValueError, match=f"{bad}.*{good}.* goes on from the one before") as caught:
+        newest_state(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert load_checkpoint(good)["step"] == 1
     # the step is reached again and written again
-    assert latest(tmp_path) != save(tmp_path, trained(1)) == latest(tmp_path)
+    assert save(tmp_path, trained(1)) == latest(tmp_path)
+    assert load_checkpoint(latest(tmp_path))["step"] == 2
+
+
+def test_an_unreadable_name_is_not_a_checkpoint(tmp_path):
+    good = save(tmp_path, trained(0))
+    (tmp_path / "step_last").mkdir()
+    assert latest(tmp_path) == good
+    shutil.copytree(good, tmp_path / "step_000000007")
+    with pytest.raises(ValueError, match="step_000000007 to hold its step, got 1"):
+        load_checkpoint(tmp_path / "step_000000007")
+
+
+def test_a_link_in_place_of_the_folder_is_refused(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "step_000000001").mkdir(parents=True)
+    (tmp_path / "checkpoints").symlink_to(elsewhere)
+    with pytest.raises(RuntimeError, match="expected a folder, got a symlink"):
+        save(tmp_path / "checkpoints", trained(0))
+    assert [p.name for p in elsewhere.iterdir()] == ["step_000000001"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("step", 99, r"expected step in 0\.\.9 in the state, got 99"),
+        ("step", 2.0, "expected step in"),
+        ("tokens", -1, "expected tokens >= 2"),
+        ("scales", [2.5, 1.0], "expected scales to be a list of 1"),
+        ("scales", [float("nan")], r"expected scales\[0\] to be a finite number"),
+        ("scales", [0.0], "expected scales > 0"),
+        ("dead", {}, "expected dead to be a dict of tokens_since_fired"),
+        ("update", None, "expected update to be a dict"),
+    ],
+)
+def test_a_state_is_checked_before_anything_changes(name, value, message):
+    state = trained(1).state_dict()
+    other = fresh(6, BatchTopKSAE)
+    before = copy.deepcopy(other.sae.state_dict())
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state | {name: value})
+    with pytest.raises(ValueError, match=f"expected {name} in the state, got none"):
+        other.load_state_dict({k: v for k, v in state.items() if k != name})
+    state["sae"] = state["sae"] | {"b_enc": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"sae.b_enc to be torch.float32 \[20\] in .*\[1\]"):
+        other.load_state_dict(state)
+    assert_same(other.sae.state_dict(), before)
+    assert other.steps_done == 0

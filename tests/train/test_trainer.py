@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastsae import load
+from fastsae import load, save
 from fastsae.data.source import EpochBatches, TensorSource
 from fastsae.nn import BatchTopKSAE, TopKSAE
 from fastsae.train import TrainConfig, Trainer, latest
@@ -262,8 +262,10 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(cls, stop_at, tmp_path):
     assert again == keep
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(name, tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # something may have started us under nohup
+
     def send(i):
         if i == 17:
             os.kill(os.getpid(), getattr(signal, name))
@@ -421,9 +423,129 @@ def test_a_checkpoint_of_a_development_version_is_refused_in_one_line(tmp_path):
     for found, shown in ((None, "one of a development version"), (1, "1")):
         header.pop("format", None)
         about.write_text(json.dumps(header if found is None else {**header, "format": found}))
-        with pytest.raises(ValueError, match=f"a checkpoint of format 2 in .*, got {shown};") as e:
+        with pytest.raises(ValueError, match=f"a checkpoint of format 3 in .*, got {shown};") as e:
             Trainer(make(), rows(), settings(out=tmp_path)).fit(resume=True)
         assert "\n" not in str(e.value)
+
+
+def test_other_data_of_the_same_size_do_not_continue_a_run(tmp_path):
+    def crash(i):
+        if i == 20:
+            raise RuntimeError("crash")
+
+    config = settings(out=tmp_path, checkpoint_every=6)
+    trainer = Trainer(make(), rows(), config)
+    step = trainer._step
+    trainer._step = lambda x: step(x) if trainer.steps_done < 20 else crash(20)
+    with pytest.raises(RuntimeError, match="crash"):
+        trainer.fit()
+    x = rows()
+    x[-1, -1] += 1e-3
+    with pytest.raises(
+        ValueError, match=r"expected the same data as in .*step_000000018, got data"
+    ):
+        Trainer(make(), x, config).fit(resume=True)
+    assert Trainer(make(), rows(), config).fit(resume=True).final["step"] == 50
+
+
+def test_a_failing_last_validation_loses_nothing(tmp_path):
+    class Gone(TensorSource):
+        def batches(self, *arguments, **named):
+            raise OSError("the file has gone")
+
+    config = settings(out=tmp_path / "cut")
+    with pytest.raises(OSError, match="the file has gone"):
+        Trainer(make(), rows(), config, val=Gone(rows())).fit()
+    assert latest(tmp_path / "cut/checkpoints").name == "step_000000050"
+    resumed = Trainer(make(seed=3), rows(), config, val=rows()).fit(resume=True)
+    whole = Trainer(make(), rows(), settings(out=tmp_path / "whole"), val=rows()).fit()
+    assert torch.equal(resumed.sae.W_dec, whole.sae.W_dec)
+    untimed = [{k: v for k, v in r.final.items() if "second" not in k} for r in (resumed, whole)]
+    assert untimed[0] == untimed[1]
+    assert "val_fvu" in untimed[0]
+
+
+@pytest.mark.parametrize(
+    ("val", "message"),
+    [
+        (lambda x: x[:0], "expected val to have at least one row, got none"),
+        (lambda x: x.index_put((torch.tensor(7), torch.tensor(2)), torch.tensor(torch.nan)),
+         "expected finite validation data, got 1 of rows 0 to"),
+    ],
+)  # fmt: skip
+def test_validation_data_that_measure_nothing_are_refused(val, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(make(), rows(), settings(), val=val(rows())).fit()
+
+
+def test_damaged_metrics_do_not_block_a_run(tmp_path, caplog):
+    def crash(i):
+        if i == 40:
+            raise RuntimeError("crash")
+
+    config = settings(out=tmp_path, checkpoint_every=6, log_every=5)
+    with pytest.raises(RuntimeError, match="crash"):
+        Trainer(make(), Watched(rows(), crash), config).fit()
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], b"\xff\xfe", b"{}", b"[" * 99999, *lines[2:]]))
+    history = Trainer(make(), rows(), config).fit(resume=True).history
+    assert [row["step"] for row in history] == [5, 15, 20, 25, 30, 35, 40, 45, 50]
+    assert re.search(
+        r"metrics.jsonl is not what it was .*; 6 of its 10 lines are kept", caplog.text
+    )
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()][-1] == 50
+
+
+def test_a_folder_that_another_run_has_is_refused(tmp_path):
+    def second(i):
+        if i == 3:
+            pattern = rf"expected no other run in .*, got process {os.getpid()} \(this one\)"
+            with pytest.raises(RuntimeError, match=pattern):
+                Trainer(make(), rows(), settings(out=tmp_path)).fit()
+
+    assert (
+        Trainer(make(), Watched(rows(), second), settings(out=tmp_path)).fit().final["step"] == 50
+    )
+    assert not (tmp_path / ".fastsae.lock").exists()
+
+
+def test_an_sae_in_the_folder_is_not_replaced(tmp_path):
+    sae = make()
+    save(sae, tmp_path)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"expected out to hold no SAE, got .*sae_weights"):
+            Trainer(make(), rows(), settings(out=tmp_path)).fit(resume=resume)
+    assert torch.equal(load(tmp_path).W_dec, sae.W_dec)
+
+
+def test_links_in_the_folder_are_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("metrics.jsonl", "cfg.json.tmp", "run.json.tmp"):
+        (out / name).symlink_to(outside)
+    Trainer(make(), rows(), settings(out=out)).fit()
+    assert outside.read_text() == "mine"
+    assert not (out / "metrics.jsonl").is_symlink()
+
+
+def test_a_checkpoint_in_the_middle_says_so_when_it_is_loaded(tmp_path, caplog):
+    Trainer(make(), rows(), settings(out=tmp_path, checkpoint_every=20)).fit()
+    load(tmp_path)
+    load(tmp_path / "checkpoints/step_000000050")
+    assert caplog.text == ""
+    load(tmp_path / "checkpoints/step_000000040")
+    assert "step_000000040 is of step 40 of 50 of a run" in caplog.text
+
+
+def test_a_run_continues_from_the_checkpoint_that_is_given(tmp_path):
+    config = settings(out=tmp_path, checkpoint_every=20)
+    whole = Trainer(make(), rows(), config).fit()
+    older = tmp_path / "checkpoints/step_000000040"
+    again = Trainer(make(seed=4), rows(), config).fit(resume=older)
+    assert torch.equal(whole.sae.W_dec, again.sae.W_dec)
 
 
 def test_a_failed_start_leaves_a_trainer_that_takes_no_step():

@@ -11,6 +11,7 @@ import torch
 import fastsae
 from fastsae import TrainConfig, Trainer
 from fastsae.data import TensorSource
+from tests.interop.older import strip_checksums
 
 D, F, K = 8, 32, 4
 SAES = {
@@ -99,6 +100,7 @@ def test_a_sample_is_no_stride():
 
 def test_a_folder_edited_elsewhere_is_refused(tmp_path):
     fastsae.save(fastsae.TopKSAE(D, F, K), tmp_path)
+    strip_checksums(tmp_path)
     file = tmp_path / "cfg.json"
     for key, value in (("k", 6), ("dtype", "float64"), ("apply_b_dec_to_input", False)):
         cfg = json.loads(file.read_text())

@@ -2,15 +2,14 @@
 
 Harvest -> train -> evaluate on held-out documents -> splice into the model -> report.html. Model
 and text are on the machine already (see `cli.models` and `cli.text`), so the demo needs no network.
-A second run with the same settings reuses what is complete, and continues the rest.
+A second run with the same settings reuses what is complete, and continues the rest; one with other
+settings is refused, unless --overwrite replaces what is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +58,7 @@ def add_to(subparsers: Any) -> None:
     add("--lr", type=float, default=8e-4, help="peak learning rate (default: 8e-4)")
     add("--contexts", type=positive, default=24, help="contexts for the cross entropy (24)")
     add("--seed", type=int, default=0, help="of weights and order (default: 0)")
+    add("--overwrite", action="store_true", help="replace the results of other settings in --out")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, default=16.0, help="passes over the tokens (16)")
     length.add_argument("--steps", type=positive, help="updates, instead of --epochs")
@@ -66,7 +66,7 @@ def add_to(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run all phases; print a summary."""
-    from fastsae._files import write_json
+    from fastsae._files.write import write_json
     from fastsae.eval import evaluate
     from fastsae.report.write import write_report
 
@@ -128,7 +128,7 @@ def _harvest(
 ) -> tuple[ActivationStore, ActivationStore]:
     """Harvest, or take the harvest of an earlier run of the same settings and text."""
     from fastsae.data import ActivationStore, harvest
-    from fastsae.data.shards import Manifest
+    from fastsae.data.shards import MANIFEST, PARTIAL, Manifest
 
     settings = {
         "model": args.model,
@@ -136,7 +136,10 @@ def _harvest(
         "tokens": args.tokens,
         "text": hashlib.blake2b("\0".join(texts).encode(), digest_size=16).hexdigest(),
     }
-    old = Manifest.read(folder) if (folder / "manifest.json").exists() else None
+    old = None
+    if any((folder / name).exists() for name in (MANIFEST, PARTIAL)):
+        old = Manifest.read(folder, partial=True)
+        _expect_same(args, folder, old.meta, settings)
     if old is None or not old.complete or old.meta != settings:
         with progress("harvest", None, "token") as advance:
             harvest(
@@ -148,7 +151,7 @@ def _harvest(
                 max_tokens=args.tokens,
                 max_norm_ratio=3.0,
                 val_fraction=VAL_FRACTION,
-                overwrite=True,
+                overwrite=old is not None and old.meta != settings,
                 meta=settings,
                 progress=advance,
             )
@@ -167,7 +170,8 @@ def _train(
     """Train, or continue (or take) the run of the same settings in `folder`."""
     import torch
 
-    from fastsae._files import write_json
+    from fastsae._files.read import check_seal, read_json
+    from fastsae._files.write import remove, sealed, write_json
     from fastsae.nn import TopKSAE
     from fastsae.train import TrainConfig, Trainer
 
@@ -177,10 +181,13 @@ def _train(
     if folder.exists() and any(folder.iterdir()):
         if not note.exists():
             raise FileExistsError(f"demo: {folder} was not made by a demo; choose another --out")
-        if json.loads(note.read_text()) != settings:
-            shutil.rmtree(folder)
+        before = read_json(note, "demo")
+        check_seal(before, note, "demo")
+        _expect_same(args, folder, before, settings)
+        if before != settings:
+            remove(folder)
     folder.mkdir(exist_ok=True)
-    write_json(note, settings)
+    write_json(note, sealed(settings))
     torch.manual_seed(args.seed)
     sae = TopKSAE(data.d_in, args.expansion * data.d_in, args.k)
     sae.metadata = {"model_name": data.manifest.model, "hook_name": data.site}
@@ -195,6 +202,20 @@ def _train(
     )
     trained = Trainer(sae, data, config).fit(resume=True)
     return trained.sae, trained.history
+
+
+def _expect_same(
+    args: argparse.Namespace, folder: Path, before: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """Raise FileExistsError where `folder` is of other settings and may not be replaced."""
+    other = sorted(name for name in settings if before.get(name) != settings[name])
+    if other and not args.overwrite:
+        was = ", ".join(f"{name} = {before.get(name)!r}" for name in other)
+        now = ", ".join(f"{settings[name]!r}" for name in other)
+        raise FileExistsError(
+            f"demo: expected {was} as in {folder}, got {now}; choose another --out, or --overwrite "
+            "replaces it"
+        )
 
 
 def _cross_entropy(

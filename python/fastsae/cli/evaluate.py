@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastsae.cli.console import emit, positive, progress, subcommand, table
+from fastsae.cli.console import device_named, emit, positive, progress, subcommand, table
 
 EXAMPLE = """
 fastsae eval sae acts
@@ -32,6 +32,9 @@ def add_to(subparsers: Any) -> None:
         "--contexts", type=positive, default=24, help="contexts to predict (default 24)"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--partial", action="store_true", help="use what is there of an interrupted harvest"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,11 +49,13 @@ def run(args: argparse.Namespace) -> None:
     from fastsae.eval import evaluate
     from fastsae.interop import load
 
-    sae = load(args.sae, device=args.device)
+    device = device_named(args.device)
+    sae = load(args.sae, device=device)
     trained_on = str(sae.metadata.get("hook_name", "")).split("+")
-    known = set(trained_on) <= set(Manifest.read(Path(args.store)).sites)
+    manifest = Manifest.read(Path(args.store), partial=args.partial)
+    known = set(trained_on) <= set(manifest.sites)
     sites = args.site or (trained_on if known else None)
-    store = ActivationStore(args.store, sites, split=args.split)
+    store = ActivationStore(args.store, sites, split=args.split, partial=args.partial)
     if not len(store):
         raise ValueError(f"eval: expected rows in split {args.split} of {args.store}, got none")
     with progress("evaluate", len(store), "token") as advance:
@@ -61,12 +66,11 @@ def run(args: argparse.Namespace) -> None:
         from fastsae.models.load import load_model
 
         model, tokenizer = load_model(args.model)
-        manifest = store.manifest
         every = chunks(tokenizer, texts, manifest.context, manifest.prefix_id)
         contexts = spread([chunk.ids for chunk in every], args.contexts)
         with progress("cross entropy", 4 * len(contexts), "context") as advance:
             numbers |= cross_entropy(
-                model.to(args.device),
+                model.to(device),
                 store.site,
                 sae,
                 contexts,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastsae.cli.console import emit, positive, progress, subcommand
+from fastsae.cli.console import device_named, emit, positive, progress, subcommand
 
 EXAMPLE = """
 fastsae harvest --model ./my-llama --text corpus.jsonl --site resid_post.12 --out acts
@@ -59,10 +59,11 @@ def run(args: argparse.Namespace) -> None:
     from fastsae.data import harvest
     from fastsae.models.load import load_model
 
+    device = device_named(args.device)
     model, tokenizer = load_model(args.model)
     with progress("harvest", args.tokens, "token") as advance:
         manifest = harvest(
-            model.to(args.device),
+            model.to(device),
             tokenizer,
             texts,
             args.site,

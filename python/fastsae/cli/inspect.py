@@ -23,21 +23,23 @@ def add_to(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the facts of a folder."""
+    from fastsae._files.read import printable
+
     path = Path(args.path)
-    if (path / "manifest.json").exists():
+    if any((path / name).exists() for name in ("manifest.json", "manifest.partial.json")):
         facts = _store(path)
     elif (path / "cfg.json").exists():
         facts = _sae(path)
     else:
         what = "no manifest.json or cfg.json in it" if path.is_dir() else "no such folder"
         raise FileNotFoundError(f"inspect: expected an SAE or a harvest, got {path}: {what}")
-    emit(facts, args.json, table([(name, str(value)) for name, value in facts.items()]))
+    emit(facts, args.json, table([(name, printable(str(value))) for name, value in facts.items()]))
 
 
 def _store(path: Path) -> dict[str, Any]:
-    from fastsae.data.shards import Manifest
+    from fastsae.data.shards import Manifest, open_shard
 
-    manifest = Manifest.read(path)
+    manifest = Manifest.read(path, partial=True)
     return {
         "kind": "activations",
         "complete": manifest.complete,
@@ -47,7 +49,7 @@ def _store(path: Path) -> dict[str, Any]:
         "rows": {split: manifest.rows(split) for split in ("train", "val")},
         "documents": manifest.documents,
         "shards": len(manifest.shards),
-        "bytes": sum((path / shard.file).stat().st_size for shard in manifest.shards),
+        "bytes": sum(open_shard(path, s).path.stat().st_size for s in manifest.shards),
         "context": manifest.context,
         "dropped": manifest.dropped,
         "max_norm": manifest.max_norm,

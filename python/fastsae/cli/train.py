@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsae.cli.console import emit, positive, subcommand
+from fastsae.cli.console import device_named, emit, positive, say, subcommand
 
 if TYPE_CHECKING:
     from fastsae.nn import SAE
@@ -17,6 +18,7 @@ fastsae train acts --site mlp_out.3 --arch batchtopk --k 64 --expansion 16 --epo
 fastsae train acts --arch matryoshka --option groups=[512,1024,3072] --out sae
 fastsae train acts --arch transcoder --site mlp_in.3 --site mlp_out.3 --option skip=true --out sae
 fastsae train acts --out sae --resume
+fastsae train acts --out sae --resume-from sae/checkpoints/step_000001000
 """
 
 ARCHITECTURES = {
@@ -79,6 +81,12 @@ def add_to(subparsers: Any) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--checkpoint-every", type=positive, help="updates between checkpoints")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument(
+        "--resume-from", metavar="CHECKPOINT", help="continue from another than the newest one"
+    )
+    parser.add_argument(
+        "--partial", action="store_true", help="use what is there of an interrupted harvest"
+    )
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard logs")
 
 
@@ -87,11 +95,12 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from fastsae.data import ActivationStore
-    from fastsae.train import TrainConfig, Trainer
+    from fastsae.train import TrainConfig, Trainer, latest
 
     sites = sites_of(args.arch, args.site)
-    data = ActivationStore(args.store, sites)
-    val = ActivationStore(args.store, sites, split="val")
+    data = ActivationStore(args.store, sites, partial=args.partial)
+    val = ActivationStore(args.store, sites, split="val", partial=args.partial)
+    device_named(args.device)
     torch.manual_seed(args.seed)
     sae = build(args, [data.manifest.sites[site] for site in data.sites])
     sae.metadata = {"model_name": data.manifest.model, "hook_name": data.site}
@@ -109,7 +118,9 @@ def run(args: argparse.Namespace) -> None:
         out=args.out,
     )
     trainer = Trainer(sae, data, config, val=val if len(val) else None)
-    final = trainer.fit(resume=args.resume).final
+    if args.resume and latest(Path(args.out) / "checkpoints") is None:
+        say(f"train: no checkpoint in {args.out}, so this is a new run")
+    final = trainer.fit(resume=args.resume_from or args.resume).final
     text = ", ".join(f"{name} {value:.6g}" for name, value in final.items())
     emit({"out": args.out, **final}, args.json, f"{args.out}: {text}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -9,9 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
-from fastsae.data.shards import COLUMNS, Manifest, ShardWriter
+from fastsae._files.checksum import as_bytes
+from fastsae._files.lock import locked
+from fastsae._files.read import field
+from fastsae._files.write import sweep
+from fastsae._signals import StopSignals
+from fastsae.data.shards import (
+    COLUMNS,
+    MANIFEST,
+    PARTIAL,
+    SPLITS,
+    WAITING,
+    Manifest,
+    ShardWriter,
+    clean_up,
+    files_of_harvest,
+    foreign_files,
+    open_shard,
+    read_manifest,
+    shard_from,
+    shard_number,
+)
 from fastsae.models.chunks import Chunk, chunks, held_out, pad, prefix_token
 from fastsae.models.sites import Site, read, read_gradients, resolve
 
@@ -64,7 +86,9 @@ def harvest(
             float16 flushes small gradients to zero, and a whole forward and backward pass.
         val_fraction: share of the documents kept for validation, in [0, 1).
         shard_rows: rows per file.
-        overwrite: replace a complete harvest in `out`; an incomplete one is always replaced.
+        overwrite: begin anew, and replace the harvest that is in `out` once the new one is whole.
+            Otherwise an interrupted harvest of the same settings and documents is continued, and
+            ends in the same bytes as one that was never interrupted.
         meta: anything that can be JSON, kept in the manifest.
         progress: called with the number of rows stored, once per batch.
 
@@ -73,17 +97,21 @@ def harvest(
 
     Raises:
         ValueError: a bad argument, an unknown site, no text, an activation that is not finite or
-            does not fit `dtype`.
-        FileExistsError: `out` holds a complete harvest and `overwrite` is False.
-        OSError: the disk is full; the shards written so far are kept and stay readable.
+            does not fit `dtype`, or `out` holds an interrupted harvest of other settings or
+            documents.
+        FileExistsError: `out` holds a complete harvest and `overwrite` is False, or files that
+            would be written over and are not those of a harvest.
+        RuntimeError: another process harvests into `out`.
+        OSError: the disk is full; what was written so far is kept, and the same call continues.
+        KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, after all rows so far are on the disk.
     """
     names = [sites] if isinstance(sites, str) else list(sites)
     _check(names, context, drop_prefix, val_fraction, shard_rows, batch_size, max_tokens)
+    _check_rest(model, context, max_norm_ratio, dtype, meta)
     if gradients and dtype == torch.float16:
         raise ValueError("harvest: expected dtype bfloat16 or float32 with gradients, got float16")
     found = [resolve(model, name) for name in names]
     prefix = prefix_token(tokenizer) if prefix_id is None else prefix_id
-    folder = _prepare(Path(out), overwrite)
     config = getattr(model, "config", None)
     manifest = Manifest(
         model=getattr(config, "_name_or_path", "") or type(model).__name__,
@@ -92,36 +120,213 @@ def harvest(
         prefix_id=prefix,
         drop_prefix=drop_prefix,
         dropped={"prefix": 0, "norm": 0},
-        meta=meta or {},
+        documents=dict.fromkeys(SPLITS, 0),
+        settings={
+            "sites": names,
+            "batch_size": batch_size,
+            "max_tokens": max_tokens,
+            "max_norm_ratio": max_norm_ratio,
+            "gradients": gradients,
+            "val_fraction": val_fraction,
+            "shard_rows": shard_rows,
+            "weights": _weights(model),
+        },
+        meta=json.loads(json.dumps(meta or {})),
     )
-    writer = ShardWriter(folder, manifest, shard_rows)
-    seen: dict[str, set[int]] = {"train": set(), "val": set()}
-    left = max_tokens
+    folder = Path(out)
+    batches = _Batches(chunks(tokenizer, texts, context, prefix), batch_size)
     training = model.training
-    model.eval()
-    try:
-        for batch in _batched(chunks(tokenizer, texts, context, prefix), batch_size):
-            columns = _rows(model, found, batch, manifest, max_norm_ratio, dtype, gradients)
-            columns = {name: column[:left] for name, column in columns.items()}
-            rows = len(columns["token_ids"])
-            docs = columns["doc_ids"].tolist()
-            is_val = torch.tensor([held_out(doc, val_fraction) for doc in docs], dtype=torch.bool)
-            for split, mask in (("train", ~is_val), ("val", is_val)):
-                seen[split].update(columns["doc_ids"][mask].unique().tolist())
-                manifest.documents[split] = len(seen[split])
-                writer.add(split, {name: column[mask] for name, column in columns.items()})
-            if progress:
-                progress(rows)
-            if left is not None:
-                left -= rows
-                if left == 0:
-                    break
-    finally:
-        model.train(training)
-    if not any(seen.values()):
-        raise ValueError("harvest: expected at least one token of text, the documents gave none")
-    writer.close()
+    with locked(folder, "harvest"):
+        sweep(folder)
+        clean_up(folder)
+        run = _Harvest(folder, manifest, max_tokens, overwrite)
+        run.skip(batches)
+        model.eval()
+        try:
+            if progress and run.rows:
+                progress(run.rows)
+            with StopSignals() as stop:
+                for batch in batches:
+                    if run.left == 0:
+                        break
+                    columns = _rows(model, found, batch, manifest, max_norm_ratio, dtype, gradients)
+                    rows = run.add(columns, batches)
+                    if progress:
+                        progress(rows)
+                    if stop.received:
+                        run.save(batches)
+                        raise KeyboardInterrupt(
+                            f"{stop.received} after {run.rows} rows; they are in {folder}, and the "
+                            "same call continues"
+                        )
+        finally:
+            model.train(training)
+        if not run.rows:
+            raise ValueError(
+                "harvest: expected at least one token of text, the documents gave none"
+            )
+        run.close()
     return manifest
+
+
+class _Batches:
+    """Contexts in batches, with a count and a checksum of those that were taken."""
+
+    def __init__(self, chunks: Iterator[Chunk], size: int) -> None:
+        self._chunks, self._size = chunks, size
+        self.count = 0
+        self._sum = xxhash.xxh3_128()
+
+    def __iter__(self) -> Iterator[list[Chunk]]:
+        while batch := list(islice(self._chunks, self._size)):
+            self.count += 1
+            self._sum.update(json.dumps([[chunk.doc, chunk.ids] for chunk in batch]).encode())
+            yield batch
+
+    def checksum(self) -> str:
+        """Return what stands for the documents so far."""
+        return self._sum.hexdigest()
+
+
+class _Harvest:
+    """A harvest into a folder: one that is new, or the continuation of an interrupted one."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, max_tokens: int | None, overwrite: bool
+    ) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.left, self.rows = max_tokens, 0
+        self._last_doc = dict.fromkeys(SPLITS, -1)
+        self._resumed: dict[str, Any] | None = None
+        done, part = folder / MANIFEST, folder / PARTIAL
+        known, first = set(), 0
+        if done.exists():
+            old, _ = read_manifest(done)
+            self._expect_replaceable(old, overwrite or part.exists())
+            known = {shard.file for shard in old.shards}
+            first = 1 + max((shard_number(name) or 0 for name in known), default=-1)
+        if part.exists():
+            begun, state = read_manifest(part)
+            first = field(state, "first", int, part, "harvest", least=0)
+            known |= set(files_of_harvest(folder, first))
+            if not overwrite and (begun.shards or state.get("waiting")):
+                self._resume(begun, state, part)
+        if foreign := foreign_files(folder, known):
+            raise FileExistsError(
+                f"harvest: expected {folder} to hold no files of others, got {foreign[0]}, which "
+                "no manifest there names; choose another folder, or remove it"
+            )
+        size = manifest.settings["shard_rows"]
+        self._writer = ShardWriter(folder, manifest, size, first=first)
+        if self._resumed is not None:
+            waiting = field(self._resumed, "waiting", list, part, "harvest")
+            number = field(self._resumed, "number", int, part, "harvest", least=0)
+            self._writer.restore([shard_from(s, WAITING, part) for s in waiting], number)
+
+    def skip(self, batches: _Batches) -> None:
+        """Pass over the batches that an interrupted harvest has stored."""
+        if self._resumed is None:
+            return
+        part = self.folder / PARTIAL
+        state = field(self._resumed, "progress", dict, part, "harvest")
+        count = field(state, "batches", int, part, "harvest", least=0)
+        for _ in islice(batches, count):
+            pass
+        if (batches.count, batches.checksum()) != (count, state.get("documents")):
+            raise ValueError(
+                f"harvest: expected the documents of the interrupted harvest in {self.folder}, got "
+                "others; overwrite=True (--overwrite) begins anew"
+            )
+
+    def add(self, columns: dict[str, Tensor], batches: _Batches) -> int:
+        """Store the rows of the batch just taken; return how many."""
+        columns = {name: column[: self.left] for name, column in columns.items()}
+        docs = columns["doc_ids"].tolist()
+        fraction = self.manifest.settings["val_fraction"]
+        is_val = torch.tensor([held_out(doc, fraction) for doc in docs], dtype=torch.bool)
+        for split, mask in (("train", ~is_val), ("val", is_val)):
+            here = columns["doc_ids"][mask].unique()
+            self.manifest.documents[split] += int((here > self._last_doc[split]).sum())
+            self._last_doc[split] = max([self._last_doc[split], *here.tolist()])
+            self._writer.add(split, {name: column[mask] for name, column in columns.items()})
+        self.rows += len(docs)
+        if self.left is not None:
+            self.left -= len(docs)
+        if self._writer.has_news:
+            self.save(batches)
+        return len(docs)
+
+    def save(self, batches: _Batches) -> None:
+        """Put everything up to the batch just taken on the disk."""
+        self._writer.save(
+            {
+                "batches": batches.count,
+                "documents": batches.checksum(),
+                "last_doc": self._last_doc,
+                "rows": self.rows,
+            }
+        )
+
+    def close(self) -> None:
+        """Complete the store."""
+        self._writer.close()
+
+    def _expect_replaceable(self, old: Manifest, allowed: bool) -> None:
+        if old.complete and not allowed:
+            raise FileExistsError(
+                f"harvest: {self.folder} already holds a complete harvest; choose another folder "
+                "or overwrite it"
+            )
+        if not (old.complete or allowed):
+            raise FileExistsError(
+                f"harvest: {self.folder} holds an interrupted harvest of an earlier version, which "
+                "cannot be continued; choose another folder or overwrite it"
+            )
+
+    def _resume(self, begun: Manifest, state: dict[str, Any], part: Path) -> None:
+        """Take over what the partial manifest says, if it is of this harvest."""
+        ours, theirs = self._about(self.manifest), self._about(begun)
+        for name, value in ours.items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"harvest: expected {name} = {theirs.get(name)!r} as in the interrupted "
+                    f"harvest in {self.folder}, got {value!r}; overwrite=True (--overwrite) begins "
+                    "anew"
+                )
+        manifest = self.manifest
+        manifest.shards, manifest.sites = begun.shards, begun.sites
+        manifest.documents, manifest.dropped = begun.documents, begun.dropped
+        manifest.max_norm = begun.max_norm
+        progress = field(state, "progress", dict, part, "harvest")
+        self.rows = field(progress, "rows", int, part, "harvest", least=0)
+        if self.left is not None:
+            self.left -= self.rows
+        last = field(progress, "last_doc", dict, part, "harvest")
+        self._last_doc = {
+            split: field(last, split, int, part, "harvest", least=-1) for split in SPLITS
+        }
+        for shard in manifest.shards:
+            open_shard(self.folder, shard)
+        self._resumed = state
+
+    @staticmethod
+    def _about(manifest: Manifest) -> dict[str, Any]:
+        """Return what must be the same for a harvest and its continuation, as JSON values."""
+        names = ("model", "dtype", "context", "prefix_id", "drop_prefix", "meta")
+        values = {name: getattr(manifest, name) for name in names} | manifest.settings
+        about: dict[str, Any] = json.loads(json.dumps(values))
+        return about
+
+
+def _weights(model: nn.Module) -> str:
+    """Return a checksum of some numbers of every parameter: another model has another one."""
+    total = xxhash.xxh3_128()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // 256)][:512].cpu().contiguous()
+        total.update(f"{name} {parameter.dtype} {[*parameter.shape]}".encode())
+        total.update(as_bytes(some))
+    return total.hexdigest()
 
 
 def _rows(
@@ -171,26 +376,6 @@ def _rows(
     return {name: c if name.startswith("acts.") else c[kept] for name, c in columns.items()}
 
 
-def _batched(items: Iterator[Chunk], size: int) -> Iterator[list[Chunk]]:
-    while batch := list(islice(items, size)):
-        yield batch
-
-
-def _prepare(folder: Path, overwrite: bool) -> Path:
-    """Make `folder` ready for a new harvest; remove an old one, manifest first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "manifest.json").exists():
-        if not overwrite and Manifest.read(folder).complete:
-            raise FileExistsError(
-                f"harvest: {folder} already holds a complete harvest; choose another folder or "
-                "overwrite it"
-            )
-        (folder / "manifest.json").unlink()
-    for old in folder.glob("shard-*.safetensors*"):
-        old.unlink()
-    return folder
-
-
 def _check(
     sites: list[str],
     context: int,
@@ -214,3 +399,27 @@ def _check(
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise ValueError(f"harvest: expected {name} >= 1, got {value}")
+
+
+def _check_rest(
+    model: nn.Module,
+    context: int,
+    max_norm_ratio: float | None,
+    dtype: torch.dtype,
+    meta: dict[str, Any] | None,
+) -> None:
+    if max_norm_ratio is not None and not 0 < max_norm_ratio < float("inf"):
+        raise ValueError(f"harvest: expected max_norm_ratio > 0 or None, got {max_norm_ratio}")
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"harvest: expected dtype float16, bfloat16 or float32, got {dtype}")
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(text, "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < context:
+        raise ValueError(
+            f"harvest: expected context <= {longest}, the positions of the model, got {context}"
+        )
+    try:
+        json.dumps(meta or {}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"harvest: expected meta to be JSON ({error})") from None

@@ -13,14 +13,17 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
+from fastsae._files import checksum
+
 
 @runtime_checkable
 class ActivationSource(Protocol):
     """Rows of `d_in` numbers.
 
     Optional: `__len__`, the number of rows of one pass, without which a run needs its number of
-    steps; and `sample(n) -> Tensor [<= n, d_in]`, rows drawn from all of them for statistics,
-    without which the first batches serve.
+    steps; `sample(n) -> Tensor [<= n, d_in]`, rows drawn from all of them for statistics, without
+    which the first batches serve; and `fingerprint() -> str`, the same for the same content only,
+    without which a run may be resumed on other data unnoticed.
     """
 
     d_in: int
@@ -118,6 +121,10 @@ class TensorSource:
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(self), generator=generator)[:n].sort().values
         return self.x[chosen.to(self.x.device)]
+
+    def fingerprint(self) -> str:
+        """Return a checksum of all rows."""
+        return checksum.of_rows(self.x)
 
 
 class IterableSource:
@@ -273,6 +280,12 @@ def as_source(owner: str, name: str, data: Any) -> ActivationSource:
 def source_len(source: ActivationSource) -> int | None:
     """Return the number of rows of one pass, None where the source does not know."""
     return len(source) if isinstance(source, Sized) else None
+
+
+def fingerprint(source: ActivationSource) -> str | None:
+    """Return what stands for the content of a source, None where the source does not know."""
+    known = getattr(source, "fingerprint", None)
+    return None if known is None else str(known())
 
 
 def sample_rows(source: ActivationSource, n: int, batch_size: int, seed: int = 0) -> Tensor:

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastsae.data.shards import COLUMNS, Manifest, Shard
+from fastsae._files import checksum
+from fastsae._files.read import TensorFile, note_without_checksums
+from fastsae._files.write import DTYPES
+from fastsae.data.shards import COLUMNS, Manifest, Shard, open_shard
 from fastsae.data.source import EpochBatches
 
 
@@ -28,10 +30,15 @@ class ActivationStore:
             with their columns side by side, in the order given, for transcoders and crosscoders.
         split: "train" | "val".
         buffer_bytes: most bytes of activations held at once, as stored (one shard at least).
+        partial: also open an interrupted harvest, and use the shards that are there.
+
+    Headers and settings are verified here, the numbers of a shard when they are first read, against
+    the checksums that `harvest` wrote.
 
     Raises:
         FileNotFoundError: no manifest, or a shard is missing.
-        ValueError: no such site or split, or a shard is damaged.
+        ValueError: no such site or split, an interrupted harvest, or a file is damaged; also while
+            rows are read.
     """
 
     def __init__(
@@ -41,9 +48,10 @@ class ActivationStore:
         *,
         split: str = "train",
         buffer_bytes: int = 2 << 30,
+        partial: bool = False,
     ) -> None:
         self.path = Path(path)
-        self.manifest = Manifest.read(self.path)
+        self.manifest = Manifest.read(self.path, partial=partial)
         sites = ", ".join(self.manifest.sites) or "none"
         if site is None and len(self.manifest.sites) == 1:
             site = next(iter(self.manifest.sites))
@@ -62,8 +70,10 @@ class ActivationStore:
         self.shards = [shard for shard in self.manifest.shards if shard.split == split]
         self._rows = self.manifest.rows(split)
         self._held: Tensor | None = None
-        for shard in self.shards:
-            self._check(shard)
+        self._files = {shard.file: self._checked(shard) for shard in self.shards}
+        self._verified: set[tuple[str, str]] = set()
+        if any(shard.seal is None for shard in self.shards):
+            note_without_checksums(self.path, "ActivationStore", "a new harvest")
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -155,6 +165,12 @@ class ActivationStore:
         """Return the place of each row in its context, the prefix token being 0: `[n]`, int32."""
         return self._slice("positions", rows)
 
+    def fingerprint(self) -> str:
+        """Return a checksum of the rows: of the files, or of a sample where they have none."""
+        seals = [shard.seal for shard in self.shards]
+        content = checksum.of_rows(self.sample(1024)) if None in seals else None
+        return checksum.of_json([seals, content, len(self), self.sites, self.split])
+
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """Return `min(n, len(self))` different rows drawn from the whole split, float32."""
         chosen = torch.randperm(len(self), generator=_generator(seed, -1, 0))[:n].sort().values
@@ -210,31 +226,30 @@ class ActivationStore:
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
     def _tensor(self, shard: Shard, name: str) -> Tensor:
-        """Map one tensor of a shard; pages are read as they are touched."""
-        with safe_open(self.path / shard.file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        """Map one tensor of a shard; pages are read as they are touched, the first time now."""
+        key = shard.file, name
+        tensor = self._files[shard.file].tensor(name, verify=key not in self._verified)
+        self._verified.add(key)
         return tensor
 
-    def _check(self, shard: Shard) -> None:
-        path = self.path / shard.file
-        if not path.exists():
-            raise FileNotFoundError(
-                f"ActivationStore: {path} is missing; the manifest lists {len(self.shards)} "
-                f"{self.split} shards"
-            )
-        for name in self.sites:
-            want = [shard.rows, self.manifest.sites[name]]
-            try:
-                with safe_open(path, framework="pt") as file:
-                    got = list(file.get_slice(f"acts.{name}").get_shape())
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"ActivationStore: {path} is truncated or damaged ({error})"
-                ) from None
+    def _checked(self, shard: Shard) -> TensorFile:
+        """Open the file of a shard, if it holds what the manifest says."""
+        file = open_shard(self.path, shard)
+        acts = {f"acts.{name}": [shard.rows, self.manifest.sites[name]] for name in self.sites}
+        for name, want in {**acts, **{name: [shard.rows] for name in COLUMNS}}.items():
+            got = file.shapes.get(name)
             if got != want:
                 raise ValueError(
-                    f"ActivationStore: expected {path} to hold acts.{name} {want}, got {got}"
+                    f"ActivationStore: expected {file.path} to hold {name} {want}, got {got}"
                 )
+        dtype = DTYPES[getattr(torch, self.manifest.dtype)]
+        for name in acts:
+            if file.dtypes[name] != dtype:
+                raise ValueError(
+                    f"ActivationStore: expected {name} to be {dtype} in {file.path}, got "
+                    f"{file.dtypes[name]}"
+                )
+        return file
 
 
 def _generator(seed: int, epoch: int, number: int) -> torch.Generator:

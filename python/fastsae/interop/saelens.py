@@ -5,6 +5,10 @@ architecture has besides, such as threshold [d_sae]. `cfg.json` holds SAELens' k
 and its constructor arguments are under `metadata.fastsae`, which SAELens carries along. A class
 that SAELens has no architecture for is written under a name that it refuses, not under a wrong one.
 Nothing is ever unpickled.
+
+The weights file is the save: it holds the checksums of its tensors and the content of `cfg.json`,
+and takes its place with one rename. `cfg.json` names the weights file that it belongs to, so one of
+another save is noticed, and the content inside the weights file serves.
 """
 
 from __future__ import annotations
@@ -12,17 +16,24 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from contextlib import suppress
 from functools import singledispatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from fastsae._files import reason, sync, write_json, write_tensors
+from fastsae._files import checksum
+from fastsae._files.read import (
+    TensorFile,
+    field,
+    logger,
+    note_without_checksums,
+    printable,
+    read_json,
+)
+from fastsae._files.write import as_json, publish, reason, staging, write_file, write_tensors
 from fastsae.nn import (
     SAE,
     BatchTopKSAE,
@@ -83,7 +94,8 @@ def _(sae: GroupMaxSAE) -> Architecture:
 @architecture.register(FeatureChoiceSAE)
 @architecture.register(JumpReLUSAE)
 def _(sae: BatchTopKSAE | FeatureChoiceSAE | JumpReLUSAE) -> Architecture:
-    threshold = sae.threshold.detach().expand(sae.d_sae).clone()
+    # Not by `clone`, which on the meta device takes a second to import what it needs.
+    threshold = sae.threshold.new_empty(sae.d_sae).copy_(sae.threshold.detach())
     return Architecture({"architecture": "jumprelu"}, {"threshold": threshold})
 
 
@@ -107,11 +119,14 @@ def class_name(sae: SAE) -> str:
     raise TypeError(f"save: expected a registered SAE class, got {type(sae).__name__}")
 
 
-def write(sae: SAE, path: str | os.PathLike[str]) -> None:
+def write(sae: SAE, path: str | os.PathLike[str]) -> str:
     """Write `sae` into the folder `path`, which is made if needed.
 
-    Both files are written completely next to the old ones and reach the disk before they take
-    their place, so a full disk or a crash leaves the previous save as it was.
+    A crash or a full disk at any moment leaves a folder that loads, as the previous save or as this
+    one.
+
+    Returns:
+        A checksum of all that was written.
 
     Raises:
         TypeError: `sae.metadata` or a constructor argument is not JSON.
@@ -120,25 +135,36 @@ def write(sae: SAE, path: str | os.PathLike[str]) -> None:
     """
     folder = Path(path)
     tensors, cfg = contents(sae)
-    staged = [(folder / f".{name}.tmp", folder / name) for name in (CONFIG, WEIGHTS)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(staged[0][0], cfg)
-        write_tensors(staged[1][0], tensors)
-        for temporary, final in staged:
-            os.replace(temporary, final)
-        sync(folder)
+        with staging(folder) as stage:
+            seal = write_files(stage, tensors, cfg)
+            publish(stage, folder, [WEIGHTS, CONFIG])
     except (OSError, SafetensorError) as error:
-        for temporary, _ in staged:
-            with suppress(OSError):
-                temporary.unlink()
         raise RuntimeError(
             f"save: could not write {folder} ({reason(error)}); what was there before is kept"
         ) from error
+    return seal
 
 
-def contents(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def write_files(stage: Path, tensors: dict[str, Tensor], cfg: dict[str, Any]) -> str:
+    """Write what `contents` returned into a new folder; return the seal of the weights file."""
+    seal = write_tensors(stage / WEIGHTS, tensors, cfg)
+    own = {**cfg["metadata"]["fastsae"], "weights": seal}
+    cfg = {**cfg, "metadata": {**cfg["metadata"], "fastsae": own}}
+    own["checksum"] = checksum.of_json(cfg)
+    write_file(stage / CONFIG, as_json(cfg))
+    return seal
+
+
+def contents(
+    sae: SAE, progress: dict[str, int] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of the weights file and the content of `cfg.json`.
+
+    Args:
+        sae: for raw activations.
+        progress: {"step": done, "steps": of the whole run} of a module in training.
 
     Raises:
         TypeError, ValueError: as in `write`.
@@ -155,11 +181,12 @@ def contents(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 "class": class_name(sae),
                 "config": sae.config(),
                 "learned": {name: getattr(sae, name).item() for name in _numbers(sae)},
+                **({"training": progress} if progress else {}),
             },
         },
     }
     try:
-        json.dumps(cfg, allow_nan=False)
+        cfg = json.loads(json.dumps(cfg, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"save: expected metadata and arguments of {type(sae).__name__} to be JSON ({error})"
@@ -170,38 +197,34 @@ def contents(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> SAE:
     """Read the module that `write` wrote: same class, arguments, dtype and threshold, in eval mode.
 
+    Every byte is compared with its checksum. A folder of a version that wrote none is read with a
+    warning, and so is a checkpoint in the middle of a run.
+
     Raises:
         FileNotFoundError: no such folder, or a file is missing in it.
-        ValueError: a file is damaged, the class is not known, shapes disagree, or `cfg.json` was
-            edited such that it contradicts `metadata.fastsae`.
+        ValueError: a file is damaged or edited, the class is not known, or shapes disagree.
     """
     folder = Path(path)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"load: expected {folder} to hold {name}, found none")
-    sae, cfg, learned = _build(folder / CONFIG, device)
-    try:
-        tensors = load_file(folder / WEIGHTS, device=str(device))
-    except SafetensorError as error:
-        raise ValueError(
-            f"load: expected {folder / WEIGHTS} to be a safetensors file ({error})"
-        ) from error
+    file, cfg, weights = _open(folder)
+    sae, learned = _build(file, cfg, device)
     form, names = _form(sae), _parameter_names(sae)
-    _check_keys(folder / CONFIG, cfg, _keys(sae, form))
+    if weights.seal is None:
+        _check_keys(file, cfg, _keys(sae, form))
     expected = {name: getattr(sae, own).shape for own, name in names.items()}
     expected |= {name: t.shape for name, t in (form.tensors | _extra(sae)).items()}
     for name, shape in expected.items():
-        got = tensors[name].shape if name in tensors else None
-        if got != shape:
-            found = "none" if got is None else str([*got])
+        got = weights.shapes.get(name)
+        if got != [*shape]:
             raise ValueError(
-                f"load: expected {name} to be {[*shape]} in {folder / WEIGHTS}, got {found}"
+                f"load: expected {name} to be {[*shape]} in {weights.path}, got "
+                f"{'none' if got is None else got}"
             )
+    tensors = {name: tensor.to(device) for name, tensor in weights.tensors().items()}
     for name in names.values():
         if (dtype := tensors[name].dtype) != sae.W_enc_rows.dtype:
             raise ValueError(
-                f"load: expected {name} in {sae.W_enc_rows.dtype}, as dtype in {folder / CONFIG} "
-                f"says, got {dtype}; change both, or neither"
+                f"load: expected {name} in {sae.W_enc_rows.dtype}, as dtype in {file} says, got "
+                f"{dtype}; change both, or neither"
             )
     if sae.W_enc_rows.is_meta:
         sae.to_empty(device=device)
@@ -210,8 +233,41 @@ def read(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
             setattr(sae, own, tensors[name])
         for name, held in _extra(sae).items():
             held.data = tensors[name].to(held.device)
-        _restore(sae, tensors, learned)
+        _restore(sae, tensors, learned, file)
     return sae.eval()
+
+
+def _open(folder: Path) -> tuple[Path, dict[str, Any], TensorFile]:
+    """Return the file that says what the folder holds, its content, and the open weights file."""
+    file = folder / CONFIG
+    if not (folder / WEIGHTS).exists():
+        raise FileNotFoundError(f"load: expected {folder} to hold {WEIGHTS}, found none")
+    weights = TensorFile(folder / WEIGHTS, "load")
+    inside = weights.about if isinstance(weights.about, dict) else None
+    if not file.exists():
+        if inside is None:
+            raise FileNotFoundError(f"load: expected {folder} to hold {CONFIG}, found none")
+        logger.warning("load: no %s; took the copy of it in %s", file, weights.path)
+        return weights.path, inside, weights
+    cfg = read_json(file, "load")
+    own = cfg["metadata"].get("fastsae") if isinstance(cfg.get("metadata"), dict) else None
+    seal = own.pop("checksum", None) if isinstance(own, dict) else None
+    if seal is None and inside is None:
+        note_without_checksums(folder, "load", "fastsae.save(fastsae.load(path), path)")
+        return file, cfg, weights
+    if seal is None:  # of a version without, which a save was about to replace
+        logger.warning("load: %s is of another save; took the copy in %s", file, weights.path)
+        return file, inside or {}, weights
+    if seal != checksum.of_json(cfg):
+        raise ValueError(
+            f"load: expected {file} as it was saved, got one that was damaged or edited; delete it "
+            f"to load the copy of it in {weights.path}"
+        )
+    if inside is None:
+        raise ValueError(f"load: expected {weights.path} to have the checksums of {file}, got none")
+    if own is None or own.get("weights") != weights.seal:
+        logger.warning("load: %s is of another save; took the copy in %s", file, weights.path)
+    return file, inside, weights
 
 
 def _form(sae: SAE) -> Architecture:
@@ -289,10 +345,10 @@ def _check_arguments(sae: SAE) -> None:
         )
 
 
-def _restore(sae: SAE, tensors: dict[str, Tensor], learned: dict[str, Any]) -> None:
+def _restore(sae: SAE, tensors: dict[str, Tensor], learned: dict[str, Any], file: Path) -> None:
     """Set from a file what is not one of the four parameters."""
     for name in _numbers(sae):
-        getattr(sae, name).fill_(learned[name])
+        getattr(sae, name).fill_(field(learned, name, float, file, "load"))
     if "." in class_name(sae):
         return
     if isinstance(sae, BatchTopKSAE):
@@ -317,14 +373,12 @@ def _restore(sae: SAE, tensors: dict[str, Tensor], learned: dict[str, Any]) -> N
         sae.W_skip.copy_(tensors["W_skip"])
 
 
-def _build(file: Path, device: torch.device | str) -> tuple[SAE, dict[str, Any], dict[str, Any]]:
-    """Return the module that `file` describes, the whole content, and what it had learned besides
-    its tensors. A class of fastsae comes without storage, on the meta device.
+def _build(
+    file: Path, cfg: dict[str, Any], device: torch.device | str
+) -> tuple[SAE, dict[str, Any]]:
+    """Return the module that `cfg` from `file` describes, and what it had learned besides its
+    tensors. A class of fastsae comes without storage, on the meta device.
     """
-    try:
-        cfg = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"load: expected {file} to be JSON ({error})") from error
     try:
         metadata = dict(cfg["metadata"])
         own = metadata.pop("fastsae")
@@ -332,14 +386,19 @@ def _build(file: Path, device: torch.device | str) -> tuple[SAE, dict[str, Any],
         arguments = {RENAMED.get(name, name): value for name, value in own["config"].items()}
         inside = "." not in own["class"] and cls.__module__.startswith("fastsae.")
         sae = cls(**arguments, dtype=dtype, device="meta" if inside else device)
-    except (KeyError, TypeError, ValueError) as error:
+        learned = dict(own.get("learned", {}))
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(
             f"load: expected {file} to describe one of {', '.join(sorted(SAE.registry))} under "
             f"metadata.fastsae, got {_summary(cfg)} ({type(error).__name__}: {error})"
         ) from error
+    if training := own.get("training"):
+        step, steps = (field(training, name, int, file, "load") for name in ("step", "steps"))
+        if step < steps:
+            logger.warning("load: %s is of step %d of %d of a run", file.parent, step, steps)
     metadata.pop("sae_lens_version", None)
     sae.metadata = metadata
-    return sae, cfg, own.get("learned", {})
+    return sae, learned
 
 
 def _class_named(name: str) -> type[SAE]:
@@ -367,4 +426,4 @@ def _summary(cfg: Any) -> str:
         return type(cfg).__name__
     metadata = cfg.get("metadata")
     own = metadata.get("fastsae") if isinstance(metadata, dict) else None
-    return f"architecture = {cfg.get('architecture')!r}, fastsae = {own!r}"
+    return printable(f"architecture = {cfg.get('architecture')!r}, fastsae = {own!r}")[:200]

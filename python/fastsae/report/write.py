@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fastsae._files import write_atomic
+from fastsae._files.write import write_atomic
 from fastsae.analysis.examples import ActivatingExamples
 from fastsae.analysis.lens import promoted_tokens
 from fastsae.data import ActivationStore

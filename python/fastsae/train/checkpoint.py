@@ -3,34 +3,49 @@
     checkpoints/step_000001000/
         cfg.json, sae_weights.safetensors   the SAE for raw activations; `fastsae.load` reads it
         state.safetensors                   the tensors of `Trainer.state_dict()`
-        state.json                          the rest of it, and the settings of the run
+        state.json                          the rest of it, the settings of the run, and the seals
+                                            of the two tensor files
 
-A checkpoint is written under another name, reaches the disk, and is then renamed. Nothing is
-pickled.
+A checkpoint is written under another name, reaches the disk, and is then renamed; one that is no
+longer wanted is renamed before it is deleted. So a folder `step_*` that cannot be read was damaged,
+and is named instead of being passed over. Nothing is pickled.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+import math
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from fastsae._files import reason, sync, write_json, write_tensors
-from fastsae.interop.saelens import CONFIG, WEIGHTS, contents
+from fastsae._files.read import TensorFile, check_seal, field, read_json
+from fastsae._files.write import (
+    as_json,
+    own_folder,
+    publish_folder,
+    reason,
+    remove,
+    sealed,
+    staging,
+    write_file,
+    write_tensors,
+)
+from fastsae.interop.saelens import WEIGHTS, contents, write_files
 from fastsae.nn import SAE
 
 TENSORS, STATE = "state.safetensors", "state.json"
-FORMAT = 2
-"""Development versions of 0.1.0 wrote no format; their states have other names."""
+NAME = re.compile(r"step_(\d{9,})")
+FORMAT = 3
+"""Development versions of 0.1.0 wrote no format or 2: other names, and no checksums."""
 
 
-def save_checkpoint(folder: Path, sae: SAE, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, sae: SAE, state: dict[str, Any], keep: int, steps: int | None = None
+) -> Path:
     """Write checkpoint `state["step"]` into `folder`, then delete all but the newest `keep`.
 
     Args:
@@ -38,66 +53,135 @@ def save_checkpoint(folder: Path, sae: SAE, state: dict[str, Any], keep: int) ->
         sae: the module for raw activations.
         state: from `Trainer.state_dict`.
         keep: how many stay.
+        steps: of the whole run, for `fastsae.load` to say how far the module has come.
 
     Raises:
         RuntimeError: it cannot be written; the checkpoints that were there are untouched.
     """
     final = folder / f"step_{state['step']:09d}"
-    temporary = folder / f".tmp_{final.name}"
     tensors: dict[str, Tensor] = {}
     values = _without_tensors(state, "", tensors)
+    progress = None if steps is None else {"step": state["step"], "steps": steps}
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        weights, cfg = contents(sae)
-        write_tensors(temporary / WEIGHTS, weights)
-        write_json(temporary / CONFIG, cfg)
-        write_tensors(temporary / TENSORS, tensors)
-        write_json(temporary / STATE, {"format": FORMAT, "state": values})
-        sync(temporary)
-        shutil.rmtree(final, ignore_errors=True)  # an incomplete one of the same step
-        os.replace(temporary, final)
-        sync(folder)
+        own_folder(folder)
+        with staging(folder) as stage:
+            weights = write_files(stage, *contents(sae, progress))
+            seals = {WEIGHTS: weights, TENSORS: write_tensors(stage / TENSORS, tensors)}
+            header = {"format": FORMAT, "seals": seals}
+            write_file(stage / STATE, as_json(sealed({**header, "state": values})))
+            publish_folder(stage, final)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise RuntimeError(
-            f"checkpoint: could not write {final} ({reason(error)}); "
-            f"the newest complete one is {latest(folder)}"
+            f"checkpoint: could not write {final} ({reason(error)}); the newest complete one is "
+            f"{latest(folder)}"
         ) from error
-    for old in _complete(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in checkpoints(folder)[keep:]:
+        with suppress(OSError):
+            remove(old)
     return final
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder`, damaged ones too, newest first."""
+    found = [path for path in folder.glob("step_*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
 def latest(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint in `folder`, or None."""
-    return next(iter(_complete(folder)), None)
+    """Return the newest checkpoint in `folder`, or None; `load_checkpoint` says if it is whole."""
+    return next(iter(checkpoints(folder)), None)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the state of the checkpoint `path`.
+    """Return the state of the checkpoint `path`, every byte of it compared with its checksum.
 
     Raises:
-        ValueError: it was written by another version of fastsae.
+        FileNotFoundError: there is none, or a file of it is missing.
+        ValueError: it is damaged, or was written by another version of fastsae.
     """
-    header = json.loads((path / STATE).read_text())
+    header = read_json(path / STATE, "Trainer")
     if header.get("format") != FORMAT:
         raise ValueError(
             f"Trainer: expected a checkpoint of format {FORMAT} in {path}, got "
             f"{header.get('format', 'one of a development version')}; finish that run with the "
             "version that began it, or train fastsae.load(...) of the same folder further"
         )
-    state: dict[str, Any] = _with_tensors(header["state"], load_file(path / TENSORS))
+    if not check_seal(header, path / STATE, "Trainer"):
+        raise ValueError(f"Trainer: expected {path / STATE} to have a checksum, got none")
+    seals = field(header, "seals", dict, path / STATE, "Trainer")
+    for name in (TENSORS, WEIGHTS):
+        field(seals, name, str, path / STATE, "Trainer")
+    TensorFile(path / WEIGHTS, "Trainer", seals[WEIGHTS])
+    tensors = TensorFile(path / TENSORS, "Trainer", seals[TENSORS]).tensors()
+    state: dict[str, Any] = _with_tensors(header["state"], tensors)
+    if path.name != f"step_{state['step']:09d}":
+        raise ValueError(f"Trainer: expected {path} to hold its step, got {state['step']}")
     return state
 
 
+def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest checkpoint in `folder` and its state, None if there is none.
+
+    Raises:
+        ValueError: it cannot be read; an older one is named, but not taken.
+    """
+    found = checkpoints(folder)
+    if not found:
+        return None
+    try:
+        return found[0], load_checkpoint(found[0])
+    except (ValueError, FileNotFoundError) as error:
+        older = f"; fit(resume={str(found[1])!r}) goes on from the one before" if found[1:] else ""
+        raise ValueError(f"{error}{older}") from error
+
+
 def check_same_run(where: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raise ValueError where the settings `theirs` of a state are not `ours`."""
+    """Raise ValueError where the settings `theirs` of a state are not `ours`.
+
+    Data that cannot say what they hold count as the same.
+    """
     for name, value in ours.items():
         if theirs.get(name) != value:
-            raise ValueError(
-                f"Trainer: expected {name} = {theirs.get(name)!r} as in {where}, got {value!r}"
-            )
+            if name == "data" and None in (value, theirs.get(name)):
+                continue
+            what = "the same data" if name == "data" else f"{name} = {theirs.get(name)!r}"
+            got = "data of another content" if name == "data" else repr(value)
+            raise ValueError(f"Trainer: expected {what} as in {where}, got {got}")
+
+
+def check_alike(theirs: Any, ours: Any, name: str, where: str) -> None:
+    """Raise ValueError where `theirs`, a part of a state, is not built like `ours`.
+
+    Names, types, lengths, shapes and dtypes are compared, and floats have to be finite.
+    """
+    got: Any = type(theirs).__name__
+    if isinstance(ours, Tensor):
+        expected = f"{ours.dtype} {[*ours.shape]}"
+        if isinstance(theirs, Tensor):
+            got = f"{theirs.dtype} {[*theirs.shape]}"
+        right = got == expected
+    elif isinstance(ours, dict):
+        expected = f"a dict of {', '.join(map(str, ours))}"
+        if isinstance(theirs, dict):
+            got = f"one of {', '.join(map(str, theirs))}"
+        right = isinstance(theirs, dict) and theirs.keys() == ours.keys()
+    elif isinstance(ours, list):
+        expected = f"a list of {len(ours)}"
+        right = isinstance(theirs, list) and len(theirs) == len(ours)
+    elif isinstance(ours, float):
+        expected, got = "a finite number", repr(theirs)
+        right = type(theirs) in (int, float) and math.isfinite(theirs)
+    else:
+        expected, got = f"of type {type(ours).__name__}", repr(theirs)
+        right = type(theirs) is type(ours)
+    if not right:
+        raise ValueError(f"Trainer: expected {name} to be {expected} in {where}, got {got}")
+    if isinstance(ours, dict):
+        for key, value in ours.items():
+            check_alike(theirs[key], value, f"{name}.{key}", where)
+    elif isinstance(ours, list):
+        for i, value in enumerate(ours):
+            check_alike(theirs[i], value, f"{name}[{i}]", where)
 
 
 def _without_tensors(value: Any, name: str, found: dict[str, Tensor]) -> Any:
@@ -123,20 +207,3 @@ def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_with_tensors(item, tensors) for item in value]
     return value
-
-
-def _complete(folder: Path) -> list[Path]:
-    """Return the checkpoints of `folder` that can be read, newest first."""
-    found = sorted(folder.glob("step_*"), reverse=True)
-    return [path for path in found if _is_complete(path)]
-
-
-def _is_complete(path: Path) -> bool:
-    try:
-        header = json.loads((path / STATE).read_text())
-        if "state" not in header and "about" not in header:  # development versions had the latter
-            return False
-        with safe_open(path / TENSORS, "pt"):  # compares the file's size with its header
-            return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
-    except (OSError, ValueError, KeyError, SafetensorError):
-        return False

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
+from fastsae._files.read import logger, read_bytes
+from fastsae._files.write import reason, write_atomic
 from fastsae.data.source import ActivationSource
 from fastsae.nn import SAE, ActivationScaler, SAEOutput
+from fastsae.train.precision import bad_rows
 
+METRICS = "metrics.jsonl"
 Row = dict[str, float]
 
 
@@ -67,6 +74,11 @@ def validate(
     rows = 0
     try:
         for batch in data.batches(batch_size, seed=None):
+            if bad := bad_rows(batch):
+                raise ValueError(
+                    f"validate: expected finite validation data, got {bad} of rows {rows} to "
+                    f"{rows + len(batch)} with NaN or Inf"
+                )
             x, target, _ = sae.columns.split(scaler.scale(batch.to(device, dtype)))
             acts = sae.encode_sparse(x)
             shift = target.mean(0) if shift is None else shift  # sum x^2 - (sum x)^2 / n is exact
@@ -99,15 +111,24 @@ class MetricsLog:
         tensorboard: also write out/tensorboard.
         start: rows of steps after this one, from a run that went further than its last checkpoint,
             are removed from the file.
+        mark: what `mark()` returned when the checkpoint was written; the file is cut there.
 
     Raises:
         RuntimeError: on entering, when TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, out: Path | None, *, tensorboard: bool, start: int) -> None:
+    def __init__(
+        self,
+        out: Path | None,
+        *,
+        tensorboard: bool,
+        start: int,
+        mark: dict[str, Any] | None = None,
+    ) -> None:
         self.history: list[Row] = []
-        self._out, self._tensorboard, self._start = out, tensorboard, start
-        self._file: TextIO | None = None
+        self._out, self._tensorboard, self._start, self._mark = out, tensorboard, start, mark
+        self._file: int | None = None
+        self._sum, self._size = xxhash.xxh3_128(), 0
         self._writer: Any = None
 
     def __enter__(self) -> MetricsLog:
@@ -116,15 +137,16 @@ class MetricsLog:
         if self._tensorboard:
             self._writer = _tensorboard_writer(self._out / "tensorboard", self._start)
         self._out.mkdir(parents=True, exist_ok=True)
-        path = self._out / "metrics.jsonl"
-        self.history = _rows_until(path, self._start)
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.history))
-        self._file = path.open("a")
+        path = self._out / METRICS
+        self.history, kept = _rows_until(path, self._start, self._mark)
+        write_atomic(path, kept)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._count(kept)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            os.close(self._file)
         if self._writer is not None:
             self._writer.close()
 
@@ -132,25 +154,82 @@ class MetricsLog:
         """Append one row; `step` is its place on the axis."""
         self.history.append(row)
         if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            line = _as_line(row)
+            try:
+                os.write(self._file, line)
+            except OSError as error:
+                raise RuntimeError(
+                    f"Trainer: could not write {METRICS} in {self._out} ({reason(error)})"
+                ) from error
+            self._count(line)
         if self._writer is not None:
             for name, value in row.items():
                 if name != "step":
                     self._writer.add_scalar(name, value, int(row["step"]))
 
+    def mark(self) -> dict[str, Any]:
+        """Return length and checksum of what the file holds now."""
+        return {"bytes": self._size, "checksum": self._sum.hexdigest()}
 
-def _rows_until(path: Path, step: int) -> list[Row]:
-    """Return the rows of an earlier run up to `step`; a line cut short by a crash is dropped."""
-    rows: list[Row] = []
-    for line in path.read_text().splitlines() if step and path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["step"] <= step:
-            rows.append(row)
-    return rows
+    def _count(self, data: bytes) -> None:
+        self._sum.update(data)
+        self._size += len(data)
+
+
+def is_marked(data: bytes, mark: dict[str, Any]) -> bool:
+    """Return whether the content of a metrics file begins with what `MetricsLog.mark` saw."""
+    size = mark["bytes"]
+    return len(data) >= size and bool(xxhash.xxh3_128_hexdigest(data[:size]) == mark["checksum"])
+
+
+def as_json_row(row: Row) -> dict[str, float | None]:
+    """Return a row with None for what JSON has no number for."""
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}
+
+
+def from_json_row(row: dict[str, Any]) -> Row:
+    """Return the row that `as_json_row` made one of."""
+    return {name: math.nan if value is None else value for name, value in row.items()}
+
+
+def _as_line(row: Row) -> bytes:
+    return (json.dumps(as_json_row(row)) + "\n").encode()
+
+
+def _rows_until(path: Path, step: int, mark: dict[str, Any] | None) -> tuple[list[Row], bytes]:
+    """Return the rows of an earlier run up to `step`, and the part of the file that holds them.
+
+    A file that is not what it was at the checkpoint is no reason to lose a run: what can be read of
+    it stays, and a warning says how much.
+    """
+    if not step:
+        return [], b""
+    try:
+        data = read_bytes(path, "Trainer")
+    except FileNotFoundError:
+        data = b""
+    lines = data.splitlines()
+    if mark is not None and is_marked(data, mark):
+        data = data[: mark["bytes"]]
+        return [from_json_row(json.loads(line)) for line in data.splitlines()], data
+    found = [row for line in lines if (row := _parsed(line)) is not None]
+    rows = [row for row in found if row["step"] <= step]
+    if mark is not None:
+        logger.warning(
+            "Trainer: %s is not what it was at the checkpoint; %d of its %d lines are kept",
+            path, len(rows), len(lines),
+        )  # fmt: skip
+    return rows, b"".join(map(_as_line, rows))
+
+
+def _parsed(line: bytes) -> Row | None:
+    """Return the row of a line, None if it is not one."""
+    try:
+        row = from_json_row(json.loads(line))
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    numbers = all(type(value) in (int, float) for value in row.values())
+    return row if numbers and type(row.get("step")) is int else None
 
 
 def _tensorboard_writer(folder: Path, start: int) -> Any:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,32 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastsae.data.source import ActivationSource, as_source, sample_rows, source_len
-from fastsae.interop.saelens import OWN, contents, write
+from fastsae._files.lock import locked
+from fastsae._files.write import sealed, sweep, write_json
+from fastsae._signals import StopSignals
+from fastsae.data.source import ActivationSource, as_source, fingerprint, sample_rows, source_len
+from fastsae.interop.saelens import CONFIG, OWN, WEIGHTS, contents, write
 from fastsae.nn import SAE, ActivationScaler, SAEOutput, StepContext
-from fastsae.train.checkpoint import check_same_run, latest, load_checkpoint, save_checkpoint
+from fastsae.train.checkpoint import (
+    check_alike,
+    check_same_run,
+    latest,
+    load_checkpoint,
+    newest_state,
+    save_checkpoint,
+)
 from fastsae.train.config import TrainConfig
 from fastsae.train.dead import DeadLatents, UnderusedLatents
-from fastsae.train.interrupt import StopSignals
-from fastsae.train.metrics import MetricsLog, Row, inlier_mask, step_metrics, validate
+from fastsae.train.metrics import (
+    METRICS,
+    MetricsLog,
+    Row,
+    as_json_row,
+    from_json_row,
+    inlier_mask,
+    step_metrics,
+    validate,
+)
 from fastsae.train.precision import bad_rows, compute_dtype
 from fastsae.train.prefetch import Prepared, prefetch
 from fastsae.train.recent import RecentBatches
@@ -47,6 +66,10 @@ FREE_SETTINGS: tuple[str, ...] = (
 )
 FREE_SETTINGS += ("tensorboard", "progress")
 """What may differ between a run and its continuation."""
+STATE_KEYS = {"about", "step", "tokens", "scales", "sae", "update_kind", "update", "dead", "rng"}
+STATE_KEYS |= {"data", "recent_from", "metrics", "pending"}
+RUN, RUN_FORMAT = "run.json", "fastsae-run"
+"""Written last: the run has come to its end, and these are its files."""
 
 
 @dataclass
@@ -109,6 +132,8 @@ class Trainer:
             if given is not None and given.d_in != sum(sae.columns.widths):
                 blocks = " + ".join(map(str, sae.columns.widths))
                 raise ValueError(f"Trainer: expected {name} with d_in = {blocks}, got {given.d_in}")
+        if self.val is not None and source_len(self.val) == 0:
+            raise ValueError("Trainer: expected val to have at least one row, got none")
         rows = None if self.data is None else source_len(self.data)
         self.plan = make_plan(self.config, rows, sae.d_sae)
         self.out = None if self.config.out is None else Path(self.config.out)
@@ -121,6 +146,9 @@ class Trainer:
         self._tokens_done = 0
         self._update: Update | None = None
         self._position: Any = None  # of the data after the last step
+        self._log: MetricsLog | None = None
+        self._pending: dict[str, Any] | None = None  # a row that is not in the log yet
+        self._fingerprint: str | None = None
 
     # -- the run, step by step -----------------------------------------------------------------
 
@@ -200,33 +228,50 @@ class Trainer:
             raise RuntimeError("Trainer: expected validation data (val=), got none")
         return validate(self.sae, self.val, self.config.batch_size, self.scaler)
 
-    def fit(self, *, resume: bool = False) -> TrainResult:
+    def fit(self, *, resume: bool | str | os.PathLike[str] = False) -> TrainResult:
         """Train to the end of the run.
 
         With `config.out`, the folder holds metrics.jsonl, checkpoints/, and in the end the module
-        itself, which `fastsae.load` reads.
+        itself, which `fastsae.load` reads, and run.json. No other run can use it meanwhile.
 
         Args:
-            resume: continue from the newest checkpoint in `config.out`, if there is one; the result
-                is the same to the last bit as that of a run that was never interrupted.
+            resume: continue from the newest checkpoint in `config.out`, if there is one, or from
+                the one given; the result is the same to the last bit as that of a run that was
+                never interrupted.
 
         Raises:
             ValueError: a batch holds NaN or Inf (nothing is updated by it), `out` holds another
-                run, or the checkpoint was made with other settings.
-            RuntimeError: the loss is not finite, the data end early, or a file cannot be written.
-            KeyboardInterrupt: on SIGINT or SIGTERM, between two steps, after a checkpoint.
+                run or SAE, the checkpoint is damaged, or was made with other settings or data.
+            RuntimeError: the loss is not finite, the data end early, a file cannot be written, or
+                another process has `out`.
+            KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, between two steps, after a checkpoint.
         """
-        self._begin(resume)
-        tensorboard, start = self.config.tensorboard, self.steps_done
-        log = MetricsLog(self.out, tensorboard=tensorboard, start=start)
+        with nullcontext() if self.out is None else locked(self.out, "Trainer"):
+            return self._fit(resume)
+
+    def _fit(self, resume: bool | str | os.PathLike[str]) -> TrainResult:
+        if self.out is not None:
+            sweep(self.out)
+            sweep(self.out / "checkpoints")
+        self._pending = None
+        mark = self._begin(resume)
+        log = MetricsLog(
+            self.out, tensorboard=self.config.tensorboard, start=self.steps_done, mark=mark
+        )
         try:
             with log, StopSignals() as stop:
-                self._run(log, stop)
+                self._log = log
+                if self._pending is not None:
+                    self._write_row(from_json_row(self._pending["row"]))
+                self._run(stop)
             self.finish()
         finally:
+            self._log = None
             self._close()
         if self.out is not None:
-            write(self.sae, self.out)
+            seal = write(self.sae, self.out)
+            end = {"format": RUN_FORMAT, "steps": self.steps_done, METRICS: log.mark()}
+            write_json(self.out / RUN, sealed({**end, WEIGHTS: seal}))
         return TrainResult(self.sae, log.history, log.history[-1] if log.history else {})
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,6 +298,8 @@ class Trainer:
             "rng": rng,
             "data": self._position,
             "recent_from": self._recent.begin,
+            "metrics": None if self._log is None else self._log.mark(),
+            "pending": self._pending,
         }
 
     @torch.no_grad()
@@ -267,13 +314,8 @@ class Trainer:
     # -- inside --------------------------------------------------------------------------------
 
     def _restore(self, state: dict[str, Any], where: str) -> None:
-        check_same_run(where, state["about"], self._about())
         update = make_update(self.sae, self.config)
-        if (kind := type(update).__name__) != state["update_kind"]:
-            raise ValueError(
-                f"Trainer: expected the state of a {kind}, which applies here, got that of a "
-                f"{state['update_kind']}; set update= to the one that the run began with"
-            )
+        self._check_state(state, where, update)
         self._count_from_zero()
         self.steps_done, self._tokens_done = state["step"], state["tokens"]
         self.scaler = ActivationScaler(self.sae.columns, state["scales"])
@@ -289,35 +331,87 @@ class Trainer:
         self._update = update
         self.sae.train()
 
+    def _check_state(self, state: dict[str, Any], where: str, update: Update) -> None:
+        """Raise ValueError unless `state` is one of this run; nothing changes before that."""
+        missing = STATE_KEYS - state.keys()
+        if missing:
+            raise ValueError(f"Trainer: expected {', '.join(sorted(missing))} in {where}, got none")
+        check_same_run(where, state["about"], self._about())
+        if (kind := type(update).__name__) != state["update_kind"]:
+            raise ValueError(
+                f"Trainer: expected the state of a {kind}, which applies here, got that of a "
+                f"{state['update_kind']}; set update= to the one that the run began with"
+            )
+        step, tokens = state["step"], state["tokens"]
+        if type(step) is not int or not 0 <= step <= self.plan.steps:
+            raise ValueError(
+                f"Trainer: expected step in 0..{self.plan.steps} in {where}, got {step!r}"
+            )
+        if type(tokens) is not int or tokens < step:
+            raise ValueError(f"Trainer: expected tokens >= {step} in {where}, got {tokens!r}")
+        counter = self._counter()
+        for name, ours in (
+            ("scales", self.scaler.scales),
+            ("sae", self.sae.state_dict()),
+            ("update", update.state_dict()),
+            ("dead", counter.tensors()),
+        ):
+            check_alike(state[name], ours, name, where)
+        if not all(scale > 0 for scale in state["scales"]):
+            raise ValueError(f"Trainer: expected scales > 0 in {where}, got {state['scales']}")
+        check_alike(state["rng"].get("cpu"), torch.get_rng_state(), "rng.cpu", where)
+
     def _count_from_zero(self) -> None:
         """Make what steps need besides the update, before anything is measured or loaded."""
-        counter = UnderusedLatents if self.sae.aux == "zipf" else DeadLatents
-        device = self.sae.W_enc_rows.device
-        self._dead = counter(self.sae.d_sae, self.plan.dead_after_tokens, device)
+        self._dead = self._counter()
         self._recent = RecentBatches(self.sae, self.plan.steps, self.config.batch_size)
         self._compute_dtype = compute_dtype(self.sae, self.config)
 
-    def _begin(self, resume: bool) -> None:
-        """Prepare a fresh run, or load the newest checkpoint."""
+    def _counter(self) -> DeadLatents:
+        cls = UnderusedLatents if self.sae.aux == "zipf" else DeadLatents
+        return cls(self.sae.d_sae, self.plan.dead_after_tokens, self.sae.W_enc_rows.device)
+
+    def _begin(self, resume: bool | str | os.PathLike[str]) -> dict[str, Any] | None:
+        """Prepare a fresh run, or load a checkpoint; return where the metrics were cut then."""
         if self._update is not None and self.steps_done:
             raise RuntimeError(
                 f"Trainer: expected fit() before any step, got it after {self.steps_done}; go on "
                 "with step(), then finish()"
             )
-        found = None if self.out is None else latest(self.out / "checkpoints")
+        found = None
+        if not isinstance(resume, bool):
+            found = Path(resume), load_checkpoint(Path(resume))
+        elif self.out is not None:
+            if not resume:
+                self._expect_no_run(self.out)
+            found = newest_state(self.out / "checkpoints")
         if found is None:
+            self._expect_no_sae()
             self.prepare()
-            return
-        if not resume:
+            return None
+        path, state = found
+        if 0 < state["step"] < self.plan.steps and state["data"] is None:
+            raise ValueError(self._no_position())
+        self._restore(state, str(path))
+        self._read_recent()
+        self._pending = state["pending"]
+        mark: dict[str, Any] | None = state["metrics"]
+        return mark
+
+    def _expect_no_run(self, out: Path) -> None:
+        if found := latest(out / "checkpoints"):
             raise ValueError(
                 f"Trainer: expected out to hold no earlier run, got {found}; "
                 "fit(resume=True) continues it"
             )
-        state = load_checkpoint(found)
-        if 0 < state["step"] < self.plan.steps and state["data"] is None:
-            raise ValueError(self._no_position())
-        self._restore(state, str(found))
-        self._read_recent()
+
+    def _expect_no_sae(self) -> None:
+        for name in (WEIGHTS, CONFIG, RUN):
+            if self.out is not None and (self.out / name).exists():
+                raise ValueError(
+                    f"Trainer: expected out to hold no SAE, got {self.out / name} and no "
+                    "checkpoint that it came from; choose another folder, or remove it"
+                )
 
     def _mention_units(self) -> None:
         """Log which parameters folding the scale leaves alone, since it does not know them."""
@@ -390,7 +484,7 @@ class Trainer:
         self._recent.add(x, self.steps_done)
         return out
 
-    def _run(self, log: MetricsLog, stop: StopSignals) -> None:
+    def _run(self, stop: StopSignals) -> None:
         cfg, steps = self.config, self.plan.steps
         show = sys.stderr.isatty() if cfg.progress is None else cfg.progress
         since, since_step = time.perf_counter(), self.steps_done
@@ -407,21 +501,32 @@ class Trainer:
                 evaluates = last or _due(self.steps_done, cfg.eval_every)
                 if last:
                     self._recent.estimate_threshold_()
+                row: Row | None = None
                 if evaluates or _due(self.steps_done, cfg.log_every):
                     row = self._row(x, out)
                     seconds = time.perf_counter() - since
                     row["tokens_per_second"] = (self.steps_done - since_step) * len(x) / seconds
-                    if self.val is not None and evaluates:
-                        row |= self.validate()
-                    log.add(row)
-                    bar.set_postfix(fvu=f"{row['fvu']:.4f}", dead=int(row["dead"]))
-                    since, since_step = time.perf_counter(), self.steps_done
+                    self._pending = {"row": as_json_row(row), "validate": evaluates}
+                # Before anything that may fail: validation, and writing the row.
                 if last or stop.received or _due(self.steps_done, cfg.checkpoint_every):
                     self._checkpoint()
+                if row is not None:
+                    self._write_row(row)
+                    bar.set_postfix(fvu=f"{row['fvu']:.4f}", dead=int(row["dead"]))
+                    since, since_step = time.perf_counter(), self.steps_done
                 if stop.received and not last:
                     raise KeyboardInterrupt(self._how_to_resume(stop.received))
         if self.steps_done < steps:
             raise RuntimeError(f"Trainer: expected data for {steps} steps, got {self.steps_done}")
+
+    def _write_row(self, row: Row) -> None:
+        """Complete the pending row and put it into the log."""
+        assert self._pending is not None
+        assert self._log is not None
+        if self.val is not None and self._pending["validate"]:
+            row |= self.validate()
+        self._log.add(row)
+        self._pending = None
 
     def _prepared(self) -> Generator[Prepared]:
         """Yield the batches of the steps to come; for a GPU, a thread works ahead."""
@@ -479,7 +584,7 @@ class Trainer:
                 "the last checkpoint is kept"
             )
         folder, keep = self.out / "checkpoints", self.config.keep_checkpoints
-        save_checkpoint(folder, self._raw_copy(), self.state_dict(), keep)
+        save_checkpoint(folder, self._raw_copy(), self.state_dict(), keep, self.plan.steps)
 
     def _raw_copy(self) -> SAE:
         """Return a copy of the SAE that takes raw activations; it shares what folding keeps."""
@@ -493,7 +598,10 @@ class Trainer:
         """Return what must be the same for a run and its continuation, as JSON values."""
         sae = {"class": type(self.sae).__name__, "dtype": str(self.sae.W_enc_rows.dtype)}
         rows = None if self.data is None else source_len(self.data)
-        settings = {**sae, **self.sae.config(), "rows": rows, **self.config.to_dict()}
+        if self._fingerprint is None and self.data is not None:
+            self._fingerprint = fingerprint(self.data)
+        data = {"rows": rows, "data": self._fingerprint}
+        settings = {**sae, **self.sae.config(), **data, **self.config.to_dict()}
         kept = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
         about: dict[str, Any] = json.loads(json.dumps(kept))
         return about

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM between two steps instead of inside one."""
+"""Ctrl-C, SIGTERM and a closed terminal between two steps instead of inside one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 
 class StopSignals:
-    """A context in which SIGINT and SIGTERM only set `received`; a second one interrupts at once.
+    """A context in which SIGINT, SIGTERM and SIGHUP only set `received`; a second one interrupts.
 
     An update that is cut in half leaves weights and optimizer state that belong to no step, so the
-    loop looks at `received` between steps. Outside the main thread nothing is installed.
+    loop looks at `received` between steps. A signal that is ignored, as nohup has it, stays so.
+    Outside the main thread nothing is installed.
     """
 
     def __init__(self) -> None:
@@ -21,8 +22,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(

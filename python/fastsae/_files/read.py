@@ -1,0 +1,271 @@
+"""Read files and believe nothing of them: kind, size, checksums, types, ranges, shapes.
+
+Whatever is wrong is one ValueError (FileNotFoundError where nothing is) that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import stat
+import unicodedata
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastsae._files import checksum
+
+LARGEST_JSON = 1 << 28
+BIDI_CONTROLS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+logger = logging.getLogger("fastsae")
+
+
+def read_bytes(path: Path, owner: str) -> bytes:
+    """Return the content of a regular file; a pipe or device is refused instead of waited for.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no regular file, or cannot be read.
+    """
+    handle = _open(path, owner)
+    with os.fdopen(handle, "rb") as file:
+        return file.read()
+
+
+def read_json(path: Path, owner: str) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `read_bytes`; also when it is no JSON object.
+    """
+    data = read_bytes(path, owner)
+    try:
+        if len(data) > LARGEST_JSON:
+            raise ValueError(f"{len(data)} bytes")
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{owner}: expected {path} to be JSON, got {_short(error)}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{owner}: expected {path} to be a JSON object, got {_kind(value)}")
+    return value
+
+
+def check_seal(value: dict[str, Any], path: Path, owner: str) -> bool:
+    """Check and remove the checksum of `write.sealed`; return whether there was one.
+
+    Raises:
+        ValueError: the values are not those that were written.
+    """
+    if "checksum" not in value:
+        return False
+    expected, got = value.pop("checksum"), checksum.of_json(value)
+    if expected != got:
+        raise ValueError(
+            f"{owner}: expected the checksum {_short(expected)} of {path}, got {got}; it was "
+            "damaged or edited"
+        )
+    return True
+
+
+def field(
+    values: dict[str, Any],
+    name: str,
+    kind: type | tuple[type, ...],
+    path: Path,
+    owner: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    choices: Collection[Any] | None = None,
+) -> Any:
+    """Return `values[name]`, which was read from `path`, after a look at its type and range.
+
+    An int counts as a float, a bool not as an int; numbers are finite.
+
+    Raises:
+        ValueError: it is missing, of another type, or out of range.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    got = values.get(name)
+    right = isinstance(got, (*kinds, int) if float in kinds else kinds)
+    right = right and (not isinstance(got, bool) or bool in kinds)
+    if right and isinstance(got, (int, float)) and not isinstance(got, bool):
+        right = math.isfinite(got) and (least is None or got >= least)
+        right = right and (most is None or got <= most)
+    if right and choices is not None:
+        right = got in choices
+    if right:
+        return got
+    what = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+    if choices is not None:
+        what = f"one of {', '.join(map(str, choices))}"
+    if least is not None or most is not None:
+        what += (
+            f" in {least if least is not None else '-inf'}..{most if most is not None else 'inf'}"
+        )
+    found = _short(repr(got)) if name in values else "none"
+    raise ValueError(f"{owner}: expected {name} in {path} to be {what}, got {found}")
+
+
+class TensorFile:
+    """A safetensors file; its header is checked when it is opened, a tensor when it is read.
+
+    Args:
+        path: the file.
+        owner: in whose name errors speak.
+        seal: what `write_tensors` returned for it; None does not compare.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, damaged, or another file.
+    """
+
+    def __init__(self, path: Path, owner: str, seal: str | None = None) -> None:
+        self.path, self._owner = path, owner
+        os.close(_open(path, owner))
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                self.dtypes = {name: str(s.get_dtype()) for name, s in slices.items()}
+                self.shapes = {name: list(s.get_shape()) for name, s in slices.items()}
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+            raise self._damaged(f"to be a whole safetensors file, got {_short(error)}") from None
+        mark, _, text = metadata.get("fastsae", "").partition(" ")
+        self.seal: str | None = mark or None
+        """As `write_tensors` returned it; None: the file holds no checksums."""
+        self.about: Any = None
+        """What the file says of itself."""
+        self._sums: dict[str, list[str]] = {}
+        if self.seal is not None:
+            self._check_header(text)
+        if seal is not None and self.seal != seal:
+            raise self._damaged(f"to be the file with the seal {seal}, got {self.seal}")
+
+    def tensor(self, name: str, *, verify: bool = True) -> Tensor:
+        """Return a tensor on the CPU, mapped from the file, after a look at its checksums.
+
+        Raises:
+            ValueError: it is not there, or its numbers are not those that were written.
+        """
+        if name not in self.shapes:
+            raise self._damaged(f"to hold {name}, got {', '.join(self.shapes) or 'nothing'}")
+        try:
+            with safe_open(self.path, "pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(f"to be a whole safetensors file, got {_short(error)}") from None
+        if verify and self.seal is not None:
+            bad = self.bad_block(name, tensor)
+            if bad is not None:
+                raise self._damaged(
+                    f"to hold {name} as it was written, got other bytes from offset "
+                    f"{self.offset(name) + bad * checksum.BLOCK}"
+                )
+        return tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors, checked."""
+        return {name: self.tensor(name) for name in self.shapes}
+
+    def bad_block(self, name: str, tensor: Tensor) -> int | None:
+        """Return the first block of a tensor whose checksum is another one, None: all are right."""
+        got = checksum.of_tensor(tensor)
+        if got == self._sums[name]:
+            return None
+        pairs = zip(got, self._sums[name], strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
+
+    def offset(self, name: str) -> int:
+        """Return where in the file the numbers of a tensor begin, in bytes."""
+        with self.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        return int(8 + length + header[name]["data_offsets"][0])
+
+    def _check_header(self, text: str) -> None:
+        layout = {name: [self.dtypes[name], self.shapes[name]] for name in self.shapes}
+        if checksum.of_json([layout, text]) != self.seal:
+            raise self._damaged("to have the header that was written, got another one")
+        values = json.loads(text)
+        self.about, self._sums = values["about"], values["sums"]
+        if values["block"] != checksum.BLOCK:
+            raise self._damaged(
+                f"to have checksums of {checksum.BLOCK} bytes, got {values['block']}; update "
+                "fastsae"
+            )
+
+    def _damaged(self, expected: str) -> ValueError:
+        return ValueError(f"{self._owner}: expected {self.path} {expected}")
+
+
+def check_shapes(
+    tensors: dict[str, Tensor], expected: dict[str, Tensor], where: str, owner: str
+) -> None:
+    """Compare names, shapes and dtypes of tensors that were read with those that they replace.
+
+    Raises:
+        ValueError: one is missing, one is too many, or one has another shape or dtype.
+    """
+    if tensors.keys() != expected.keys():
+        names = sorted(tensors.keys() ^ expected.keys())
+        raise ValueError(
+            f"{owner}: expected {', '.join(expected)} in {where}, got another set of names: "
+            f"{', '.join(names)}"
+        )
+    for name, own in expected.items():
+        got = tensors[name]
+        if not isinstance(got, Tensor) or (got.shape, got.dtype) != (own.shape, own.dtype):
+            found = f"{got.dtype} {[*got.shape]}" if isinstance(got, Tensor) else _kind(got)
+            raise ValueError(
+                f"{owner}: expected {name} to be {own.dtype} {[*own.shape]} in {where}, got {found}"
+            )
+
+
+def note_without_checksums(path: Path, owner: str, what: str) -> None:
+    """Log that `path` was written by a version without checksums."""
+    logger.warning(
+        "%s: %s holds no checksums, so damage goes unnoticed; %s writes them", owner, path, what
+    )
+
+
+def printable(text: str) -> str:
+    """Return text from a file with what controls a terminal or the order of letters escaped."""
+    return "".join(_escaped(c) if _controls(c) else c for c in text)
+
+
+def _controls(c: str) -> bool:
+    bidi = unicodedata.bidirectional(c)
+    return unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or bidi in BIDI_CONTROLS
+
+
+def _escaped(c: str) -> str:
+    return c.encode("unicode_escape", "surrogatepass").decode()
+
+
+def _open(path: Path, owner: str) -> int:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{owner}: expected {path}, found none") from None
+    except OSError as error:
+        raise ValueError(
+            f"{owner}: expected {path} to be readable, got {error.strerror or error}"
+        ) from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"{owner}: expected {path} to be a regular file, got another kind")
+    return handle
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def _short(value: Any) -> str:
+    text = " ".join(printable(str(value)).split())
+    return text if len(text) <= 120 else text[:117] + "..."
