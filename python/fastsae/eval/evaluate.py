@@ -61,7 +61,7 @@ def evaluate(
         progress: called with the number of rows, once per batch.
 
     Raises:
-        ValueError: no rows.
+        ValueError: no rows, or one holds NaN or Inf.
     """
     source = as_source("evaluate", "data", data)
     if source_len(source) == 0:
@@ -76,6 +76,11 @@ def evaluate(
     try:
         for x in source.batches(batch_size, seed=None):
             batch = x[: None if max_rows is None else max_rows - every.rows].to(sae.W_enc_rows)
+            if bad := int((~batch.isfinite().all(1)).sum()):
+                raise ValueError(
+                    f"evaluate: expected finite rows, got {bad} with NaN or Inf among rows "
+                    f"{every.rows} to {every.rows + len(batch)}"
+                )
             given, x, _ = columns.split(batch)
             acts = sae.encode_sparse(given)
             x_hat = sae.reconstruct(given, acts)

@@ -28,15 +28,26 @@ def load_model(name: str) -> tuple[nn.Module, Any]:
             what `transformers` takes: a folder, or a name on the hub.
 
     Raises:
+        FileNotFoundError: a path to nothing.
         RuntimeError: a package is missing; the message says what to install.
     """
     if name == SMOLLM2:
         return _load_smollm2()
     _need("transformers")
+    _check_name(name)
     hf: Any = import_module("transformers")
     with _bars_on_terminals_only():
         model: nn.Module = hf.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     return model.eval(), hf.AutoTokenizer.from_pretrained(name)
+
+
+def _check_name(name: str) -> None:
+    """Raise FileNotFoundError for what looks like a path and is none."""
+    looks = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks and not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"load_model: expected a folder, a name on the hub (org/name) or {SMOLLM2}, got {name}"
+        )
 
 
 def _need(*packages: str) -> None:

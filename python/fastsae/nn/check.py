@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,14 @@ def check_rows(owner: str, x: Tensor, name: str, *, like: Tensor, width: str = "
     if x.device != like.device:
         raise ValueError(f"{owner}: expected {name} to be on {like.device}, got {x.device}")
     return x.reshape(-1, d_in)
+
+
+def is_whole(k: Any) -> bool:
+    """Return whether `k` is a whole number, of whatever type."""
+    try:
+        return bool(int(k) == k)
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _autocasts(x: Tensor) -> bool:

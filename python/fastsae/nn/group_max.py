@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.nn.check import is_whole
 from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.sae import SAE
 from fastsae.nn.select import encode_selected
@@ -37,7 +38,7 @@ class GroupMaxSAE(SAE):
 
     def __init__(self, d_in: int, d_sae: int, k: int, **kwargs: Any) -> None:
         super().__init__(d_in, d_sae, **kwargs)
-        if int(k) != k or not 1 <= k <= d_sae or d_sae % k:
+        if not is_whole(k) or not 1 <= k <= d_sae or d_sae % k:
             self._fail(f"k to be an integer that divides d_sae = {d_sae}, got k = {k}")
         self.k = int(k)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastsae import ops
 from fastsae.nn.auxk import LatentRows
+from fastsae.nn.check import is_whole
 from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.loss import SAEOutput, fvu, squared_error
 from fastsae.nn.sae import SAE
@@ -54,7 +55,7 @@ class TopKSAE(SAE):
         **kwargs: Any,
     ) -> None:
         super().__init__(d_in, d_sae, **kwargs)
-        if k is None or int(k) != k or not 1 <= k <= d_sae:
+        if not is_whole(k) or not 1 <= k <= d_sae:
             self._fail(f"k to be an integer in 1..d_sae = {d_sae}, got k = {k}")
         self.k, self.absolute, self.multi_topk = int(k), bool(absolute), bool(multi_topk)
 

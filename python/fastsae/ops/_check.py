@@ -54,20 +54,39 @@ def budget(op: str, k: float, n: int, d_sae: int) -> int:
     """Return how many entries of [n, d_sae] a mean of `k` per row is, at most all of them.
 
     Raises:
+        TypeError: `k` is no number.
         ValueError: `k` is negative or not finite.
     """
     not_traced(op)
+    if not isinstance(k, int | float | torch.SymInt | torch.SymFloat):
+        k = _as_number(op, "k", k)
     if not (math.isfinite(k) and k >= 0):
         raise ValueError(f"{op}: expected a finite k >= 0, got k = {k}")
     return n * d_sae if k >= d_sae else torch.sym_int(k * n)
 
 
 def capacity(op: str, wanted: int, n: int, d_sae: int) -> int:
-    """Return `wanted`, at most the places of [n, d_sae]; ValueError if it is below 0."""
+    """Return `wanted`, at most the places of [n, d_sae].
+
+    Raises:
+        TypeError: it is no int.
+        ValueError: it is below 0.
+    """
     not_traced(op)
+    if not isinstance(wanted, int | torch.SymInt):
+        raise TypeError(f"{op}: expected capacity to be an int, got {type(wanted).__name__}")
     if wanted < 0:
         raise ValueError(f"{op}: expected capacity >= 0, got capacity = {wanted}")
     return int_min(wanted, n * d_sae)
+
+
+def _as_number(op: str, name: str, value: object) -> float:
+    """Return a number that numpy or a tensor of one element holds."""
+    item = getattr(value, "item", None)
+    if item is None or getattr(value, "shape", None) != ():
+        raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
+    number: float = item()
+    return number
 
 
 def int_min(a: int, b: int) -> int:
@@ -88,7 +107,9 @@ def not_traced(op: str) -> None:
 
 
 def threshold_guess(op: str, x: Tensor | None) -> None:
-    """Raise ValueError unless `x` is None or one number."""
+    """Raise unless `x` is None or a tensor of one number."""
+    if not isinstance(x, Tensor | None):
+        raise TypeError(f"{op}: expected threshold_guess to be a Tensor, got {type(x).__name__}")
     if x is not None and x.shape != ():
         raise ValueError(f"{op}: expected threshold_guess to be [], got {list(x.shape)}")
 

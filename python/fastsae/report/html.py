@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
+from fastsae._files.read import printable
 from fastsae.analysis.examples import Context, Latent
 
 
@@ -52,12 +53,13 @@ def _context(context: Context, max_act: float, decode: Callable[[int], str]) -> 
     before, after = "".join(cells[: context.peak]), "".join(cells[context.peak :])
     return (
         f'<li><span class="v">{context.acts[context.peak]:.1f}</span>'
-        f'<span class="before"><bdi>{before}</bdi></span><span class="after">{after}</span></li>'
+        f'<span class="before"><bdi>{before}</bdi></span>'
+        f'<span class="after"><bdi>{after}</bdi></span></li>'
     )
 
 
 def show(token: str) -> str:
-    """Return a token as HTML: escaped, with line breaks and tabs made visible."""
+    """Return a token as HTML: escaped, with line breaks, tabs and control characters visible."""
     for blank, sign in (("\r\n", "↵"), ("\n", "↵"), ("\r", "↵"), ("\t", "⇥")):
         token = token.replace(blank, sign)
-    return escape(token)
+    return escape(printable(token))

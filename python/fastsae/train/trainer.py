@@ -125,6 +125,10 @@ class Trainer:
             inner = " (give the SAE itself, not a wrapper)" if hasattr(sae, "module") else ""
             raise TypeError(f"Trainer: expected sae to be an SAE, got {type(sae).__name__}{inner}")
         self.sae = sae
+        if not isinstance(config, TrainConfig | None):
+            raise TypeError(
+                f"Trainer: expected config to be a TrainConfig, got {type(config).__name__}"
+            )
         self.config = config or TrainConfig()
         self.data = None if data is None else as_source("Trainer", "data", data)
         self.val = None if val is None else as_source("Trainer", "val", val)
