@@ -13,6 +13,7 @@ from fastsae.data import ActivationStore
 from fastsae.data.shards import Manifest, ShardWriter
 from fastsae.eval import CrossEntropy, evaluate
 from fastsae.nn import TopKSAE
+from fastsae.report.html import show
 from fastsae.report.write import write_report
 from tests.models.tiny import FAMILIES, VOCAB, D, tiny_model
 
@@ -157,6 +158,11 @@ def test_tokens_are_escaped_and_blanks_are_visible(page):
     assert "⇥4" in page
     assert "a &lt;b&gt;" in page
     assert "&lt;v&gt; &amp; more" in page
+
+
+def test_control_characters_of_tokens_are_shown_not_obeyed():
+    assert show("a\x00\x1b[31m\u202eb<") == "a\\x00\\x1b[31m\\u202eb&lt;"
+    assert show("x\ty\r\nz") == "x⇥y↵z"
 
 
 def test_the_page_gives_the_numbers(page):
