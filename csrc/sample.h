@@ -7,8 +7,8 @@
 namespace fastsae {
 
 // The rank in a sample of `size` of `total` entries whose value somewhat more than `budget` of all
-// entries reach: 25 % and four standard deviations more than expected. Of nothing: `size`, which says
-// that no entry of the sample is of that rank.
+// entries reach: 25 % and four standard deviations more than expected. Of nothing: `size`, which
+// says that no entry of the sample is of that rank.
 inline int64_t sample_rank(int64_t budget, int64_t size, int64_t total) {
   if (size <= 0 || total <= 0) return size;
   const double expected =

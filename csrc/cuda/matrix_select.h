@@ -8,10 +8,10 @@ namespace fastsae::cuda {
 // The `capacity` largest of the entries x + bias that are above the threshold, where mask is true.
 // "A" below is the accumulator's format: float64 for float64, else float32.
 struct MatrixSelectParams {
-  const void* x;                    // [n, m], n and m < 2^31
-  int64_t n;                        // rows
-  int32_t m;                        // columns
-  int64_t capacity;                 // < 2^31
+  const void* x = nullptr;          // [n, m], n and m < 2^31; or null if m or capacity is 0
+  int64_t n = 0;                    // rows
+  int32_t m = 0;                    // columns
+  int64_t capacity = 0;             // < 2^31
   const void* threshold = nullptr;  // A [], or [m] if per_column; null for 0
   bool per_column = false;
   const int32_t* tie_row = nullptr;  // [m]: equal ones too, in rows up to this; or null
