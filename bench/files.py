@@ -35,12 +35,14 @@ D, SHARD_ROWS = 1024, 32768
 def without_checksums() -> Iterator[None]:
     """Write and read as if there were none."""
 
-    def none(_: Tensor) -> list[str]:
-        return []
+    read_into = TensorFile.read_into
+
+    def unverified(self: TensorFile, name: str, out: Tensor, *, verify: bool) -> None:
+        read_into(self, name, out, verify=False)
 
     with (
-        mock.patch.object(checksum, "of_tensor", none),
-        mock.patch.object(TensorFile, "bad_block", return_value=None),
+        mock.patch.object(checksum, "of_block", return_value="0" * 16),
+        mock.patch.object(TensorFile, "read_into", unverified),
     ):
         yield
 
@@ -92,7 +94,7 @@ def main() -> None:
                     times.setdefault(f"read {name}", []).append(seconds(lambda: read(folder)))  # noqa: B023
                 shutil.rmtree(folder)
             assert sums[True] == sums[False]
-    tensor = torch.empty(64 * 2**20, dtype=torch.uint8)
+    tensor = torch.ones(256 * 2**20, dtype=torch.uint8)
     hashing = min(seconds(lambda: checksum.of_tensor(tensor)) for _ in range(5))
     copying = min(seconds(tensor.clone) for _ in range(5))
     median = {name: statistics.median(values) for name, values in times.items()}

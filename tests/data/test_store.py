@@ -101,7 +101,7 @@ def test_memory_is_bounded_by_the_buffer(tmp_path, monkeypatch):
     store = ActivationStore(tmp_path, buffer_bytes=30 * D * 4)
     held = []
     load = store._load
-    monkeypatch.setattr(store, "_load", lambda group: held.append(load(group)) or held[-1])
+    monkeypatch.setattr(store, "_load", lambda *a: held.append(load(*a)) or held[-1])
     ids(store.epoch(16))
     assert max(len(x) for x in held) == 30
     assert store._held is None
@@ -114,7 +114,7 @@ def test_skipped_groups_are_not_read(tmp_path, monkeypatch):
     store = ActivationStore(tmp_path, buffer_bytes=30 * D * 4)
     reads = []
     load = store._load
-    monkeypatch.setattr(store, "_load", lambda group: reads.append(1) or load(group))
+    monkeypatch.setattr(store, "_load", lambda *a: reads.append(1) or load(*a))
     ids(store.epoch(10, start=6))
     assert len(reads) == 2  # of 4 groups, the last two
 

@@ -12,6 +12,7 @@ import os
 import stat
 import unicodedata
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -160,25 +161,40 @@ class TensorFile:
         except (OSError, SafetensorError) as error:
             raise self._damaged(f"to be a whole safetensors file, got {_short(error)}") from None
         if verify and self.seal is not None:
-            bad = self.bad_block(name, tensor)
-            if bad is not None:
-                raise self._damaged(
-                    f"to hold {name} as it was written, got other bytes from offset "
-                    f"{self.offset(name) + bad * checksum.BLOCK}"
-                )
+            self._compare(name, checksum.of_tensor(tensor))
         return tensor
+
+    def read_into(self, name: str, out: Tensor, *, verify: bool = True) -> None:
+        """Read a tensor into contiguous memory of its dtype and shape on the CPU.
+
+        A second thread verifies a block while the next one is read.
+
+        Raises:
+            ValueError: as in `tensor`; `out` then holds what was read.
+        """
+        data, start = checksum.as_bytes(out), self.offset(name)
+        verify = verify and self.seal is not None
+        handle = _open(self.path, self._owner)
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                sums = []
+                for at in range(0, len(data), checksum.BLOCK):
+                    block = data[at : at + checksum.BLOCK]
+                    if os.preadv(handle, [block], start + at) != len(block):
+                        raise self._damaged(f"to hold all of {name}, got the end of the file")
+                    if verify:
+                        sums.append(pool.submit(checksum.of_block, block))
+                got = [found.result() for found in sums]
+        except OSError as error:
+            raise self._damaged(f"to be readable, got {error.strerror or error}") from None
+        finally:
+            os.close(handle)
+        if verify:
+            self._compare(name, got)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors, checked."""
         return {name: self.tensor(name) for name in self.shapes}
-
-    def bad_block(self, name: str, tensor: Tensor) -> int | None:
-        """Return the first block of a tensor whose checksum is another one, None: all are right."""
-        got = checksum.of_tensor(tensor)
-        if got == self._sums[name]:
-            return None
-        pairs = zip(got, self._sums[name], strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
 
     def offset(self, name: str) -> int:
         """Return where in the file the numbers of a tensor begin, in bytes."""
@@ -186,6 +202,17 @@ class TensorFile:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         return int(8 + length + header[name]["data_offsets"][0])
+
+    def _compare(self, name: str, got: list[str]) -> None:
+        """Raise ValueError where checksums are not those that were written."""
+        if got == self._sums[name]:
+            return
+        pairs = zip(got, self._sums[name], strict=False)
+        bad = next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
+        raise self._damaged(
+            f"to hold {name} as it was written, got other bytes from offset "
+            f"{self.offset(name) + bad * checksum.BLOCK}"
+        )
 
     def _check_header(self, text: str) -> None:
         layout = {name: [self.dtypes[name], self.shapes[name]] for name in self.shapes}

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """Names of safetensors."""
+OVERLAPPED = 1 << 24
+"""Bytes of tensors from which checksums are made while the disk works."""
+NO_SUM = "0" * 16
 
 
 @contextmanager
@@ -118,13 +122,23 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], about: Any = None) -> 
         The seal of the file: a checksum of names, dtypes, shapes, `about` and all numbers.
     """
     tensors = _apart({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-    layout = {name: [DTYPES[t.dtype], [*t.shape]] for name, t in tensors.items()}
-    sums = {name: checksum.of_tensor(t) for name, t in tensors.items()}
-    text = json.dumps({"about": about, "block": checksum.BLOCK, "sums": sums}, sort_keys=True)
-    seal = checksum.of_json([layout, text])
-    # One entry: safetensors writes several in an order that differs from run to run.
-    save_file(tensors, file, {"fastsae": f"{seal} {text}"})
-    os.chmod(file, os.stat(file.parent).st_mode & 0o666)  # safetensors writes for the owner only
+    if sum(t.nbytes for t in tensors.values()) < OVERLAPPED:
+        seal, text = _header(
+            tensors, about, {name: checksum.of_tensor(t) for name, t in tensors.items()}
+        )
+        _save(file, tensors, f"{seal} {text}")
+        sync(file)
+        return seal
+    # Sums of the same length first; the true ones are made while the disk takes the tensors.
+    blank = {name: [NO_SUM] * -(-t.nbytes // checksum.BLOCK) for name, t in tensors.items()}
+    before = " ".join(_header(tensors, about, blank))
+    _save(file, tensors, before)
+    with ThreadPoolExecutor(1) as pool:
+        on_disk = pool.submit(sync, file)
+        sums = {name: checksum.of_tensor(t) for name, t in tensors.items()}
+        on_disk.result()
+    seal, text = _header(tensors, about, sums)
+    _patch(file, before, f"{seal} {text}")
     sync(file)
     return seal
 
@@ -171,6 +185,31 @@ def own_folder(path: Path) -> Path:
 def reason(error: Exception) -> str:
     """Return the short cause of a failed write."""
     return getattr(error, "strerror", None) or str(error)
+
+
+def _header(tensors: dict[str, Tensor], about: Any, sums: dict[str, list[str]]) -> tuple[str, str]:
+    """Return the seal of a tensor file, and what the file says beside it."""
+    layout = {name: [DTYPES[t.dtype], [*t.shape]] for name, t in tensors.items()}
+    text = json.dumps({"about": about, "block": checksum.BLOCK, "sums": sums}, sort_keys=True)
+    return checksum.of_json([layout, text]), text
+
+
+def _save(file: Path, tensors: dict[str, Tensor], text: str) -> None:
+    # One entry: safetensors writes several in an order that differs from run to run.
+    save_file(tensors, file, {"fastsae": text})
+    os.chmod(file, os.stat(file.parent).st_mode & 0o666)  # safetensors writes for the owner only
+
+
+def _patch(path: Path, before: str, after: str) -> None:
+    """Replace a text in the header of a tensor file by another one of the same length."""
+    old, new = (json.dumps(text)[1:-1].encode() for text in (before, after))
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        place = file.read(length).index(old)
+        if len(old) != len(new):
+            raise ValueError(f"write_tensors: expected {len(old)} bytes, got {len(new)}")
+        file.seek(8 + place)
+        file.write(new)
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -130,6 +130,7 @@ class ActivationStore:
         """
         skip = start * batch_size
         rest = torch.empty(0, self.d_in)
+        buffer: Tensor | None = None
         for number, group in enumerate(self._groups(seed, epoch)):
             rows = sum(shard.rows for shard in group)
             if skip >= rows:
@@ -137,7 +138,8 @@ class ActivationStore:
                 continue
             order = torch.randperm(rows, generator=_generator(seed, epoch, number))[skip:]
             skip = 0
-            x = self._load(group)
+            x = self._load(group, buffer)
+            buffer = x if buffer is None or len(x) > len(buffer) else buffer
             at = 0
             while at < len(order):
                 part = x[order[at : at + batch_size - len(rest)]].float()
@@ -196,10 +198,19 @@ class ActivationStore:
         if group:
             yield [self.shards[j] for j in sorted(group)]
 
-    def _load(self, group: list[Shard]) -> Tensor:
+    def _load(self, group: list[Shard], buffer: Tensor | None) -> Tensor:
+        """Return the rows of a group, in `buffer` if they fit: new memory takes as long to map as
+        to fill."""
         if self._held is not None:
             return self._held
-        x = torch.cat([self._acts(shard) for shard in group])
+        rows, at = sum(shard.rows for shard in group), 0
+        if buffer is not None and len(buffer) >= rows:
+            x = buffer[:rows]
+        else:
+            x = torch.empty(rows, self.d_in, dtype=getattr(torch, self.manifest.dtype))
+        for shard in group:
+            self._read_acts(shard, x[at : at + shard.rows])
+            at += shard.rows
         if len(group) == len(self.shards):
             self._held = x
         return x
@@ -224,6 +235,15 @@ class ActivationStore:
         """Return the activations of a shard, the sites side by side."""
         blocks = [self._tensor(shard, f"acts.{name}") for name in self.sites]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+
+    def _read_acts(self, shard: Shard, out: Tensor) -> None:
+        """Put the activations of a shard into `out: [rows, d_in]`."""
+        if len(self.sites) > 1:
+            out.copy_(self._acts(shard))
+            return
+        key = shard.file, f"acts.{self.sites[0]}"
+        self._files[shard.file].read_into(key[1], out, verify=key not in self._verified)
+        self._verified.add(key)
 
     def _tensor(self, shard: Shard, name: str) -> Tensor:
         """Map one tensor of a shard; pages are read as they are touched, the first time now."""

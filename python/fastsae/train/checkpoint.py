@@ -75,10 +75,15 @@ def save_checkpoint(
             f"checkpoint: could not write {final} ({reason(error)}); the newest complete one is "
             f"{latest(folder)}"
         ) from error
+    prune(folder, keep)
+    return final
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints; what cannot be deleted stays."""
     for old in checkpoints(folder)[keep:]:
         with suppress(OSError):
             remove(old)
-    return final
 
 
 def checkpoints(folder: Path) -> list[Path]:

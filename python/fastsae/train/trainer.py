@@ -37,6 +37,7 @@ from fastsae.train.checkpoint import (
     latest,
     load_checkpoint,
     newest_state,
+    prune,
     save_checkpoint,
 )
 from fastsae.train.config import TrainConfig
@@ -389,6 +390,7 @@ class Trainer:
             if not resume:
                 self._expect_no_run(self.out)
             found = newest_state(self.out / "checkpoints")
+            prune(self.out / "checkpoints", self.config.keep_checkpoints)
         if found is None:
             self._expect_no_sae()
             self.prepare()
