@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastsae.data import ActivationStore, harvest
-from fastsae.data.shards import Manifest
+from fastsae.data.shards import Manifest, ShardWriter
 from fastsae.models.chunks import chunks, held_out, pad
 from fastsae.models.sites import read_gradients, resolve
 from tests.models.tiny import DOCUMENTS, CharTokenizer, D, tiny_model
@@ -207,6 +207,26 @@ def test_a_stop_signal_keeps_all_rows_so_far(model, tmp_path):
         "waiting-train-00000.safetensors",
         "waiting-val-00001.safetensors",
     ]
+
+
+def test_a_replacement_that_wrote_nothing_permits_nothing(model, tmp_path):
+    harvest(model, TOKENIZER, DOCUMENTS, SITE, tmp_path, **SMALL)
+    before = content(tmp_path)
+    writer = ShardWriter(tmp_path, Manifest(model="x", dtype="float16"), 30, first=99)
+    writer._write_partial({})  # killed before its first shard
+    with pytest.raises(FileExistsError, match="already holds a complete harvest"):
+        harvest(model, TOKENIZER, DOCUMENTS[:1], SITE, tmp_path, **SMALL)
+    assert {name: content(tmp_path)[name] for name in before} == before
+
+
+def test_a_signal_in_the_last_batch_stops_what_comes_next(model, tmp_path):
+    def texts():
+        yield from DOCUMENTS
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match=r"SIGINT; the harvest in .* is complete"):
+        harvest(model, TOKENIZER, texts(), SITE, tmp_path, **SMALL)
+    assert len(ActivationStore(tmp_path)) > 0
 
 
 def test_a_failed_replacement_leaves_the_old_harvest(model, tmp_path):

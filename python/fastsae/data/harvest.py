@@ -166,6 +166,8 @@ def harvest(
                 "harvest: expected at least one token of text, the documents gave none"
             )
         run.close()
+    if stop.received:
+        raise KeyboardInterrupt(f"{stop.received}; the harvest in {folder} is complete")
     return manifest
 
 
@@ -199,25 +201,27 @@ class _Harvest:
         self._last_doc = dict.fromkeys(SPLITS, -1)
         self._resumed: dict[str, Any] | None = None
         done, part = folder / MANIFEST, folder / PARTIAL
-        known, first = set(), 0
-        if done.exists():
-            old, _ = read_manifest(done)
-            self._expect_replaceable(old, overwrite or part.exists())
-            known = {shard.file for shard in old.shards}
-            first = 1 + max((shard_number(name) or 0 for name in known), default=-1)
+        known: set[str] = set()
+        first = None
         if part.exists():
             begun, state = read_manifest(part)
             first = field(state, "first", int, part, "harvest", least=0)
             known |= set(files_of_harvest(folder, first))
             if not overwrite and (begun.shards or state.get("waiting")):
                 self._resume(begun, state, part)
+        if done.exists():
+            old, _ = read_manifest(done)
+            self._expect_replaceable(old, overwrite or self._resumed is not None)
+            known |= {shard.file for shard in old.shards}
+            if first is None:
+                first = 1 + max((shard_number(shard.file) or 0 for shard in old.shards), default=-1)
         if foreign := foreign_files(folder, known):
             raise FileExistsError(
                 f"harvest: expected {folder} to hold no files of others, got {foreign[0]}, which "
                 "no manifest there names; choose another folder, or remove it"
             )
         size = manifest.settings["shard_rows"]
-        self._writer = ShardWriter(folder, manifest, size, first=first)
+        self._writer = ShardWriter(folder, manifest, size, first=first or 0)
         if self._resumed is not None:
             waiting = field(self._resumed, "waiting", list, part, "harvest")
             number = field(self._resumed, "number", int, part, "harvest", least=0)
