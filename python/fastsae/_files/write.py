@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -129,14 +128,12 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], about: Any = None) -> 
         _save(file, tensors, f"{seal} {text}")
         sync(file)
         return seal
-    # Sums of the same length first; the true ones are made while the disk takes the tensors.
+    # Sums of the same length first; the true ones are made while the disk writes the tensors.
     blank = {name: [NO_SUM] * -(-t.nbytes // checksum.BLOCK) for name, t in tensors.items()}
     before = " ".join(_header(tensors, about, blank))
     _save(file, tensors, before)
-    with ThreadPoolExecutor(1) as pool:
-        on_disk = pool.submit(sync, file)
-        sums = {name: checksum.of_tensor(t) for name, t in tensors.items()}
-        on_disk.result()
+    _start_writing(file)
+    sums = {name: checksum.of_tensor(t) for name, t in tensors.items()}
     seal, text = _header(tensors, about, sums)
     _patch(file, before, f"{seal} {text}")
     sync(file)
@@ -198,6 +195,15 @@ def _save(file: Path, tensors: dict[str, Tensor], text: str) -> None:
     # One entry: safetensors writes several in an order that differs from run to run.
     save_file(tensors, file, {"fastsae": text})
     os.chmod(file, os.stat(file.parent).st_mode & 0o666)  # safetensors writes for the owner only
+
+
+def _start_writing(path: Path) -> None:
+    """Let the disk begin with what was written to a file, without waiting for it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
 
 
 def _patch(path: Path, before: str, after: str) -> None:
