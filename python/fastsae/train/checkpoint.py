@@ -111,8 +111,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{header.get('format', 'one of a development version')}; finish that run with the "
             "version that began it, or train fastsae.load(...) of the same folder further"
         )
-    if not check_seal(header, path / STATE, "Trainer"):
-        raise ValueError(f"Trainer: expected {path / STATE} to have a checksum, got none")
+    check_seal(header, path / STATE, "Trainer")
     seals = field(header, "seals", dict, path / STATE, "Trainer")
     for name in (TENSORS, WEIGHTS):
         field(seals, name, str, path / STATE, "Trainer")
