@@ -34,6 +34,9 @@ struct AdamCall {
             eps};
   }
 
+  // Whether the averages of squares of both matrices have one number for each row.
+  bool by_rows() const { return v_W_enc.dim() == 1; }
+
   void check() const {
     check_matrix(kOp, "W_enc", W_enc);
     FASTSAE_CHECK(
@@ -42,8 +45,11 @@ struct AdamCall {
     const int64_t d_sae = W_enc.size(0), d = W_enc.size(1);
     check_vector(kOp, "b_enc", b_enc, d_sae);
     check_vector(kOp, "b_dec", b_dec, d);
-    for (const Tensor* t : {&W_enc, &W_dec, &m_W_enc, &m_W_dec, &v_W_enc, &v_W_dec}) {
+    for (const Tensor* t : {&W_enc, &W_dec, &m_W_enc, &m_W_dec}) {
       check_state("every matrix", *t, W_enc);
+    }
+    for (const Tensor* t : {&v_W_enc, &v_W_dec}) {
+      check_state("both averages of squares", *t, by_rows() ? b_enc : W_enc);
     }
     for (const Tensor* t : {&b_enc, &m_b_enc, &v_b_enc}) {
       check_state("b_enc and its state", *t, b_enc);

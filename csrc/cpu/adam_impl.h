@@ -3,8 +3,9 @@
 //   m <- m + (1 - beta1) (g - m),  v <- beta2 v + (1 - beta2) g^2
 //   p <- p - step_size m / (sqrt(v) / sqrt(1 - beta2^t) + eps),  step_size = lr / (1 - beta1^t)
 //
-// as torch.optim.Adam computes it (Kingma & Ba 2015, algorithm 1). Sums over a row run in a fixed
-// order, so they depend on the instruction set at most.
+// as torch.optim.Adam computes it (Kingma & Ba 2015, algorithm 1), or with the row's mean of g^2 and
+// one v for the row (Adam-mini, Zhang et al. 2024). Sums over a row run in a fixed order, so they
+// depend on the instruction set at most.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -97,8 +98,49 @@ typename V::A adam_row(typename V::A* p, typename V::A* m, typename V::A* v, con
 }
 
 template <class V>
+typename V::A adam_mini_row(typename V::A* p, typename V::A* m, typename V::A* v,
+                            const typename V::A* g, typename V::A scale, int64_t d,
+                            const AdamConstants<typename V::A>& s) {
+  using A = typename V::A;
+  const A square = g ? scale * scale * (row_dot<V>(g, g, d) / static_cast<A>(d ? d : 1)) : A(0);
+  *v = s.beta2 * *v + s.one_minus_beta2 * square;
+  const V root =
+      V::fma(V::sqrt(V::set1(*v)), V::set1(s.inverse_correction2), V::set1(s.eps));
+  const V step = V::set1(-s.step_size) / root, rate = V::set1(s.one_minus_beta1);
+  const V zero = V::set1(A(0)), factor = V::set1(scale);
+  const auto move = [&](V gradient, A* at, A* mean_at) {
+    const V old = V::load(mean_at), mean = V::fma(rate, gradient - old, old);
+    const V moved = V::fma(step, mean, V::load(at));
+    mean.store(mean_at);
+    moved.store(at);
+    return moved;
+  };
+  V sum = zero;
+  int64_t c = 0;
+  for (; c + V::kWidth <= d; c += V::kWidth) {
+    prefetch(p + c + d);
+    prefetch(m + c + d);
+    const V moved = move(g ? factor * V::load(g + c) : zero, p + c, m + c);
+    sum = V::fma(moved, moved, sum);
+  }
+  A total = sum.sum();
+  if (c < d) {
+    const size_t bytes = sizeof(A) * static_cast<size_t>(d - c);
+    A rest[3][V::kWidth] = {};
+    memcpy(rest[0], p + c, bytes);
+    memcpy(rest[1], m + c, bytes);
+    if (g) memcpy(rest[2], g + c, bytes);
+    const V moved = move(factor * V::load(rest[2]), rest[0], rest[1]);
+    total += (moved * moved).sum();
+    memcpy(p + c, rest[0], bytes);
+    memcpy(m + c, rest[1], bytes);
+  }
+  return total;
+}
+
+template <class V>
 constexpr AdamKernels<typename V::A> kAdamTable{row_dot<V>, add_scaled<V>, scale_row<V>,
-                                                adam_row<V>};
+                                                adam_row<V>, adam_mini_row<V>};
 
 }  // namespace
 }  // namespace fastsae::cpu

@@ -83,6 +83,8 @@ struct AdamKernels {
   void (*scale_row)(A* x, A a, int64_t d);
   // An Adam step of p with gradient scale * g, or 0 if g is null; returns the new <p, p>.
   A (*adam_row)(A* p, A* m, A* v, const A* g, A scale, int64_t d, const AdamConstants<A>& s);
+  // The same with one number for all squares: v is that of the row.
+  A (*adam_mini_row)(A* p, A* m, A* v, const A* g, A scale, int64_t d, const AdamConstants<A>& s);
 };
 
 // The tables of one level, defined by level_impl.h.

@@ -7,6 +7,7 @@
 // gradient of a matrix is ever stored: the step reads and writes parameters and Adam's averages
 // once, 24 bytes a float32 parameter, and everything else comes from caches. With clipping, a first
 // pass over the same sums finds the norm of the whole gradient.
+// With one average of squares for each row (Adam-mini) these are 16 bytes a parameter.
 //
 // Threads own latents, and b_dec is summed over fixed groups of latents in order: the result does
 // not depend on the number of threads. Rows without entries take the same step with gradient 0, as
@@ -30,6 +31,10 @@ template <class A>
 struct Parameter {
   A *p, *m, *v;
   Parameter at(int64_t offset) const { return {p + offset, m + offset, v + offset}; }
+  // Row f of a matrix of width d; by_rows: with one v for the row.
+  Parameter row(int64_t f, int64_t d, bool by_rows) const {
+    return {p + f * d, m + f * d, v + (by_rows ? f : f * d)};
+  }
 };
 
 template <class A>
@@ -42,7 +47,7 @@ struct Step {
   const int32_t* extra;                   // [d_sae]: row of the extra gradients, or -1; or null
   const A *extra_W_enc, *extra_W_dec, *extra_b_enc;
   AdamConstants<A> adam;
-  bool unit_norm;
+  bool unit_norm, by_rows;
   const Kernels<A>& kernel;
   const AdamKernels<A>& row;
 
@@ -144,14 +149,16 @@ struct Step {
   void run(double max_norm) const {
     const A scale = std::isinf(max_norm) ? A(1) : clip_factor(max_norm);
     std::vector<A> shares(static_cast<size_t>((d_sae + kGroup - 1) / kGroup * d), A(0));
+    const auto move_row = by_rows ? row.adam_mini_row : row.adam_row;
     for_groups([&](int64_t group, int64_t last, Gradient& g) {
       for (int64_t f = group * kGroup; f < last; ++f) {
         const bool any = gradient(f, g);
         add_encoder_share(f, g.b, shares.data() + group * d);
-        const Parameter<A> enc = W_enc.at(f * d), dec = W_dec.at(f * d), b = b_enc.at(f);
-        row.adam_row(enc.p, enc.m, enc.v, any ? g.enc.data() : nullptr, scale, d, adam);
+        const Parameter<A> enc = W_enc.row(f, d, by_rows), dec = W_dec.row(f, d, by_rows);
+        const Parameter<A> b = b_enc.at(f);
+        move_row(enc.p, enc.m, enc.v, any ? g.enc.data() : nullptr, scale, d, adam);
         const A squared =
-            row.adam_row(dec.p, dec.m, dec.v, any ? g.dec.data() : nullptr, scale, d, adam);
+            move_row(dec.p, dec.m, dec.v, any ? g.dec.data() : nullptr, scale, d, adam);
         if (unit_norm && squared > A(0)) row.scale_row(dec.p, A(1) / std::sqrt(squared), d);
         row.adam_row(b.p, b.m, b.v, &g.b, scale, 1, adam);
       }
@@ -213,6 +220,7 @@ void run(AdamCall& c) {
                       data_of<A>(extra_b),
                       c.constants().to<A>(),
                       c.unit_norm,
+                      c.by_rows(),
                       kernels<A>(),
                       adam_kernels<A>()};
     all.run(c.max_norm);

@@ -80,16 +80,23 @@ __device__ __forceinline__ void block_sums(T (&x)[kCount], T* space) {
   }
 }
 
-// kUpdate: Adam moves the parameters; else the squared norms of the gradients are found.
-template <class F, class R, bool kWide, int kPacks, int kThreads, bool kUpdate>
+// What happens to a row when its gradient is there.
+enum class Move {
+  kNone,      // its squared norm is found
+  kAdam,      // Adam moves the parameters
+  kAdamMini,  // Adam with one average of squares for the row
+};
+
+template <class F, class R, bool kWide, int kPacks, int kThreads, Move kMove>
 struct AdamBlock {
   using A = typename F::Acc;
   using Bits = typename F::Bits;
   using P = Pack<F, kWide>;
   using S = Strip<R, kWide, kPacks>;
   static constexpr int E = P::kSize, kWarps = kThreads / 32;
+  static constexpr bool kMini = kMove == Move::kAdamMini;
 
-  // A pack of parameters and averages.
+  // A pack of parameters and averages; v with Move::kAdam only.
   struct State {
     typename P::Raw w_enc, w_dec, m_enc, v_enc, m_dec, v_dec;
   };
@@ -106,8 +113,9 @@ struct AdamBlock {
   __device__ __forceinline__ void prefetch_rows(int64_t from) const {
     constexpr int kLine = 128 / static_cast<int>(sizeof(A));
     for (int c = tid * kLine; c < a.d; c += kThreads * kLine) {
-      for (const Bits* p : {a.W_enc.p, a.W_enc.m, a.W_enc.v, a.W_dec.p, a.W_dec.m, a.W_dec.v}) {
-        prefetch(p + from + c);
+      for (const Bits* p : {a.W_enc.p, a.W_enc.m, a.W_dec.p, a.W_dec.m}) prefetch(p + from + c);
+      if constexpr (!kMini) {
+        for (const Bits* p : {a.W_enc.v, a.W_dec.v}) prefetch(p + from + c);
       }
     }
   }
@@ -140,9 +148,11 @@ struct AdamBlock {
     if (i >= a.packs) return s;
     const int64_t c = from + i * E;
     s.w_enc = P::load_own(a.W_enc.p + c), s.w_dec = P::load_own(a.W_dec.p + c);
-    if constexpr (kUpdate) {
-      s.m_enc = P::load_own(a.W_enc.m + c), s.v_enc = P::load_own(a.W_enc.v + c);
-      s.m_dec = P::load_own(a.W_dec.m + c), s.v_dec = P::load_own(a.W_dec.v + c);
+    if constexpr (kMove != Move::kNone) {
+      s.m_enc = P::load_own(a.W_enc.m + c), s.m_dec = P::load_own(a.W_dec.m + c);
+    }
+    if constexpr (kMove == Move::kAdam) {
+      s.v_enc = P::load_own(a.W_enc.v + c), s.v_dec = P::load_own(a.W_dec.v + c);
     }
     return s;
   }
@@ -162,11 +172,49 @@ struct AdamBlock {
     return dots[1] > A(0) ? dots[0] / dots[1] : A(0);
   }
 
+  // Adam-mini: averages the mean squares of both gradients of latent f in, and returns what their
+  // averages have to be multiplied with, for W_enc and W_dec. `space` [2 kWarps].
+  __device__ __forceinline__ void average_squares(int64_t f, bool any, A along, A scale, A* space,
+                                                  A (&steps)[2]) const {
+    const Bits* from[2] = {a.W_enc.v + f, a.W_dec.v + f};
+    const A old[2] = {F::widen(*from[0]), F::widen(*from[1])};
+    A squares[2] = {0, 0};
+    for (int i = tid; any && i < a.packs; i += kThreads) {
+      const auto w = P::load_own(a.W_dec.p + f * a.d + i * E);
+      const auto enc = P::load_own(g_enc + i * E), dec = P::load_own(g_dec + i * E);
+#pragma unroll
+      for (int e = 0; e < E; ++e) {
+        const A g = at(dec, e) - along * at(w, e);
+        squares[0] += at(enc, e) * at(enc, e);
+        squares[1] += g * g;
+      }
+    }
+    block_sums<kThreads>(squares, space);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const A square = scale * scale * (squares[i] / static_cast<A>(max(a.d, 1)));
+      const A v = a.adam.one_minus_beta2 * square + a.adam.beta2 * old[i];
+      if (tid == 0) (i == 0 ? a.W_enc : a.W_dec).v[f] = F::narrow(v);
+      const A root = Adam<A>::square_root(v) * a.adam.inverse_correction2 + a.adam.eps;
+      steps[i] = a.adam.step_size / root;
+    }
+  }
+
+  // An element of W_enc or W_dec; `step` is from average_squares.
+  __device__ __forceinline__ void move(A g, A& p, A& m, A& v, A step) const {
+    if constexpr (kMini) {
+      m += a.adam.one_minus_beta1 * (g - m);
+      p -= step * m;
+    } else {
+      a.adam.move(g, p, m, v);
+    }
+  }
+
   // Moves both rows and adds to the share of b_dec; returns this thread's part of the new squared
-  // norm of W_dec[f], or without kUpdate of the gradients. `size` is that of the list, `next` the
+  // norm of W_dec[f], or with Move::kNone of the gradients. `size` is that of the list, `next` the
   // thread's first pack. Passing `any` instead costs up to 24 registers (float64 on sm_120).
   __device__ __forceinline__ A move_rows(int64_t from, int size, int extra, A g_b, A along, A scale,
-                                         State next) const {
+                                         const A (&steps)[2], State next) const {
     const bool any = size > 0 || extra >= 0;
     A norm = 0;
     for (int i = tid; i < a.packs; i += kThreads) {
@@ -189,7 +237,7 @@ struct AdamBlock {
 #pragma unroll
       for (int e = 0; e < E; ++e)
         gradient[e] = any ? at(raw_dec, e) - along * at(own.w_dec, e) : A(0);
-      if constexpr (!kUpdate) {
+      if constexpr (kMove == Move::kNone) {
 #pragma unroll
         for (int e = 0; e < E; ++e) norm += at(raw_enc, e) * at(raw_enc, e);
 #pragma unroll
@@ -199,20 +247,20 @@ struct AdamBlock {
 #pragma unroll
         for (int e = 0; e < E; ++e) {
           p[e] = at(own.w_enc, e), m[e] = at(own.m_enc, e), v[e] = at(own.v_enc, e);
-          a.adam.move(any ? scale * at(raw_enc, e) : A(0), p[e], m[e], v[e]);
+          move(any ? scale * at(raw_enc, e) : A(0), p[e], m[e], v[e], steps[0]);
         }
         P::store(a.W_enc.p + c, p);
         P::store(a.W_enc.m + c, m);
-        P::store(a.W_enc.v + c, v);
+        if constexpr (!kMini) P::store(a.W_enc.v + c, v);
 #pragma unroll
         for (int e = 0; e < E; ++e) {
           p[e] = at(own.w_dec, e), m[e] = at(own.m_dec, e), v[e] = at(own.v_dec, e);
-          a.adam.move(any ? scale * gradient[e] : A(0), p[e], m[e], v[e]);
+          move(any ? scale * gradient[e] : A(0), p[e], m[e], v[e], steps[1]);
           norm += p[e] * p[e];
         }
         P::store(a.unit_norm ? g_dec + i * E : a.W_dec.p + c, p);
         P::store(a.W_dec.m + c, m);
-        P::store(a.W_dec.v + c, v);
+        if constexpr (!kMini) P::store(a.W_dec.v + c, v);
       }
     }
     return norm;

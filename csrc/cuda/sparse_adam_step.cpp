@@ -47,6 +47,7 @@ void run(AdamCall& c) {
                     c.constants(),
                     c.max_norm,
                     c.unit_norm,
+                    c.by_rows(),
                     false};
   Tensor extra = c.W_enc, extra_enc = c.W_enc, extra_dec = c.W_enc, extra_b = c.W_enc;
   if (c.extra_latents) {

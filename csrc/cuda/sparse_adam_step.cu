@@ -17,7 +17,7 @@ constexpr int kMostShared = 96 * 1024;  // of a block, on every architecture
 template <class F, class R>
 bool is_wide(const AdamParams& p) {
   for (const ParameterParams& m : {p.W_enc, p.W_dec}) {
-    for (const void* t : {m.p, m.m, m.v}) {
+    for (const void* t : {m.p, m.m, p.by_rows ? nullptr : m.v}) {
       if (!rows_aligned<F>(t, p.d)) return false;
     }
   }
@@ -96,12 +96,12 @@ struct Plan {
   }
 };
 
-template <class F, class R, bool kWide, int kPacks, int kThreads, bool kUpdate>
+template <class F, class R, bool kWide, int kPacks, int kThreads, Move kMove>
 void launch_adam(const AdamArgs<F, R>& args, const Plan<F, R>& plan, cudaStream_t stream) {
   if (plan.groups == 0) return;
-  allow_shared(&adam_kernel<F, R, kWide, kPacks, kThreads, kUpdate>,
+  allow_shared(&adam_kernel<F, R, kWide, kPacks, kThreads, kMove>,
                static_cast<size_t>(plan.shared));
-  FASTSAE_LAUNCH((adam_kernel<F, R, kWide, kPacks, kThreads, kUpdate>), grid_of(plan.blocks),
+  FASTSAE_LAUNCH((adam_kernel<F, R, kWide, kPacks, kThreads, kMove>), grid_of(plan.blocks),
                  kThreads, static_cast<size_t>(plan.shared), stream, args);
 }
 
@@ -182,14 +182,15 @@ const char* launch(const AdamParams& p, const Plan<F, R>& plan, cudaStream_t str
   };
 
   if (clips) {
-    launch_adam<F, R, kWide, kPacks, kThreads, false>(args, plan, stream);
+    launch_adam<F, R, kWide, kPacks, kThreads, Move::kNone>(args, plan, stream);
     sum_b_dec();
     FASTSAE_LAUNCH(clip_kernel<A>, 1, 1024, 0, stream, plan.squares, plan.groups, plan.g_b_dec, p.d,
                    p.max_norm, scale);
     args.scale = scale;
     args.shares = nullptr;
   }
-  launch_adam<F, R, kWide, kPacks, kThreads, true>(args, plan, stream);
+  if (p.by_rows) launch_adam<F, R, kWide, kPacks, kThreads, Move::kAdamMini>(args, plan, stream);
+  else launch_adam<F, R, kWide, kPacks, kThreads, Move::kAdam>(args, plan, stream);
   if (!clips) sum_b_dec();
   if (p.d > 0) {
     FASTSAE_LAUNCH(adam_vector_kernel<F>, grid_of((p.d + kColumnThreads - 1) / kColumnThreads),

@@ -12,7 +12,8 @@
 // launch of the same kernel finds the norm of the whole gradient instead of moving anything.
 //
 // Every sum has an order that depends on nothing but the shapes. Cost: parameters and averages are
-// read and written once, 24 bytes for a float32 parameter, and two rows per entry gathered. Where n
+// read and written once, 24 bytes for a float32 parameter (16 with one average of squares for each
+// row, Adam-mini), and two rows per entry gathered. Where n
 // rows do not fit the cache these come from memory, and bfloat16 halves them.
 #pragma once
 
@@ -22,16 +23,17 @@
 namespace fastsae::cuda {
 
 // A block takes a group of latents at a time, one latent after the other.
-template <class F, class R, bool kWide, int kPacks, int kThreads, bool kUpdate>
+template <class F, class R, bool kWide, int kPacks, int kThreads, Move kMove>
 __global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs<F, R> a) {
-  using Block = AdamBlock<F, R, kWide, kPacks, kThreads, kUpdate>;
+  using Block = AdamBlock<F, R, kWide, kPacks, kThreads, kMove>;
+  constexpr bool kUpdate = kMove != Move::kNone;
   using A = typename F::Acc;
   using Bits = typename F::Bits;
   using P = Pack<F, kWide>;
   constexpr int E = P::kSize, kWarps = kThreads / 32;
   FASTSAE_DYN_SMEM(Bits, dynamic);  // [3 d]
   __shared__ A weight_sum, group_bias[kGroup];
-  __shared__ A space[2 * kWarps], norm_space[kWarps];
+  __shared__ A space[2 * kWarps], norm_space[kWarps], mini_space[2 * kWarps];
   __shared__ double square_space[kWarps];
   Bits* rows = a.rows ? a.rows + int64_t{blockIdx.x} * 3 * a.d : dynamic;
   const int tid = static_cast<int>(threadIdx.x), lane = tid & 31;
@@ -62,7 +64,9 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs
       const A g_b = any ? weight_sum : A(0);
       if (tid == 0) group_bias[member] = g_b;
       const A along = any ? block.project(from, space) : A(0);
-      const A norm = block.move_rows(from, end - begin, extra, g_b, along, scale, first);
+      A steps[2] = {0, 0};
+      if constexpr (Block::kMini) block.average_squares(f, any, along, scale, mini_space, steps);
+      const A norm = block.move_rows(from, end - begin, extra, g_b, along, scale, steps, first);
       if constexpr (!kUpdate) {
         squares += static_cast<double>(norm);
         if (tid == 0) squares += static_cast<double>(g_b) * static_cast<double>(g_b);

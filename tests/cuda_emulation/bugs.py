@@ -322,6 +322,15 @@ BUGS = (
         launcher="sparse_adam_step",
     ),
     Bug(
+        "squares are those of the gradient before its projection",
+        "sparse_adam_step_",
+        _ADAM_BLOCK,
+        "const A g = at(dec, e) - along * at(w, e);",
+        "const A g = at(dec, e);",
+        "result",
+        launcher="sparse_adam_step",
+    ),
+    Bug(
         "the share of the encoder has the wrong sign",
         "sparse_adam_step_",
         _ADAM_BLOCK,

@@ -31,6 +31,11 @@ def state(d_sae: int, d: int, dtype: torch.dtype) -> list[Tensor]:
     return [t.to(dtype) for t in (*p, *m, *v)]
 
 
+def by_rows(before: list[Tensor]) -> list[Tensor]:
+    """The same with one average of squares for each row of both matrices."""
+    return [*before[:8], before[10].clone(), before[10].flip(0), *before[10:]]
+
+
 def batch(values: Tensor, indices: Tensor, offsets: Tensor | None, n: int, d: int) -> list:
     grad = torch.randn(values.shape, dtype=torch.float64).to(values.dtype)
     x, error = (torch.randn(n, d, dtype=torch.float64).to(values.dtype) for _ in range(2))
@@ -98,8 +103,11 @@ def test_every_width(d, dtype) -> None:
     extra_grads = extra_rows(d_sae, d, dtype)
     assert_same_step(before, entries, extra_grads)
     assert_same_step(before, entries, clip=0.5, unit=False)
+    assert_same_step(by_rows(before), entries, extra_grads, clip=0.5)
+    assert_same_step(by_rows(before), entries, unit=False)
     if dtype == torch.float32:
         assert_rounding_is_all(before, entries, extra_grads, clip=0.5)
+        assert_rounding_is_all(by_rows(before), entries, extra_grads)
 
 
 def test_more_groups_of_latents_than_blocks() -> None:
@@ -133,13 +141,16 @@ def test_long_lists(n, kind, clip) -> None:
     st.sampled_from(LAYOUTS),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.sampled_from((math.inf, 1e9, 0.1)),
 )
-def test_any_shape(n, d_sae, k, d, layout, extra, unit, clip) -> None:
+def test_any_shape(n, d_sae, k, d, layout, extra, unit, mini, clip) -> None:
     a = acts(n, d_sae, min(k, d_sae), torch.float64, layout)
     entries = batch(a.values, a.indices, a.offsets, n, d)
     extra_grads = extra_rows(d_sae, d, torch.float64) if extra else NONE
-    assert_same_step(state(d_sae, d, torch.float64), entries, extra_grads, clip, unit)
+    before = state(d_sae, d, torch.float64)
+    before = by_rows(before) if mini else before
+    assert_same_step(before, entries, extra_grads, clip, unit)
 
 
 def test_rows_that_are_not_aligned() -> None:

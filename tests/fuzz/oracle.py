@@ -302,8 +302,11 @@ def sparse_adam_step(
     for p, m, v, g in zip(state[:4], state[4:8], state[8:], gradients, strict=True):
         g = g * scale
         m = m * o.beta1 + g * (1 - o.beta1)
-        v = v * o.beta2 + g * g * (1 - o.beta2)
+        by_rows = v.ndim < g.ndim
+        squares = (g * g).sum(1) / max(g.shape[1], 1) if by_rows else g * g
+        v = v * o.beta2 + squares * (1 - o.beta2)
         root = np.sqrt(v / (1 - o.beta2**o.step)) + o.eps
+        root = root[:, None] if by_rows else root
         after.append((p - o.lr * (m / (1 - o.beta1**o.step)) / root, m, v))
     p, m, v = (list(t) for t in zip(*after, strict=True))
     if o.unit_norm:

@@ -255,6 +255,8 @@ def _adam() -> list[Call]:
         found.append(Call("sparse_adam_step_", case, call, tolerance))
         if dtype == torch.float32:
             found.append(Call("sparse_adam_step_", f"{case}-bf16-rows", (*call, True), 2e-2))
+        mini = (*call[:8], squares[2], squares[2].clone(), *call[10:])
+        found.append(Call("sparse_adam_step_", f"{case}-mini", mini, tolerance))
     return found
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from fastsae import ops, reference
+from fastsae.train.adam_mini import AdamMini
 from fastsae.types import LatentGradients, SparseActs, StepTensors
 from tests.ops.inputs import acts as make_acts
 
@@ -35,6 +36,13 @@ def extra_rows(d_sae, d, dtype, device="cpu"):
     return LatentGradients(latents.to(device), *tensors)
 
 
+def by_rows(state):
+    """Return the same state with one average of squares for each row of the matrices."""
+    v = state[2]
+    rows = StepTensors(v.W_enc[:, 0].contiguous(), v.W_dec[:, 1].contiguous(), v.b_enc, v.b_dec)
+    return [state[0], state[1], rows]
+
+
 def copies(state):
     return [StepTensors(*(t.clone() for t in tensors)) for tensors in state]
 
@@ -43,8 +51,10 @@ def copies(state):
 @pytest.mark.parametrize("layout", ["fixed", "variable"])
 @pytest.mark.parametrize("clip", [None, 0.5, 1e9])
 @pytest.mark.parametrize("extra", [False, True])
-def test_equals_reference_in_float64(device, isa, shape, layout, clip, extra) -> None:
+@pytest.mark.parametrize("mini", [False, True])
+def test_equals_reference_in_float64(device, isa, shape, layout, clip, extra, mini) -> None:
     state, *batch = make(*shape, torch.float64, layout, device)
+    state = by_rows(state) if mini else state
     extra_grads = extra_rows(shape[2], shape[1], torch.float64, device) if extra else None
     got, want = copies(state), copies(state)
     options = {"lr": 1e-2, "step": 3, "clip_grad_norm": clip, "extra_grads": extra_grads}
@@ -57,9 +67,11 @@ def test_equals_reference_in_float64(device, isa, shape, layout, clip, extra) ->
 
 @pytest.mark.parametrize("shape", [*SHAPES, (33, 48, 200, 7)])
 @pytest.mark.parametrize("layout", ["fixed", "variable"])
-def test_rows_rounded_to_bfloat16(device, shape, layout) -> None:
+@pytest.mark.parametrize("mini", [False, True])
+def test_rows_rounded_to_bfloat16(device, shape, layout, mini) -> None:
     """A step as exact as bfloat16 rows make it; where it rounds nothing, the same one."""
     state, acts, grad, x, error = make(*shape, torch.float32, layout, device)
+    state = by_rows(state) if mini else state
     state[0].b_dec.zero_()
     exact = [t.bfloat16().float() for t in (x, error)]
     for rows, tolerance in (((x, error), 1e-2), (exact, 1e-6)):
@@ -123,8 +135,33 @@ def test_equals_autograd_and_torch_adam(isa, dtype, tolerance, clip) -> None:
             assert_close(mine, optimizer.state[other]["exp_avg"], rtol=0, atol=tolerance)
 
 
-def test_bitwise_the_same_for_every_number_of_threads() -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_one_average_for_each_row_equals_autograd_and_adam_mini(isa, dtype, tolerance, clip):
+    n, d, d_sae, k = 60, 24, 150, 5
+    (parameters, _, _), *_ = make(n, d, d_sae, k, dtype)
+    parameters.W_dec[0, 0] = 1
+    theirs = [p.clone().requires_grad_() for p in parameters]
+    m, v = (StepTensors(*(torch.zeros_like(p) for p in parameters)) for _ in range(2))
+    v = by_rows([parameters, m, v])[2]
+    optimizer = AdamMini(theirs, lr=1e-3, betas=(0.8, 0.99))
+    for step in range(1, 6):
+        x = torch.randn(n, d, dtype=dtype)
+        for mine, other in zip(parameters, theirs, strict=True):  # one step at a time
+            mine.copy_(other.detach())
+        acts, grad_values, error = autograd_step(theirs, optimizer, x, k, clip)
+        options = {"lr": 1e-3, "step": step, "betas": (0.8, 0.99), "clip_grad_norm": clip}
+        ops.sparse_adam_step_(parameters, m, v, acts, grad_values, x, error, **options)
+        for mine, other in zip(parameters, theirs, strict=True):
+            assert_close(mine, other.detach(), rtol=0, atol=tolerance)
+        for mine, other in zip(v, theirs, strict=True):
+            assert_close(mine, optimizer.state[other]["exp_avg_sq"], rtol=1e-4, atol=tolerance)
+
+
+@pytest.mark.parametrize("mini", [False, True])
+def test_bitwise_the_same_for_every_number_of_threads(mini) -> None:
     state, *batch = make(300, 48, 1000, 20, torch.float32)
+    state = by_rows(state) if mini else state
     threads = torch.get_num_threads()
     results = []
     try:
@@ -170,6 +207,8 @@ def test_opcheck() -> None:
     op = torch.ops.fastsae.sparse_adam_step_.default
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(op, (*arguments, *rows, *rest), test_utils=tests)
+    mini = (*sum(by_rows(state), ()), *arguments[12:], *rows, *rest)
+    torch.library.opcheck(op, mini, test_utils=tests)
     torch.library.opcheck(op, (*arguments, None, None, None, None, *rest), test_utils=tests)
 
 
@@ -184,6 +223,11 @@ def test_wrong_arguments() -> None:
         step(*state, acts, grad, x, error, lr=1e-3, step=1, clip_grad_norm=0)
     with pytest.raises(TypeError, match=r"expected x to have the dtype of W_enc, torch.float32"):
         step(*state, acts, grad, x.double(), error, lr=1e-3, step=1)
+    mixed = [*state[:2], state[2]._replace(W_enc=state[2].b_enc)]
+    with pytest.raises(
+        ValueError, match=r"exp_avg_sq.W_dec to be \[d_sae\] = \[20\], got \[20, 5\]"
+    ):
+        step(*mixed, acts, grad, x, error, lr=1e-3, step=1)
     half = StepTensors(*(t.bfloat16() for t in state[0]))
     with pytest.raises(TypeError, match=r"expected W_enc to be float32 or float64, got torch.bflo"):
         step(half, *state[1:], acts, grad, x, error, lr=1e-3, step=1)

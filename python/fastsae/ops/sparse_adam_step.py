@@ -48,7 +48,9 @@ def sparse_adam_step_(
         parameters: `StepTensors(W_enc [d_sae, d_in], W_dec [d_sae, d_in], b_enc [d_sae], b_dec
             [d_in])`, float32 or float64, contiguous; changed in place, like the next two.
         exp_avg: Adam's average of the gradient, tensors like `parameters`.
-        exp_avg_sq: Adam's average of its square.
+        exp_avg_sq: Adam's average of its square. With `W_enc` and `W_dec` of shape [d_sae], one
+            number for each row: the average of the mean square of the row's gradient, which makes
+            it Adam-mini with a block per latent.
         acts: the sparse code of the n tokens of x, values in the dtype of the parameters.
         grad_values: the gradient of the loss in `acts.values`, same shape.
         x: [n, d_in], what was encoded (b_dec not subtracted).
@@ -83,11 +85,12 @@ def sparse_adam_step_(
 
     Cost:
         Reads and writes every parameter and both averages once, 24 bytes for each float32
-        parameter; two rows of width d_in per entry from cache.
+        parameter (16 with one number for each row); two rows of width d_in per entry from cache.
 
     Source:
-        Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1; the projection and the unit rows as in
-        Bricken et al. 2023, "Towards monosemanticity", appendix.
+        Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1; Zhang et al. 2024, "Adam-mini"
+        (arXiv 2406.16793), algorithm 1; the projection and the unit rows as in Bricken et al. 2023,
+        "Towards monosemanticity", appendix.
     """
     W_enc = parameters.W_enc
     if W_enc.dtype not in (torch.float32, torch.float64):
@@ -97,10 +100,13 @@ def sparse_adam_step_(
     d_sae, d_in = W_enc.shape
     shapes = ((d_sae, d_in), (d_sae, d_in), (d_sae,), (d_in,))
     meanings = ("[d_sae, d_in]", "[d_sae, d_in]", "[d_sae]", "[d_in]")
+    by_rows = exp_avg_sq.W_enc.ndim == 1
     for group, tensors in (("", parameters), ("exp_avg.", exp_avg), ("exp_avg_sq.", exp_avg_sq)):
         for name, tensor, size, meaning in zip(
             StepTensors._fields, tensors, shapes, meanings, strict=True
         ):
+            if by_rows and tensors is exp_avg_sq and len(size) == 2:
+                size, meaning = shapes[2], meanings[2]
             _check.shape(_OP, group + name, tensor, size, meaning)
             _check.same(_OP, group + name, tensor, "W_enc", W_enc)
     if acts.d_sae != d_sae:

@@ -1,4 +1,4 @@
-"""One training step of an SAE in plain torch: gradients as tensors, then Adam."""
+"""One training step of an SAE in plain torch: gradients as tensors, then Adam or Adam-mini."""
 
 from __future__ import annotations
 
@@ -52,8 +52,12 @@ def sparse_adam_step_(
     correction = math.sqrt(1 - betas[1] ** step)
     for p, m, v, g in zip(parameters, exp_avg, exp_avg_sq, gradients, strict=True):
         m.lerp_(g, 1 - betas[0])
-        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-        p.sub_(step_size * m / (v.sqrt() / correction + eps))
+        squares = g.square()
+        if v.ndim < p.ndim:
+            squares = squares.sum(1) / max(p.shape[1], 1)
+        v.mul_(betas[1]).add_(squares, alpha=1 - betas[1])
+        root = v.sqrt() / correction + eps
+        p.sub_(step_size * m / (root.unsqueeze(1) if v.ndim < p.ndim else root))
     if unit_norm:
         norm = W_dec.norm(dim=1, keepdim=True)
         W_dec.div_(torch.where(norm > 0, norm, 1))

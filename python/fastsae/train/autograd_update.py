@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsae.nn import SAE, SAEOutput, StepContext
+from fastsae.train.adam_mini import AdamMini
 from fastsae.train.sgd_sai import SGDSaI
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class AutogradUpdate:
 def _optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "sgd_sai":
         return SGDSaI(parameters)
+    if config.optimizer == "adam_mini":
+        return AdamMini(parameters, betas=config.betas, eps=config.eps)
     return torch.optim.Adam(
         parameters,
         betas=config.betas,
@@ -73,7 +76,7 @@ def _optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> tor
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter its state before the first step, so that a checkpoint can be loaded."""
-    if isinstance(optimizer, SGDSaI):
+    if isinstance(optimizer, SGDSaI | AdamMini):
         optimizer.prepare()
         return
     for group in optimizer.param_groups:

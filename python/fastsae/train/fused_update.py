@@ -10,6 +10,7 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.nn import SAE, SAEOutput, StepContext
 from fastsae.nn.objective import dead_rows, total_loss
+from fastsae.train.adam_mini import squares_like
 from fastsae.types import LatentGradients, SparseActs, StepTensors
 
 if TYPE_CHECKING:
@@ -19,18 +20,19 @@ PARAMETERS = ("W_enc_rows", "W_dec", "b_enc", "b_dec")
 
 
 class FusedUpdate:
-    """Adam, latent by latent; see `train.update.why_not_fused` for what it applies to.
+    """Adam or Adam-mini, latent by latent; see `train.update.why_not_fused` for where it applies.
 
     Args:
         sae: moved in place.
-        config: betas, eps and clip_grad_norm.
+        config: optimizer, betas, eps and clip_grad_norm.
     """
 
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         self.sae, self.config = sae, config
         self.count = 0
         self.exp_avg = {name: torch.zeros_like(getattr(sae, name)) for name in PARAMETERS}
-        self.exp_avg_sq = {name: torch.zeros_like(getattr(sae, name)) for name in PARAMETERS}
+        zeros = squares_like if config.optimizer == "adam_mini" else torch.zeros_like
+        self.exp_avg_sq = {name: zeros(getattr(sae, name)) for name in PARAMETERS}
 
     def step(self, batch: Tensor, context: StepContext, lr: float) -> SAEOutput:
         """See `Update.step`."""
