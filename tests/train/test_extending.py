@@ -188,7 +188,8 @@ def driven(sae, steps, **settings):
     """Train with the trainer, step by step, on the same batches without a scale."""
     config = TrainConfig(
         lr=3e-3, batch_size=N, steps=steps, warmup_steps=0, decay_fraction=0.0, normalize=False,
-        b_dec_init="zeros", compute_dtype="float32", dead_after_tokens=10**9, **settings,
+        b_dec_init="zeros", weight_init="random", clip_outliers=False, betas=(0.9, 0.999),
+        compute_dtype="float32", dead_after_tokens=10**9, **settings,
     )  # fmt: skip
     trainer = Trainer(sae, None, config)
     trainer.prepare(data())

@@ -407,7 +407,9 @@ def test_the_state_of_sgd_sai_is_half_of_adams():
 
 
 def test_another_optimizer_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"^TrainConfig: .* in adam, sgd_sai, got 'lion'$"):
+    with pytest.raises(
+        ValueError, match=r"^TrainConfig: .* in adam, adam_mini, sgd_sai, got 'lion'$"
+    ):
         TrainConfig(optimizer="lion")
     Trainer(make(), rows(), settings(out=tmp_path)).fit()
     other = Trainer(make(), rows(), settings(out=tmp_path, optimizer="sgd_sai"))

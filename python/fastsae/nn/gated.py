@@ -85,6 +85,10 @@ class GatedSAE(PenalizedSAE):
         out.loss = out.loss + fvu(squared_error(target, by_gate), target)
         return out
 
+    def _scale_encoder_(self, factor: float) -> None:
+        super()._scale_encoder_(factor)
+        self.b_mag.mul_(factor)
+
     def rescale_code_(self, scaler: ActivationScaler) -> None:
         """See `SAE.rescale_code_`: b_mag is in units of the code."""
         super().rescale_code_(scaler)

@@ -1,8 +1,9 @@
-"""Where the decoder bias starts: the center of a sample of activations."""
+"""Where an SAE starts: at the center of a sample of activations, in the directions of its rows."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,6 +30,36 @@ def center(x: Tensor, method: str) -> Tensor:
     if method == "geometric_median":
         return geometric_median(x)
     raise ValueError(f"initialize_b_dec_: expected method geometric_median or mean, got {method!r}")
+
+
+def directions(x: Tensor, count: int, seed: int = 0) -> Tensor:
+    """Return unit rows `[count, d]`: rows of `x: [n, d]`, half whitened, with some noise.
+
+        w = normalize(u + e / 2),   u = normalize(C^(-1/4) x_i / |x_i|),   e ~ uniform on the sphere
+
+    C is the covariance of x. Activations lie along a few directions of large variance, so their
+    rows themselves would all compete for the same tokens, and random ones would mostly point where
+    nothing is. The noise makes rows of one x_i different when there are fewer than `count`, and
+    reaches what x hardly has. Rows come in random order, again and again until there are enough.
+
+    Args:
+        x: centered, float32 or float64.
+        count: of rows.
+        seed: of the order and the noise, the same on every device.
+
+    Numerics: eigenvalues of C below a thousandth of their mean count as that.
+    Cost: an eigendecomposition of [d, d].
+    Source: our addition; docs/training.md has what it saves.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    passes = -(-count // len(x))
+    order = torch.cat([torch.randperm(len(x), generator=generator) for _ in range(passes)])
+    noise = torch.randn(count, x.shape[1], generator=generator).to(x)
+    variances, axes = torch.linalg.eigh(x.t() @ x / len(x))
+    relative = variances / variances.mean().clamp_min(torch.finfo(x.dtype).tiny)
+    whiten = (axes * relative.clamp_min(1e-3) ** -0.25) @ axes.t()
+    chosen = F.normalize(x[order[:count].to(x.device)])
+    return F.normalize(F.normalize(chosen @ whiten) + F.normalize(noise) / 2)
 
 
 def geometric_median(x: Tensor, *, tolerance: float = 1e-6, max_iterations: int = 200) -> Tensor:

@@ -178,6 +178,10 @@ class JumpReLUSAE(PenalizedSAE):
         if not self._started:
             self._start_threshold(self.columns.split(batch).x, STEP)
 
+    def _scale_encoder_(self, factor: float) -> None:
+        super()._scale_encoder_(factor)
+        self.log_threshold.add_(math.log(factor))
+
     @torch.no_grad()
     def _start_threshold(self, x: Tensor, context: StepContext) -> None:
         """Start all thresholds where the first rows `x: [n, d_in]` keep k entries per token."""
@@ -191,9 +195,10 @@ class JumpReLUSAE(PenalizedSAE):
         smallest = ops.encode_batch_topk(
             x, self.W_enc_rows, self.b_enc, self.k, b_dec=self._input_bias()
         ).threshold
-        unit = (total_variance(x) / x.numel()).sqrt()
-        start = (context.reduced(smallest, "mean") / context.reduced(unit, "mean")).log()
+        unit = context.reduced((total_variance(x) / x.numel()).sqrt().float(), "mean")
+        start = (context.reduced(smallest, "mean") / unit).log()
         fresh = (self.batches_seen == 0) & start.isfinite()
+        self.unit.copy_(torch.where(fresh, unit, self.unit))
         self.log_threshold.copy_(torch.where(fresh, start.float(), self.log_threshold))
 
     def loss_of(

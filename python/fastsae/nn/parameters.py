@@ -57,6 +57,7 @@ class Parameters(nn.Module):
             rows /= rows.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(rows)
         self.W_enc_rows = nn.Parameter(self.W_dec.detach().clone())
+        self._drawn = rows[:1].clone()
         self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device))
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
 
@@ -73,6 +74,20 @@ class Parameters(nn.Module):
         if value.shape != (self.d_in, self.d_sae):
             self._fail(f"W_enc to be {[self.d_in, self.d_sae]}, got {[*value.shape]}")
         self.W_enc_rows = value.detach().t()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether this is as constructed: biases of zeros, the random encoder drawn then, and both
+        matrices parameters of their own that train."""
+        matrices = self._parameters.get("W_enc_rows"), self._parameters.get("W_dec")
+        if not all(p is not None and p.requires_grad for p in matrices):
+            return False
+        if matrices[0] is matrices[1] or self.W_enc_rows.is_meta:
+            return False
+        if bool(self.b_enc.any()) or bool(self.b_dec.any()):
+            return False
+        first = self.W_enc_rows[:1]
+        return torch.allclose(first, self._drawn.to(first), rtol=0, atol=1e-2)
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:

@@ -21,8 +21,8 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.nn.auxk import LatentRows
 from fastsae.nn.context import STEP, StepContext
-from fastsae.nn.init import center
-from fastsae.nn.loss import SAEOutput
+from fastsae.nn.init import center, directions
+from fastsae.nn.loss import SAEOutput, upcast
 from fastsae.nn.objective import dead_rows, total_loss
 from fastsae.nn.parameters import Parameters, plain
 from fastsae.nn.scaler import ActivationScaler, Columns
@@ -183,9 +183,43 @@ class SAE(Parameters, ABC):
         """Estimate inference-time thresholds from training inputs `[n, d_in]`; none here."""
 
     @torch.no_grad()
+    def initialize_rows_(self, batch: Tensor, seed: int = 0) -> None:
+        """Set the rows of both matrices to directions of a training batch, see `init.directions`.
+
+        Rows that are already where the data are have less far to go than random ones. Biases are
+        set by `initialize_from_data_` and the length of encoder rows by `fit_encoder_scale_`,
+        in this order.
+        """
+        x = upcast(self.columns.split(batch).x)
+        rows = directions(x - center(x, "geometric_median"), self.d_sae, seed)
+        self.W_enc_rows.copy_(rows)
+        if self.W_dec.shape == rows.shape:
+            self.W_dec.copy_(rows)
+
+    @torch.no_grad()
     def initialize_from_data_(self, batch: Tensor, method: str = "geometric_median") -> None:
         """Set the biases from a training batch, before the first update."""
         self.initialize_b_dec_(self.columns.split(batch).target, method)
+
+    @torch.no_grad()
+    def fit_encoder_scale_(self, batch: Tensor) -> None:
+        """Multiply the encoder with the number that makes the reconstruction of a batch best.
+
+            c = sum <y - b_dec, y_hat - b_dec> / sum |y_hat - b_dec|^2
+
+        for the targets y. Rows that point where the data are overlap, so that codes of unit rows
+        add up to too much. Nothing happens where c is not positive.
+        """
+        x, target, _ = self.columns.split(batch)
+        part = upcast(self.reconstruct(x, self._encode(x)) - self.b_dec)
+        factor = (part * upcast(target - self.b_dec)).sum() / part.square().sum()
+        if bool(factor > 0) and bool(factor.isfinite()):
+            self._scale_encoder_(float(factor))
+
+    def _scale_encoder_(self, factor: float) -> None:
+        """Multiply pre-activations, and what they are compared with, by `factor`."""
+        self.W_enc_rows.mul_(factor)
+        self.b_enc.mul_(factor)
 
     @torch.no_grad()
     def initialize_b_dec_(self, x: Tensor, method: str = "geometric_median") -> None:

@@ -13,7 +13,8 @@ INTEGERS: tuple[str, ...] = ("batch_size", "steps", "total_tokens", "warmup_step
 INTEGERS += ("sparsity_warmup_steps", "dead_after_tokens", "sample_rows", "log_every")
 INTEGERS += ("eval_every", "checkpoint_every", "keep_checkpoints")
 NUMBERS = ("lr", "eps", "epochs", "decay_fraction", "clip_grad_norm", "outlier_norm")
-SWITCHES = ("normalize", "tensorboard", "progress")
+SWITCHES = ("normalize", "clip_outliers", "tensorboard", "progress")
+STRINGS = ("optimizer", "update", "compute_dtype", "b_dec_init", "weight_init")
 
 
 @dataclass
@@ -28,7 +29,7 @@ class TrainConfig:
     """Peak learning rate; None takes 2e-4 / sqrt(d_sae / 2^14) for adam, and 0.01 for sgd_sai:
     the largest of a sweep that diverged neither on planted features nor on real activations with
     attention sinks. 0.2 was best without such rows, or with clip_grad_norm 0.01."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.5, 0.999)
     """Decay rates of Adam's two averages."""
     eps: float = 6.25e-10
     """Adam's epsilon; small, because the gradient of one weight is."""
@@ -73,11 +74,18 @@ class TrainConfig:
     b_dec_init: str = "geometric_median"
     """Where b_dec starts: geometric_median, mean, or zeros. A module whose biases are not all zero
     has been trained before, and keeps them."""
+    weight_init: str = "data"
+    """Where the rows of a module that was just constructed start: data, at directions of the
+    sample (`SAE.initialize_rows_`), or random, where the constructor put them."""
     sample_rows: int = 8192
-    """Rows that the scale and the start of b_dec are measured on."""
+    """Rows that the scale and the start of the parameters are measured on."""
     outlier_norm: float = 3.0
-    """Rows whose norm is above this many medians are left out of those two measurements and of
-    fvu_no_outliers (attention sinks reach 100 medians); training sees them."""
+    """Rows whose norm is above this many medians (attention sinks reach 100) are outliers: left out
+    of those measurements and of fvu_no_outliers."""
+    clip_outliers: bool = True
+    """Scale outliers down to `outlier_norm` medians in training, where the norm of one would drown
+    the gradient of its batch. Their code and reconstruction follow, as both are proportional to a
+    row but for the biases. Validation and the trained SAE see them as they are."""
     seed: int = 0
     """Seed of the order of the data."""
     log_every: int = 50
@@ -119,14 +127,14 @@ class TrainConfig:
             "steps",
         )
         for name, choices in (
-            ("optimizer", ("adam", "sgd_sai")),
+            ("optimizer", ("adam", "adam_mini", "sgd_sai")),
             ("update", ("auto", "fused", "autograd")),
             ("compute_dtype", ("auto", "float32", "bfloat16")),
+            ("b_dec_init", ("geometric_median", "mean", "zeros")),
+            ("weight_init", ("data", "random")),
         ):
             known = getattr(self, name) in choices
             self._expect(known, f"{name} in {', '.join(choices)}", name)
-        starts = ("geometric_median", "mean", "zeros")
-        self._expect(self.b_dec_init in starts, f"b_dec_init in {', '.join(starts)}", "b_dec_init")
         if self.out is None:
             for name in ("checkpoint_every", "tensorboard"):
                 self._expect(
@@ -138,7 +146,7 @@ class TrainConfig:
             (INTEGERS, (int,), "an integer"),
             (NUMBERS, (int, float), "a number"),
             (SWITCHES, (bool,), "True or False"),
-            (("optimizer", "update", "compute_dtype", "b_dec_init"), (str,), "a string"),
+            (STRINGS, (str,), "a string"),
             (("out",), (str, os.PathLike), "a path"),
         ):
             for name in names:

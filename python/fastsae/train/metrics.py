@@ -16,16 +16,11 @@ from fastsae._files.read import logger, read_bytes
 from fastsae._files.write import reason, write_atomic
 from fastsae.data.source import ActivationSource
 from fastsae.nn import SAE, ActivationScaler, SAEOutput
+from fastsae.train.outliers import inlier_mask
 from fastsae.train.precision import bad_rows
 
 METRICS = "metrics.jsonl"
 Row = dict[str, float]
-
-
-def inlier_mask(x: Tensor, outlier_norm: float) -> Tensor:
-    """Return which rows of `x: [n, d]` have a norm of at most `outlier_norm` medians: bool [n]."""
-    norm: Tensor = torch.linalg.vector_norm(x.float(), dim=1)
-    return norm <= outlier_norm * norm.median()
 
 
 @torch.no_grad()

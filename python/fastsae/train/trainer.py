@@ -48,10 +48,10 @@ from fastsae.train.metrics import (
     Row,
     as_json_row,
     from_json_row,
-    inlier_mask,
     step_metrics,
     validate,
 )
+from fastsae.train.outliers import clip_rows_, inlier_mask, norm_limits
 from fastsae.train.precision import bad_rows, compute_dtype
 from fastsae.train.prefetch import Prepared, prefetch
 from fastsae.train.recent import RecentBatches
@@ -67,8 +67,21 @@ FREE_SETTINGS: tuple[str, ...] = (
 )
 FREE_SETTINGS += ("tensorboard", "progress")
 """What may differ between a run and its continuation."""
-STATE_KEYS = {"about", "step", "tokens", "scales", "sae", "update_kind", "update", "dead", "rng"}
+STATE_KEYS = {
+    "about",
+    "step",
+    "tokens",
+    "scales",
+    "limits",
+    "sae",
+    "update_kind",
+    "update",
+    "dead",
+    "rng",
+}
 STATE_KEYS |= {"data", "recent_from", "metrics", "pending"}
+SCALE_ROWS = 1024
+"""Rows of the sample that the length of new encoder rows is fitted on."""
 RUN, RUN_FORMAT = "run.json", "fastsae-run"
 """Written last: the run has come to its end, and these are its files."""
 
@@ -146,6 +159,8 @@ class Trainer:
             contents(sae)  # raises now what would be raised after the last update
         self.scaler = ActivationScaler(sae.columns)
         """What data are multiplied by in training."""
+        self.limits: list[float] = []
+        """Norms that rows of each block are clipped at in training, in scaled units."""
         self.steps_done = 0
         """Updates done."""
         self._tokens_done = 0
@@ -180,16 +195,23 @@ class Trainer:
         x = self._checked(sample)
         x = x[inlier_mask(sae.columns.split(x).x, cfg.outlier_norm)]
         fresh = not (bool(sae.b_enc.any()) or bool(sae.b_dec.any()))
+        new_rows = cfg.weight_init == "data" and sae.is_fresh
         if cfg.normalize:
             self.scaler = ActivationScaler.estimate(sae.columns, x)
             if not fresh:
                 self.scaler.unfold_(sae)
+        x = self.scaler.scale(x)
+        self.limits = norm_limits(sae.columns, x, cfg.outlier_norm)
+        sae.train()
+        if new_rows:
+            sae.initialize_rows_(x, cfg.seed)
         if fresh and cfg.b_dec_init != "zeros":
-            sae.initialize_from_data_(self.scaler.scale(x), cfg.b_dec_init)
+            sae.initialize_from_data_(x, cfg.b_dec_init)
+        if new_rows:
+            sae.fit_encoder_scale_(x[-SCALE_ROWS:])
         if self.scaler.scales != [1.0] * len(self.scaler.scales):
             self._mention_units()
         self._update = update
-        sae.train()
 
     def step(self, batch: Tensor) -> SAEOutput:
         """Do one update.
@@ -205,7 +227,9 @@ class Trainer:
             RuntimeError: `prepare` was not called, or all steps are done.
             ValueError: a row holds NaN or Inf; nothing was updated.
         """
-        out = self._step(self.scaler.scale(self._checked(batch)))
+        x = self._checked(batch)
+        self._expect_step()
+        out = self._step(self._scaled(x))
         for name in ("loss", "fvu", "aux_loss", "sparsity_loss"):
             setattr(out, name, getattr(out, name).detach())
         out.mse = out.mse / self.scaler.error_scale**2
@@ -296,6 +320,7 @@ class Trainer:
             "step": self.steps_done,
             "tokens": self._tokens_done,
             "scales": self.scaler.scales,
+            "limits": self.limits,
             "sae": self.sae.state_dict(),
             "update_kind": type(self._update).__name__,
             "update": self._update.state_dict(),
@@ -324,6 +349,7 @@ class Trainer:
         self._count_from_zero()
         self.steps_done, self._tokens_done = state["step"], state["tokens"]
         self.scaler = ActivationScaler(self.sae.columns, state["scales"])
+        self.limits = list(state["limits"])
         self.sae.load_state_dict(state["sae"])
         update.load_state_dict(state["update"])
         for name, tensor in self._dead.tensors().items():
@@ -357,13 +383,15 @@ class Trainer:
         counter = self._counter()
         for name, ours in (
             ("scales", self.scaler.scales),
+            ("limits", self.scaler.scales),
             ("sae", self.sae.state_dict()),
             ("update", update.state_dict()),
             ("dead", counter.tensors()),
         ):
             check_alike(state[name], ours, name, where)
-        if not all(scale > 0 for scale in state["scales"]):
-            raise ValueError(f"Trainer: expected scales > 0 in {where}, got {state['scales']}")
+        for name in ("scales", "limits"):
+            if not all(value > 0 for value in state[name]):
+                raise ValueError(f"Trainer: expected {name} > 0 in {where}, got {state[name]}")
         check_alike(state["rng"].get("cpu"), torch.get_rng_state(), "rng.cpu", where)
 
     def _count_from_zero(self) -> None:
@@ -466,11 +494,19 @@ class Trainer:
             )
         return x
 
-    def _step(self, x: Tensor) -> SAEOutput:
-        """Do one update with the scaled batch `x: [n, columns]`; what it returns is scaled too."""
+    def _expect_step(self) -> None:
         if self._update is None or self.steps_done >= self.plan.steps:
             why = "after prepare()" if self._update is None else f"of {self.plan.steps} steps"
             raise RuntimeError(f"Trainer: expected a step {why}, got one more")
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """Return raw rows as they are trained on."""
+        x = self.scaler.scale(x)
+        return clip_rows_(x, self.sae.columns, self.limits) if self.config.clip_outliers else x
+
+    def _step(self, x: Tensor) -> SAEOutput:
+        """Do one update with the scaled batch `x: [n, columns]`; what it returns is scaled too."""
+        assert self._update is not None
         done, plan = self.steps_done, self.plan
         # No latent can be dead before that many tokens, so the first part of a run never asks.
         may_have_dead = self._tokens_done >= self._dead.after_tokens
@@ -557,7 +593,7 @@ class Trainer:
             if batch is None:
                 return
             state = iterator.state_dict() if stateful else None  # type: ignore[attr-defined]
-            yield Prepared(self.scaler.scale(self._checked(batch)), state)
+            yield Prepared(self._scaled(self._checked(batch)), state)
 
     def _read_recent(self) -> None:
         """Read again what the interrupted run remembered."""

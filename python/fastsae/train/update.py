@@ -53,7 +53,8 @@ FUSED: tuple[type[SAE], ...] = (
 HARMLESS = {"__doc__", "__module__", "__qualname__", "__init__", "__annotations__", "config"}
 HARMLESS |= {"extra_repr", "__static_attributes__", "__firstlineno__", "__abstractmethods__"}
 HARMLESS |= {"__parameters__", "_abc_impl", "rescale_code_", "estimate_threshold_"}
-HARMLESS |= {"initialize_from_data_", "initialize_b_dec_"}
+HARMLESS |= {"initialize_from_data_", "initialize_b_dec_", "initialize_rows_"}
+HARMLESS |= {"fit_encoder_scale_"}
 """What a subclass may define without a say in an update: both call it alike, or neither does."""
 
 
@@ -105,7 +106,7 @@ def why_not_fused(sae: SAE, config: TrainConfig) -> str | None:
     hooks and parametrizations, in float32 or float64 on a device that has the kernel, and to Adam.
     """
     base, cls = base_of(sae), type(sae)
-    if config.optimizer != "adam":
+    if config.optimizer not in ("adam", "adam_mini"):
         return f"optimizer is {config.optimizer}"
     if base not in FUSED:
         return f"{base.__name__ if base else cls.__name__} has no fused update"
