@@ -14,9 +14,8 @@ import copy
 import json
 import os
 import sys
-import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from fastsae.train.checkpoint import (
     prune,
     save_checkpoint,
 )
+from fastsae.train.clock import Clock
 from fastsae.train.config import TrainConfig
 from fastsae.train.dead import DeadLatents, UnderusedLatents
 from fastsae.train.metrics import (
@@ -149,6 +149,7 @@ class Trainer:
         self.steps_done = 0
         """Updates done."""
         self._tokens_done = 0
+        self._clock = Clock()
         self._update: Update | None = None
         self._position: Any = None  # of the data after the last step
         self._log: MetricsLog | None = None
@@ -261,7 +262,11 @@ class Trainer:
         self._pending = None
         mark = self._begin(resume)
         log = MetricsLog(
-            self.out, tensorboard=self.config.tensorboard, start=self.steps_done, mark=mark
+            self.out,
+            tensorboard=self.config.tensorboard,
+            start=self.steps_done,
+            mark=mark,
+            began=self._clock.began,
         )
         try:
             with log, StopSignals() as stop:
@@ -305,6 +310,7 @@ class Trainer:
             "recent_from": self._recent.begin,
             "metrics": None if self._log is None else self._log.mark(),
             "pending": self._pending,
+            "clock": self._clock.state_dict(),
         }
 
     @torch.no_grad()
@@ -333,6 +339,7 @@ class Trainer:
         if device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], device)
         self._position, self._recent.begin = state["data"], state["recent_from"]
+        self._clock.load_state_dict(state.get("clock", self._clock.state_dict()))
         self._update = update
         self.sae.train()
 
@@ -364,10 +371,13 @@ class Trainer:
             check_alike(state[name], ours, name, where)
         if not all(scale > 0 for scale in state["scales"]):
             raise ValueError(f"Trainer: expected scales > 0 in {where}, got {state['scales']}")
+        clock = self._clock.state_dict()
+        check_alike(state.get("clock", clock), clock, "clock", where)  # earlier versions kept none
         check_alike(state["rng"].get("cpu"), torch.get_rng_state(), "rng.cpu", where)
 
     def _count_from_zero(self) -> None:
         """Make what steps need besides the update, before anything is measured or loaded."""
+        self._clock = Clock()
         self._dead = self._counter()
         self._recent = RecentBatches(self.sae, self.plan.steps, self.config.batch_size)
         self._compute_dtype = compute_dtype(self.sae, self.config)
@@ -493,7 +503,8 @@ class Trainer:
     def _run(self, stop: StopSignals) -> None:
         cfg, steps = self.config, self.plan.steps
         show = sys.stderr.isatty() if cfg.progress is None else cfg.progress
-        since, since_step = time.perf_counter(), self.steps_done
+        since, since_step = self._clock.seconds, self.steps_done
+        self._clock.start()
         with (
             closing(self._prepared()) as batches,
             tqdm(total=steps, initial=self.steps_done, disable=not show, unit="step") as bar,
@@ -510,20 +521,30 @@ class Trainer:
                 row: Row | None = None
                 if evaluates or _due(self.steps_done, cfg.log_every):
                     row = self._row(x, out)
-                    seconds = time.perf_counter() - since
-                    row["tokens_per_second"] = (self.steps_done - since_step) * len(x) / seconds
+                    row["seconds"] = self._clock.seconds
+                    tokens = (self.steps_done - since_step) * len(x)
+                    row["tokens_per_second"] = tokens / max(row["seconds"] - since, 1e-9)
                     self._pending = {"row": as_json_row(row), "validate": evaluates}
                 # Before anything that may fail: validation, and writing the row.
                 if last or stop.received or _due(self.steps_done, cfg.checkpoint_every):
-                    self._checkpoint()
+                    with self._paused():
+                        self._checkpoint()
                 if row is not None:
-                    self._write_row(row)
+                    with self._paused():
+                        self._write_row(row)
                     bar.set_postfix(fvu=f"{row['fvu']:.4f}", dead=int(row["dead"]))
-                    since, since_step = time.perf_counter(), self.steps_done
+                    since, since_step = row["seconds"], self.steps_done
                 if stop.received and not last:
                     raise KeyboardInterrupt(self._how_to_resume(stop.received))
         if self.steps_done < steps:
             raise RuntimeError(f"Trainer: expected data for {steps} steps, got {self.steps_done}")
+
+    def _paused(self) -> AbstractContextManager[None]:
+        """Stop the clock meanwhile, once the device has done what was asked of it."""
+        device = self.sae.W_enc_rows.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return self._clock.paused()
 
     def _write_row(self, row: Row) -> None:
         """Complete the pending row and put it into the log."""
