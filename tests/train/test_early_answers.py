@@ -7,6 +7,7 @@ from fastsae.data.source import TensorSource
 from fastsae.nn import TopKSAE
 from fastsae.train import TrainConfig, Trainer
 from fastsae.train.clock import Clock
+from fastsae.train.early import EarlyValidations
 
 D_IN, D_SAE = 8, 64
 
@@ -101,3 +102,54 @@ def test_tensorboard_has_seconds_of_training_as_the_time(time, tmp_path):
     assert [event.step for event in found] == [10, 20, 30, 40, 50]
     since = [event.wall_time - found[0].wall_time for event in found]
     assert since == pytest.approx([0, 10, 20, 30, 40], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "expected"),
+    [
+        (6400, 64, {100, 200, 400, 800, 1600, 3200}),
+        (1000, 256, {15, 31, 62, 125, 250, 500}),
+        (200, 1024, {12, 25, 50, 100}),  # 3 and 6 are too early
+        (199, 1024, set()),  # a sample of 509 rows
+    ],
+)
+def test_validations_on_the_way_are_halvings_of_the_run(steps, batch_size, expected):
+    config = TrainConfig(batch_size=batch_size)
+    early = EarlyValidations(TensorSource(rows(5000)), config, steps)
+    assert early.steps == expected
+    assert 7 * early.rows <= 0.0175 * steps * batch_size
+    every = TrainConfig(batch_size=batch_size, eval_every=100)
+    assert EarlyValidations(TensorSource(rows(5000)), every, steps).steps == set()
+    assert EarlyValidations(None, config, steps).steps == set()
+
+
+def test_a_sample_is_the_same_rows_each_time_and_never_called_val_fvu():
+    val = rows(3000, seed=5)
+    config = settings(batch_size=1024, steps=210, log_every=1000)
+    result = Trainer(make(), rows(4096), config, val=val).fit()
+    assert [row["step"] for row in result.history] == [13, 26, 52, 105, 210]
+    assert ["val_fvu" in row for row in result.history] == [False] * 4 + [True]
+    curve = [row["val_fvu_sample"] for row in result.history]
+    sample = TensorSource(val).sample(1024 * 210 // 400)
+    assert curve[-1] == pytest.approx(fvu(result.sae, sample), rel=1e-4)
+    assert result.final["val_fvu"] == pytest.approx(fvu(result.sae, val), rel=1e-4)
+    assert curve[-1] < 0.8 * curve[0]
+
+
+def test_small_validation_data_are_read_whole():
+    val = rows(530, seed=5)
+    config = settings(batch_size=1024, steps=210, log_every=1000)
+    history = Trainer(make(), rows(4096), config, val=val).fit().history
+    assert [row["step"] for row in history if "val_fvu" in row] == [13, 26, 52, 105, 210]
+    assert not any("val_fvu_sample" in row for row in history)
+    once = Trainer(make(), rows(4096), config, val=iter([val])).fit().history
+    assert [row["step"] for row in once if "val_fvu" in row] == [210]
+    assert once[-1]["val_fvu"] == history[-1]["val_fvu"]
+
+
+def test_validating_on_the_way_does_not_change_the_run():
+    config = settings(batch_size=1024, steps=210)
+    plain = Trainer(make(), rows(4096), config).fit().sae
+    watched = Trainer(make(), rows(4096), config, val=rows(3000, seed=5)).fit().sae
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(watched.state_dict()[name], tensor), name

@@ -42,6 +42,7 @@ from fastsae.train.checkpoint import (
 from fastsae.train.clock import Clock
 from fastsae.train.config import TrainConfig
 from fastsae.train.dead import DeadLatents, UnderusedLatents
+from fastsae.train.early import EarlyValidations
 from fastsae.train.metrics import (
     METRICS,
     MetricsLog,
@@ -150,6 +151,7 @@ class Trainer:
         """Updates done."""
         self._tokens_done = 0
         self._clock = Clock()
+        self._early = EarlyValidations(self.val, self.config, self.plan.steps)
         self._update: Update | None = None
         self._position: Any = None  # of the data after the last step
         self._log: MetricsLog | None = None
@@ -516,6 +518,7 @@ class Trainer:
                 bar.update()
                 last = self.steps_done == steps
                 evaluates = last or _due(self.steps_done, cfg.eval_every)
+                evaluates |= self.steps_done in self._early.steps
                 if last:
                     self._recent.estimate_threshold_()
                 row: Row | None = None
@@ -551,9 +554,18 @@ class Trainer:
         assert self._pending is not None
         assert self._log is not None
         if self.val is not None and self._pending["validate"]:
-            row |= self.validate()
+            row |= self._validation(int(row["step"]))
         self._log.add(row)
         self._pending = None
+
+    def _validation(self, step: int) -> Row:
+        """Return what is measured on the validation data after update `step`."""
+        early, row = self._early, Row()
+        if early.sampled:
+            size = self.config.batch_size
+            on_sample = validate(self.sae, early.source(), size, self.scaler)
+            row["val_fvu_sample"] = on_sample["val_fvu"]
+        return row if early.sampled and step in early.steps else row | self.validate()
 
     def _prepared(self) -> Generator[Prepared]:
         """Yield the batches of the steps to come; for a GPU, a thread works ahead."""
