@@ -1,11 +1,13 @@
 """Seconds of training, validation on the way, and what a run says about overfitting."""
 
+import logging
+
 import pytest
 import torch
 
 from fastsae.data.source import TensorSource
 from fastsae.nn import TopKSAE
-from fastsae.train import TrainConfig, Trainer
+from fastsae.train import Gap, TrainConfig, Trainer
 from fastsae.train.clock import Clock
 from fastsae.train.early import EarlyValidations
 
@@ -153,3 +155,52 @@ def test_validating_on_the_way_does_not_change_the_run():
     watched = Trainer(make(), rows(4096), config, val=rows(3000, seed=5)).fit().sae
     for name, tensor in plain.state_dict().items():
         assert torch.equal(watched.state_dict()[name], tensor), name
+
+
+def gap(**arguments):
+    numbers = {"val_fvu": 0.281, "train_fvu": 0.243, "error": 0.01, "outliers": 0}
+    return Gap(**numbers | {"rows": 16_830, "passes": 31.2} | arguments)
+
+
+def test_only_a_large_gap_of_rows_seen_again_is_large():
+    assert gap().large
+    assert not gap(passes=1.5).large  # the text is another one, not the SAE too fond of it
+    assert not gap(val_fvu=0.26).large
+    assert not gap(error=0.06).large  # 0.156 is less than 3 of these
+    assert not gap(val_fvu=0.2).large
+    assert str(gap()) == (
+        "validation FVU 0.281 against 0.243 in training: the 16,830 rows were seen 31 times; more "
+        "tokens would narrow the gap, more steps widen it"
+    )
+    assert "in training (both without 5 outliers): the" in str(gap(outliers=5))
+
+
+def test_the_gap_is_measured_on_both_kinds_of_rows_and_logged(caplog):
+    train, val = rows(60), rows(300, seed=7)
+    outliers = torch.full((2, D_IN), 100.0)
+    with caplog.at_level(logging.INFO, logger="fastsae"):
+        data = torch.cat([train, outliers])
+        result = Trainer(make(), data, settings(steps=1500), val=val).fit()
+    found = result.gap
+    norm = data.norm(dim=1)
+    assert found.outliers >= 2
+    bound = 3 * norm.median()
+    drawn = TensorSource(val).sample(62)
+    assert found.outliers == int((norm > bound).sum() + (drawn.norm(dim=1) > bound).sum())
+    kept = [x[x.norm(dim=1) <= bound] for x in (data, drawn)]
+    assert found.train_fvu == pytest.approx(fvu(result.sae, kept[0]), rel=1e-4)
+    assert found.val_fvu == pytest.approx(fvu(result.sae, kept[1]), rel=1e-4)
+    assert (found.rows, found.passes) == (62, 1500 * 20 / 62)
+    assert found.large
+    assert [r.getMessage() for r in caplog.records if "more tokens" in r.getMessage()] == [
+        f"Trainer: {found}"
+    ]
+
+
+def test_enough_data_leave_no_large_gap_and_streams_none():
+    config = settings(steps=150)
+    result = Trainer(make(), rows(3000), config, val=rows(2000, seed=7)).fit()
+    assert not result.gap.large
+    stream = Trainer(make(), iter([rows(3000)]), config, val=rows(2000, seed=7)).fit()
+    assert stream.gap is None
+    assert Trainer(make(), rows(3000), config).fit().gap is None

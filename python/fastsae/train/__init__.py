@@ -3,12 +3,14 @@
 from fastsae.train.checkpoint import latest
 from fastsae.train.config import TrainConfig
 from fastsae.train.dead import DeadLatents, UnderusedLatents
+from fastsae.train.gap import Gap
 from fastsae.train.sgd_sai import SGDSaI
 from fastsae.train.trainer import Trainer, TrainResult
 from fastsae.train.update import Update, make_update, why_not_fused
 
 __all__ = [
     "DeadLatents",
+    "Gap",
     "SGDSaI",
     "TrainConfig",
     "TrainResult",

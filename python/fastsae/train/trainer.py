@@ -43,6 +43,7 @@ from fastsae.train.clock import Clock
 from fastsae.train.config import TrainConfig
 from fastsae.train.dead import DeadLatents, UnderusedLatents
 from fastsae.train.early import EarlyValidations
+from fastsae.train.gap import Gap, measure_gap
 from fastsae.train.metrics import (
     METRICS,
     MetricsLog,
@@ -84,6 +85,8 @@ class TrainResult:
     """Rows of metrics, as in metrics.jsonl."""
     final: Row
     """The last row, with val_* if there was validation data."""
+    gap: Gap | None = None
+    """How the SAE does on validation and on training rows, if both have a length."""
 
 
 class Trainer:
@@ -284,7 +287,17 @@ class Trainer:
             seal = write(self.sae, self.out)
             end = {"format": RUN_FORMAT, "steps": self.steps_done, METRICS: log.mark()}
             write_json(self.out / RUN, sealed({**end, WEIGHTS: seal}))
-        return TrainResult(self.sae, log.history, log.history[-1] if log.history else {})
+        final = log.history[-1] if log.history else {}
+        return TrainResult(self.sae, log.history, final, self._gap())
+
+    def _gap(self) -> Gap | None:
+        """Compare validation and training rows, and log one line if they differ much."""
+        if self.data is None or self.val is None:
+            return None
+        gap = measure_gap(self.sae, self.data, self.val, self.config, self._tokens_done)
+        if gap is not None and gap.large:
+            logger.info("Trainer: %s", gap)
+        return gap
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that an exact continuation needs: live tensors and JSON values.
