@@ -1,6 +1,7 @@
 """Train an SAE: `Trainer(sae, data, TrainConfig(...)).fit()`, or step by step."""
 
-from fastsae.train.checkpoint import latest
+from fastsae.train.budget import Rehearsal, rehearse, steps_within
+from fastsae.train.checkpoint import latest, settings_of
 from fastsae.train.config import TrainConfig
 from fastsae.train.dead import DeadLatents, UnderusedLatents
 from fastsae.train.gap import Gap
@@ -11,6 +12,7 @@ from fastsae.train.update import Update, make_update, why_not_fused
 __all__ = [
     "DeadLatents",
     "Gap",
+    "Rehearsal",
     "SGDSaI",
     "TrainConfig",
     "TrainResult",
@@ -19,5 +21,8 @@ __all__ = [
     "Update",
     "latest",
     "make_update",
+    "rehearse",
+    "settings_of",
+    "steps_within",
     "why_not_fused",
 ]
