@@ -173,7 +173,7 @@ def report(lines: list[dict[str, Any]]) -> str:
 
 
 def _mean(lines: list[dict[str, Any]], name: str) -> float:
-    return statistics.mean(line.get(name, math.inf) for line in lines)
+    return statistics.mean(float(line.get(name, math.inf)) for line in lines)
 
 
 def main() -> int:

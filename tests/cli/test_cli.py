@@ -13,7 +13,9 @@ import torch
 
 import fastsae
 from fastsae import TopKSAE, cli, load
+from fastsae.cli.console import duration
 from fastsae.models import load as models
+from fastsae.train import Rehearsal
 from tests.models.tiny import DOCUMENTS, CharTokenizer, D, tiny_model
 
 
@@ -135,6 +137,54 @@ def test_demo_on_the_real_model(tmp_path, capsys) -> None:
     assert ce["clean"] < ce["sae"] < ce["mean"] < ce["zero"]
 
 
+def test_a_time_budget_is_rehearsed_once_and_kept_when_resumed(
+    tiny, corpus, tmp_path, capsys, monkeypatch
+) -> None:
+    acts, asked = tmp_path / "acts", []
+
+    def rehearsed(sae, data, config, seconds, *, val):
+        asked.append((seconds, len(data), len(val)))
+        return Rehearsal(update=0.5, along=0.0, once=1.0, spent=0.5)
+
+    monkeypatch.setattr("fastsae.train.rehearse", rehearsed)
+    harvested = succeeds(
+        capsys, "harvest", "--model", "tiny", "--text", corpus, "--site", "resid_post.1",
+        "--context", 32, "--out", acts,
+    )  # fmt: skip
+    run = ("train", acts, "--k", 3, "--batch-size", 64, "--time-budget", "0.1m", "--json")
+    argv = [str(a) for a in (*run, "--out", tmp_path / "a")]
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert err.splitlines() == ["--time-budget 0.1m: 9 updates of 500 ms"]  # (6 - 1.5) / 0.5
+    assert json.loads(out)["step"] == 9
+    assert asked == [(6.0, harvested["train"], harvested["val"])]
+    monkeypatch.setattr("fastsae.train.rehearse", None)
+    assert cli.main([*argv, "--resume"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["step"] == 9
+    assert "9 updates, as the run in" in err
+    checkpoint = str(tmp_path / "a" / "checkpoints" / "step_000000009")
+    assert cli.main([*argv, "--resume-from", checkpoint]) == 0
+    capsys.readouterr()
+    succeeds(capsys, *run[:-3], "--steps", 9, "--out", tmp_path / "b")
+    weights = [(tmp_path / name / "sae_weights.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("10m", 600), ("1.5h", 5400), ("45", 45), ("0.5", 0.5)],
+)
+def test_times_are_seconds_minutes_or_hours(text, seconds) -> None:
+    assert duration(text) == (text, seconds)
+
+
+@pytest.mark.parametrize("text", ["0", "0s", "-5", "10 m", "m", "", "1d", "1e3", "inf", "10ms"])
+def test_other_times_are_wrong_usage(text, capsys) -> None:
+    line = fails(capsys, 2, "train", "acts", "--out", "sae", f"--time-budget={text}")
+    assert "expected a time such as 90s, 10m or 1.5h" in line
+
+
 def test_info(capsys) -> None:
     found = succeeds(capsys, "info")
     assert found["torch"] == torch.__version__
@@ -157,7 +207,17 @@ def test_help_has_examples(command, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["nonsense"], ["demo", "--k", "0"], ["train"], ["demo", "--steps", "x"]]
+    "argv",
+    [
+        [],
+        ["nonsense"],
+        ["demo", "--k", "0"],
+        ["train"],
+        ["demo", "--steps", "x"],
+        ["demo", "--steps", "9", "--time-budget", "9s"],
+        ["train", "acts", "--out", "sae", "--epochs", "2", "--time-budget", "9s"],
+        ["train", "acts", "--out", "sae", "--steps", "2", "--time-budget", "9s"],
+    ],
 )
 def test_wrong_usage_is_code_2(argv, capsys) -> None:
     assert "--help" in fails(capsys, 2, *argv)

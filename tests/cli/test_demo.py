@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,32 @@ def test_an_interrupted_demo_continues(argv, capsys, monkeypatch, phase):
     history = [json.loads(x) for x in (folder / "sae" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history] == sorted({row["step"] for row in history})
     assert numbers["dead"] < numbers["d_sae"]
+
+
+def test_a_demo_within_a_time_takes_the_updates_of_its_first_run(argv, capsys, monkeypatch):
+    import fastsae.cli.demo as demo_module
+
+    def within(budget, sae, data, config, val):
+        asked.append(budget.seconds)
+        return replace(config, steps=6)
+
+    asked = []
+    monkeypatch.setattr(demo_module, "within", within)
+    at = argv.index("--epochs")
+    argv = [*argv[:at], *argv[at + 2 :], "--time-budget", "20s"]
+    for _ in range(2):
+        assert main(argv) == 0
+        numbers = json.loads(capsys.readouterr().out)
+    assert asked == [20.0]
+    folder = Path(argv[argv.index("--out") + 1])
+    lines = (folder / "sae" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 6
+    assert json.loads(lines[-1])["val_fvu"] == pytest.approx(numbers["fvu"], rel=1e-3)
+    assert "6 steps in 20s" in (folder / "report.html").read_text()
+    assert main([*argv[:-1], "30s"]) == 1
+    assert "expected steps = 6, time_budget = 20.0 as in" in capsys.readouterr().err
+    assert main([*argv[:-1], "30s", "--overwrite"]) == 0
+    assert asked == [20.0, 30.0]
 
 
 def test_a_folder_of_somebody_else_is_left_alone(argv, capsys):

@@ -14,6 +14,7 @@ from typing import Any
 
 import fastsae
 from fastsae.data import ActivationStore
+from fastsae.train.metrics import TIMED
 from fastsae.verification import verify
 from tests.faults.kills import run
 from tests.faults.workloads import Fit, Harvest, Save
@@ -80,7 +81,7 @@ def use_run(folder: Path) -> Any:
     """Go on with a run, or take its end."""
     result = Fit().trainer(folder, seed=7).fit(resume=True)
     state = {name: tensor.tolist() for name, tensor in result.sae.state_dict().items()}
-    log = [{**row, "tokens_per_second": 0} for row in result.history]
+    log = [{**row, **dict.fromkeys(TIMED, 0)} for row in result.history]
     return state, log
 
 

@@ -22,6 +22,7 @@ import fastsae
 from fastsae import TrainConfig, Trainer
 from fastsae.data import ActivationStore, harvest
 from fastsae.nn import BatchTopKSAE, TopKSAE
+from fastsae.train.metrics import TIMED
 from tests.models.tiny import DOCUMENTS, CharTokenizer, tiny_model
 
 SITE = "resid_post.1"
@@ -237,7 +238,7 @@ class Fit(Workload):
 
     def result(self, folder: Path) -> Any:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
-        log = [{**json.loads(line), "tokens_per_second": 0} for line in lines]
+        log = [{**json.loads(line), **dict.fromkeys(TIMED, 0)} for line in lines]
         # Of time, and of what holds a time.
         timed = ("metrics.jsonl", "state.json", "run.json")
         return digest(folder, timed), log, names(folder)

@@ -14,6 +14,8 @@ from fastsae.data.shards import Manifest, ShardWriter
 from fastsae.eval import CrossEntropy, evaluate
 from fastsae.nn import TopKSAE
 from fastsae.report.html import show
+from fastsae.report.plots import held_out, time_curve
+from fastsae.report.sections import plots
 from fastsae.report.write import write_report
 from tests.models.tiny import FAMILIES, VOCAB, D, tiny_model
 
@@ -208,3 +210,35 @@ def test_matplotlib_is_asked_for_by_name(trained, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"pip install 'fastsae\[report\]'"):
         write_report(tmp_path / "r.html", sae, store, Words(), evaluate(sae, store))
     assert not (tmp_path / "r.html").exists()
+
+
+def points(**columns):
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def test_the_curve_over_time_has_points_of_one_kind():
+    sampled = points(step=[5, 10, 20], seconds=[1.0, 2.0, 4.0], val_fvu_sample=[0.5, 0.4, 0.3])
+    sampled[-1]["val_fvu"] = 0.31
+    name, found = held_out(sampled)
+    assert (name, len(found)) == ("val_fvu_sample", 3)
+    svg = time_curve(sampled)
+    assert "sample of held-out text" in svg
+    assert [f">{step}<" in svg for step in (5, 10, 20)] == [True] * 3  # every point says its update
+    assert ">1 s<" in svg
+    assert ">3 s<" in svg
+    assert ">10 s<" not in svg
+    whole = points(step=[5, 10], seconds=[1.0, 90.0], val_fvu=[0.5, 0.4])
+    assert "sample" not in time_curve(whole)
+    assert ">1 min<" in time_curve(whole)
+    assert time_curve(whole[:1]) is None  # a point is no curve
+    assert time_curve(points(step=[5, 10], val_fvu=[0.5, 0.4])) is None  # of an earlier version
+    assert time_curve([]) is None
+
+
+def test_the_curve_over_time_comes_with_its_caption(trained):
+    sae, store = trained
+    history = points(step=[5, 10], seconds=[1.0, 2.0], fvu=[0.5, 0.4], val_fvu=[0.6, 0.5])
+    result = evaluate(sae, store)
+    assert plots(sae, result, history).count("<figure>") == 4
+    assert "after how much training" in plots(sae, result, history)
+    assert plots(sae, result, history[:1]).count("<figure>") == 3

@@ -18,6 +18,7 @@ from fastsae.data.source import EpochBatches, TensorSource
 from fastsae.nn import BatchTopKSAE, TopKSAE
 from fastsae.train import TrainConfig, Trainer, latest
 from fastsae.train import checkpoint as checkpoint_module
+from fastsae.train.metrics import TIMED
 
 D_IN, D_SAE = 8, 64
 
@@ -257,8 +258,8 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(cls, stop_at, tmp_path):
     resumed = Trainer(make(cls, seed=99), rows(), config).fit(resume=True)
     for name in ("checkpoints/step_000000050/state.safetensors", "sae_weights.safetensors"):
         assert same_tensors(whole / name, cut / name), name
-    keep = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in result.history]
-    again = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in resumed.history]
+    keep = [{k: v for k, v in row.items() if k not in TIMED} for row in result.history]
+    again = [{k: v for k, v in row.items() if k not in TIMED} for row in resumed.history]
     assert again == keep
 
 

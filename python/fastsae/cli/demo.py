@@ -13,10 +13,12 @@ import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsae.cli.console import emit, positive, progress, say, subcommand
+from fastsae.cli.budget import within
+from fastsae.cli.console import duration, emit, positive, progress, say, subcommand
 from fastsae.cli.summary import facts, summary
 from fastsae.models.load import SMOLLM2, load_model
 from fastsae.models.text import pieces, python_topics, read_files
@@ -27,11 +29,13 @@ if TYPE_CHECKING:
     from fastsae.data import ActivationStore
     from fastsae.eval import CrossEntropy
     from fastsae.nn import SAE
+    from fastsae.train import TrainResult
 
 EXAMPLE = """
 fastsae demo
 fastsae demo --text novel.txt --site mlp_out.20 --k 48 --out my-demo
 fastsae demo --tokens 20000 --epochs 4
+fastsae demo --time-budget 5m
 """
 VAL_FRACTION = 0.15
 MIN_TOKENS = 1000
@@ -62,6 +66,12 @@ def add_to(subparsers: Any) -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, default=16.0, help="passes over the tokens (16)")
     length.add_argument("--steps", type=positive, help="updates, instead of --epochs")
+    length.add_argument(
+        "--time-budget",
+        type=duration,
+        metavar="TIME",
+        help="train for about this long: 90s, 10m, 1.5h",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,7 +89,8 @@ def run(args: argparse.Namespace) -> None:
         with phase("harvest"):
             train, val = _harvest(args, out / "activations", texts, model, tokenizer)
         with phase("train"):
-            sae, history = _train(args, out / "sae", train)
+            trained = _train(args, out / "sae", train, val)
+            sae, history = trained.sae, trained.history
         with phase("evaluate"), progress("evaluate", len(val), "token") as advance:
             result = evaluate(sae, val, progress=advance)
         with phase("cross entropy"):
@@ -94,19 +105,20 @@ def run(args: argparse.Namespace) -> None:
                 model=model,
                 cross_entropy=ce,
                 history=history,
-                facts=facts(args, train, phase.seconds),
+                facts=facts(args, train, phase.seconds, int(trained.final["step"])),
             )
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("run the same command again to continue") from error
     numbers = {
         **result.to_dict(),
         "cross_entropy": ce.to_dict(),
+        "gap": None if trained.gap is None else asdict(trained.gap),
         "seconds": {name: round(value, 1) for name, value in phase.seconds.items()},
         "report": str(out / "report.html"),
         "sae": str(out / "sae"),
     }
     write_json(out / "result.json", numbers)
-    emit(numbers, args.json, summary(result, ce, phase.seconds, out))
+    emit(numbers, args.json, summary(result, ce, phase.seconds, out, trained.gap))
 
 
 class Phases:
@@ -165,8 +177,8 @@ def _harvest(
 
 
 def _train(
-    args: argparse.Namespace, folder: Path, data: ActivationStore
-) -> tuple[SAE, list[dict[str, float]]]:
+    args: argparse.Namespace, folder: Path, data: ActivationStore, val: ActivationStore
+) -> TrainResult:
     """Train, or continue (or take) the run of the same settings in `folder`."""
     import torch
 
@@ -177,6 +189,8 @@ def _train(
 
     names = ("k", "expansion", "lr", "epochs", "steps", "seed")
     settings = {**{name: getattr(args, name) for name in names}, **data.manifest.meta}
+    if args.time_budget is not None:
+        settings["time_budget"] = args.time_budget.seconds
     note = folder / "demo.json"
     if folder.exists() and any(folder.iterdir()):
         if not note.exists():
@@ -184,11 +198,11 @@ def _train(
         before = read_json(note, "demo")
         if "checksum" in before:  # earlier versions wrote none
             check_seal(before, note, "demo")
+        if args.time_budget is not None and before.get("time_budget") == args.time_budget.seconds:
+            settings["steps"] = before.get("steps")  # of the run that is continued
         _expect_same(args, folder, before, settings)
         if before != settings:
             remove(folder)
-    folder.mkdir(exist_ok=True)
-    write_json(note, sealed(settings))
     torch.manual_seed(args.seed)
     sae = TopKSAE(data.d_in, args.expansion * data.d_in, args.k)
     sae.metadata = {"model_name": data.manifest.model, "hook_name": data.site}
@@ -196,13 +210,17 @@ def _train(
         lr=args.lr,
         batch_size=min(1024, max(64, len(data) // 16)),
         epochs=args.epochs,
-        steps=args.steps,
+        steps=settings["steps"],
         seed=args.seed,
         log_every=10,
         out=folder,
     )
-    trained = Trainer(sae, data, config).fit(resume=True)
-    return trained.sae, trained.history
+    if args.time_budget is not None and config.steps is None:
+        config = within(args.time_budget, sae, data, config, val)
+        settings["steps"] = config.steps
+    folder.mkdir(exist_ok=True)
+    write_json(note, sealed(settings))
+    return Trainer(sae, data, config, val=val).fit(resume=True)
 
 
 def _expect_same(

@@ -14,16 +14,19 @@ from fastsae.models.load import SMOLLM2, SMOLLM2_NAME
 if TYPE_CHECKING:
     from fastsae.data import ActivationStore
     from fastsae.eval import CrossEntropy, EvalResult
+    from fastsae.train import Gap
 
 
 def facts(
-    args: argparse.Namespace, train: ActivationStore, seconds: dict[str, float]
+    args: argparse.Namespace, train: ActivationStore, seconds: dict[str, float], steps: int
 ) -> dict[str, str]:
     """Return the lines of "How this was made"."""
     import torch
 
     manifest = train.manifest
-    length = f"{args.steps} steps" if args.steps else f"{args.epochs:g} epochs"
+    length = f"{args.epochs:g} epochs"
+    if args.steps or args.time_budget:
+        length = f"{steps:,} steps" + (f" in {args.time_budget.text}" if args.time_budget else "")
     return {
         "Model": f"{SMOLLM2_NAME if args.model == SMOLLM2 else args.model}, site {args.site}",
         "Text": ", ".join(args.text) if args.text else "the language reference in Python's help()",
@@ -38,15 +41,19 @@ def facts(
     }
 
 
-def summary(result: EvalResult, ce: CrossEntropy, seconds: dict[str, float], out: Path) -> str:
+def summary(
+    result: EvalResult, ce: CrossEntropy, seconds: dict[str, float], out: Path, gap: Gap | None
+) -> str:
     """Return the table that ends the demo."""
     by_mean, by_zero = ce.fraction_recovered_mean, ce.fraction_recovered_zero
+    overfit = [("overfitting", str(gap))] if gap is not None and gap.large else []
     return table(
         [
             ("cross entropy", f"{ce.clean:.3f} nats clean, {ce.sae:.3f} through the SAE"),
             ("ablated", f"{ce.mean:.3f} by the mean, {ce.zero:.3f} by zero"),
             ("recovered", f"{100 * by_mean:.1f}% against mean, {100 * by_zero:.1f}% against zero"),
             ("FVU", f"{result.fvu:.4f} on {result.rows:,} held-out tokens"),
+            *overfit,
             ("L0", f"{result.l0:.1f}"),
             ("dead latents", f"{result.dead:,} of {result.d_sae:,}"),
             ("time", f"{sum(seconds.values()):.0f} s"),

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsae.cli.console import device_named, emit, positive, say, subcommand
+from fastsae.cli.budget import within
+from fastsae.cli.console import device_named, duration, emit, positive, say, subcommand
 
 if TYPE_CHECKING:
+    from fastsae.data import ActivationSource
     from fastsae.nn import SAE
+    from fastsae.train import TrainConfig
 
 EXAMPLE = """
 fastsae train acts --out sae
 fastsae train acts --site mlp_out.3 --arch batchtopk --k 64 --expansion 16 --epochs 4 --out sae
+fastsae train acts --time-budget 10m --out sae
 fastsae train acts --arch matryoshka --option groups=[512,1024,3072] --out sae
 fastsae train acts --arch transcoder --site mlp_in.3 --site mlp_out.3 --option skip=true --out sae
 fastsae train acts --out sae --resume
@@ -67,8 +72,17 @@ def add_to(subparsers: Any) -> None:
     parser.add_argument("--expansion", type=positive, default=8, help="d_sae / d_in (default 8)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: from d_sae)")
     parser.add_argument("--batch-size", type=positive, default=4096, help="tokens per update")
-    parser.add_argument("--epochs", type=float, default=1.0, help="passes over the data")
-    parser.add_argument("--steps", type=positive, help="updates, instead of --epochs")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--epochs", type=float, default=1.0, help="passes over the data (default 1)"
+    )
+    length.add_argument("--steps", type=positive, help="updates, instead of --epochs")
+    length.add_argument(
+        "--time-budget",
+        type=duration,
+        metavar="TIME",
+        help="as many updates as take about this long: 90s, 10m, 1.5h; a few are tried first",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--optimizer", default="adam", choices=("adam", "sgd_sai"))
     parser.add_argument("--update", default="auto", choices=("auto", "fused", "autograd"))
@@ -117,12 +131,43 @@ def run(args: argparse.Namespace) -> None:
         tensorboard=args.tensorboard,
         out=args.out,
     )
-    trainer = Trainer(sae, data, config, val=val if len(val) else None)
+    held_out = val if len(val) else None
+    if args.time_budget is not None:
+        config = _of_length(args, sae, data, config, held_out)
+    trainer = Trainer(sae, data, config, val=held_out)
     if args.resume and latest(Path(args.out) / "checkpoints") is None:
         say(f"train: no checkpoint in {args.out}, so this is a new run")
-    final = trainer.fit(resume=args.resume_from or args.resume).final
-    text = ", ".join(f"{name} {value:.6g}" for name, value in final.items())
-    emit({"out": args.out, **final}, args.json, f"{args.out}: {text}")
+    result = trainer.fit(resume=args.resume_from or args.resume)
+    found: dict[str, Any] = {"out": args.out, **result.final}
+    text = ", ".join(f"{name} {value:.6g}" for name, value in result.final.items())
+    text = f"{args.out}: {text}"
+    if result.gap is not None:
+        found["gap"] = asdict(result.gap)
+        text += f"\n{result.gap}" if result.gap.large else ""
+    emit(found, args.json, text)
+
+
+def _of_length(
+    args: argparse.Namespace,
+    sae: SAE,
+    data: ActivationSource,
+    config: TrainConfig,
+    val: ActivationSource | None,
+) -> TrainConfig:
+    """Return `config` with the length of the run that is continued, or that fits the budget."""
+    from fastsae.train import latest, settings_of
+
+    path = Path(args.resume_from) if args.resume_from else None
+    if args.resume and path is None:
+        path = latest(Path(args.out) / "checkpoints")
+    if path is None:
+        return within(args.time_budget, sae, data, config, val)
+    before = settings_of(path)
+    length = {name: before[name] for name in ("steps", "total_tokens", "epochs")}
+    config = replace(config, **length)
+    if config.steps is not None:
+        say(f"--time-budget: {config.steps:,} updates, as the run in {args.out} began")
+    return config
 
 
 def sites_of(arch: str, sites: list[str] | None) -> list[str] | None:

@@ -13,6 +13,9 @@ from torch import Tensor
 from fastsae.nn import SAE
 
 GRAY, BLUE, ORANGE = "#8a8a8a", "#3b82f6", "#f08c2e"
+HELD_OUT = {"val_fvu": "held-out text", "val_fvu_sample": "sample of held-out text"}
+TIMES = {0.1: "0.1 s", 1: "1 s", 3: "3 s", 10: "10 s", 30: "30 s", 60: "1 min", 180: "3 min"}
+TIMES |= {600: "10 min", 1800: "30 min", 3600: "1 h", 10800: "3 h", 36000: "10 h", 86400: "24 h"}
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -38,15 +41,58 @@ def training_curve(history: Sequence[dict[str, float]], val_fvu: float | None = 
     def draw(ax: Any) -> None:
         steps = [row["step"] for row in history]
         ax.plot(steps, [row["fvu"] for row in history], color=BLUE, label="training batches")
+        name, points = held_out(history)
+        if len(points) > 1:
+            at, fvu = [row["step"] for row in points], [row[name] for row in points]
+            ax.plot(at, fvu, color=ORANGE, marker="o", ms=3, label=HELD_OUT[name])
         if val_fvu is not None:
             ax.axhline(val_fvu, color=ORANGE, ls="--", label=f"held-out text: {val_fvu:.3f}")
         ax.set(yscale="log", xlabel="training step", title="Variance unexplained (FVU)")
-        ticks = [t for t in (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1) if _within(t, ax.get_ylim())]
-        ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
-        ax.minorticks_off()
+        _fvu_ticks(ax)
         ax.legend()
 
     return _svg("training", draw)
+
+
+def held_out(history: Sequence[dict[str, float]]) -> tuple[str, list[dict[str, float]]]:
+    """Return what to draw of held-out text as a curve: the name, and the rows that have it.
+
+    It is the FVU on all validation rows, or on the sample of them, whichever was measured more
+    often; never some points of one and some of the other.
+    """
+    found = {name: [row for row in history if name in row] for name in HELD_OUT}
+    name = max(found, key=lambda name: len(found[name]))
+    return name, found[name]
+
+
+def time_curve(history: Sequence[dict[str, float]]) -> str | None:
+    """Plot the held-out FVU against the seconds of training, both log scaled.
+
+    Returns:
+        None if `history` has less than two points with a time.
+    """
+    name, points = held_out(history)
+    points = [row for row in points if row.get("seconds", 0.0) > 0]
+    if len(points) < 2:
+        return None
+
+    def draw(ax: Any) -> None:
+        seconds = [row["seconds"] for row in points]
+        ax.plot(seconds, [row[name] for row in points], color=ORANGE, marker="o", ms=4)
+        for row, at in zip(points, seconds, strict=True):
+            ax.annotate(
+                f"{int(row['step']):,}", (at, row[name]), (0, 6), textcoords="offset points",
+                ha="center", color=GRAY, fontsize=8,
+            )  # fmt: skip
+        ax.set(
+            xscale="log", yscale="log", xlabel="time of training", title=f"FVU, {HELD_OUT[name]}"
+        )
+        ticks = [t for t in TIMES if _within(t, ax.get_xlim())]
+        ax.set_xticks(list(ticks), [TIMES[t] for t in ticks])
+        _fvu_ticks(ax)
+        ax.margins(y=0.12)
+
+    return _svg("time", draw)
 
 
 def firing_frequency(frequency: Tensor) -> str:
@@ -83,6 +129,13 @@ def alignment(sae: SAE) -> str:
         )
 
     return _svg("alignment", draw)
+
+
+def _fvu_ticks(ax: Any) -> None:
+    every = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1)
+    ticks = [t for t in every if _within(t, ax.get_ylim())]
+    ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
 
 
 def _within(x: float, limits: tuple[float, float]) -> bool:

@@ -11,7 +11,7 @@ from fastsae.eval import CrossEntropy, EvalResult
 from fastsae.models.sites import describe
 from fastsae.nn import SAE
 from fastsae.report.html import table_rows
-from fastsae.report.plots import alignment, firing_frequency, training_curve
+from fastsae.report.plots import alignment, firing_frequency, time_curve, training_curve
 
 
 def lead(sae: SAE, store: ActivationStore) -> str:
@@ -104,6 +104,11 @@ def plots(sae: SAE, result: EvalResult, history: Sequence[dict[str, float]]) -> 
         curve = training_curve(history, result.fvu)
         shown.insert(0, (curve, "The error on the text it learns from falls; the dashed line is "
                          "the trained SAE on held-out text."))  # fmt: skip
+    if (timed := time_curve(history)) is not None:
+        shown.insert(1, (timed, "How good the SAE was after how much training, on text it has not "
+                         "seen; the numbers are updates. The learning rate falls at the end of a "
+                         "run, so a run that ends early is better than this one was at that "
+                         "time."))  # fmt: skip
     return "".join(f"<figure>{svg}<figcaption>{text}</figcaption></figure>" for svg, text in shown)
 
 

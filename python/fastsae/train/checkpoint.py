@@ -104,14 +104,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none, or a file of it is missing.
         ValueError: it is damaged, or was written by another version of fastsae.
     """
-    header = read_json(path / STATE, "Trainer")
-    if header.get("format") != FORMAT:
-        raise ValueError(
-            f"Trainer: expected a checkpoint of format {FORMAT} in {path}, got "
-            f"{header.get('format', 'one of a development version')}; finish that run with the "
-            "version that began it, or train fastsae.load(...) of the same folder further"
-        )
-    check_seal(header, path / STATE, "Trainer")
+    header = _header(path)
     seals = field(header, "seals", dict, path / STATE, "Trainer")
     for name in (TENSORS, WEIGHTS):
         field(seals, name, str, path / STATE, "Trainer")
@@ -121,6 +114,30 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if path.name != f"step_{state['step']:09d}":
         raise ValueError(f"Trainer: expected {path} to hold its step, got {state['step']}")
     return state
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """Return the settings of the run that checkpoint `path` belongs to; no tensor is read.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or was written by another version of fastsae.
+    """
+    about: dict[str, Any] = _header(path)["state"]["about"]
+    return about
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Return the content of the state file of checkpoint `path`, compared with its checksum."""
+    header = read_json(path / STATE, "Trainer")
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"Trainer: expected a checkpoint of format {FORMAT} in {path}, got "
+            f"{header.get('format', 'one of a development version')}; finish that run with the "
+            "version that began it, or train fastsae.load(...) of the same folder further"
+        )
+    check_seal(header, path / STATE, "Trainer")
+    return header
 
 
 def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:

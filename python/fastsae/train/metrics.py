@@ -21,6 +21,8 @@ from fastsae.train.precision import bad_rows
 
 METRICS = "metrics.jsonl"
 Row = dict[str, float]
+TIMED = ("seconds", "tokens_per_second")
+"""What differs in the rows of two runs that are the same to the last bit."""
 
 
 @torch.no_grad()
@@ -107,6 +109,8 @@ class MetricsLog:
         start: rows of steps after this one, from a run that went further than its last checkpoint,
             are removed from the file.
         mark: what `mark()` returned when the checkpoint was written; the file is cut there.
+        began: Unix time at which the run began. TensorBoard gets this plus `seconds` as the time of
+            a row, so its relative axis counts seconds of training, over interruptions too.
 
     Raises:
         RuntimeError: on entering, when TensorBoard is asked for and not installed.
@@ -119,9 +123,11 @@ class MetricsLog:
         tensorboard: bool,
         start: int,
         mark: dict[str, Any] | None = None,
+        began: float = 0.0,
     ) -> None:
         self.history: list[Row] = []
         self._out, self._tensorboard, self._start, self._mark = out, tensorboard, start, mark
+        self._began = began
         self._file: int | None = None
         self._sum, self._size = xxhash.xxh3_128(), 0
         self._writer: Any = None
@@ -158,9 +164,10 @@ class MetricsLog:
                 ) from error
             self._count(line)
         if self._writer is not None:
+            when = self._began + row["seconds"] if "seconds" in row else None
             for name, value in row.items():
                 if name != "step":
-                    self._writer.add_scalar(name, value, int(row["step"]))
+                    self._writer.add_scalar(name, value, int(row["step"]), walltime=when)
 
     def mark(self) -> dict[str, Any]:
         """Return length and checksum of what the file holds now."""

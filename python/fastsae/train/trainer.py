@@ -14,9 +14,8 @@ import copy
 import json
 import os
 import sys
-import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,11 @@ from fastsae.train.checkpoint import (
     prune,
     save_checkpoint,
 )
+from fastsae.train.clock import Clock
 from fastsae.train.config import TrainConfig
 from fastsae.train.dead import DeadLatents, UnderusedLatents
+from fastsae.train.early import EarlyValidations
+from fastsae.train.gap import Gap, measure_gap
 from fastsae.train.metrics import (
     METRICS,
     MetricsLog,
@@ -96,6 +98,8 @@ class TrainResult:
     """Rows of metrics, as in metrics.jsonl."""
     final: Row
     """The last row, with val_* if there was validation data."""
+    gap: Gap | None = None
+    """How the SAE does on validation and on training rows, if both have a length."""
 
 
 class Trainer:
@@ -164,6 +168,8 @@ class Trainer:
         self.steps_done = 0
         """Updates done."""
         self._tokens_done = 0
+        self._clock = Clock()
+        self._early = EarlyValidations(self.val, self.config, self.plan.steps)
         self._update: Update | None = None
         self._position: Any = None  # of the data after the last step
         self._log: MetricsLog | None = None
@@ -285,7 +291,11 @@ class Trainer:
         self._pending = None
         mark = self._begin(resume)
         log = MetricsLog(
-            self.out, tensorboard=self.config.tensorboard, start=self.steps_done, mark=mark
+            self.out,
+            tensorboard=self.config.tensorboard,
+            start=self.steps_done,
+            mark=mark,
+            began=self._clock.began,
         )
         try:
             with log, StopSignals() as stop:
@@ -301,7 +311,17 @@ class Trainer:
             seal = write(self.sae, self.out)
             end = {"format": RUN_FORMAT, "steps": self.steps_done, METRICS: log.mark()}
             write_json(self.out / RUN, sealed({**end, WEIGHTS: seal}))
-        return TrainResult(self.sae, log.history, log.history[-1] if log.history else {})
+        final = log.history[-1] if log.history else {}
+        return TrainResult(self.sae, log.history, final, self._gap())
+
+    def _gap(self) -> Gap | None:
+        """Compare validation and training rows, and log one line if they differ much."""
+        if self.data is None or self.val is None:
+            return None
+        gap = measure_gap(self.sae, self.data, self.val, self.config, self._tokens_done)
+        if gap is not None and gap.large:
+            logger.info("Trainer: %s", gap)
+        return gap
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that an exact continuation needs: live tensors and JSON values.
@@ -330,6 +350,7 @@ class Trainer:
             "recent_from": self._recent.begin,
             "metrics": None if self._log is None else self._log.mark(),
             "pending": self._pending,
+            "clock": self._clock.state_dict(),
         }
 
     @torch.no_grad()
@@ -359,6 +380,7 @@ class Trainer:
         if device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], device)
         self._position, self._recent.begin = state["data"], state["recent_from"]
+        self._clock.load_state_dict(state.get("clock", self._clock.state_dict()))
         self._update = update
         self.sae.train()
 
@@ -392,10 +414,13 @@ class Trainer:
         for name in ("scales", "limits"):
             if not all(value > 0 for value in state[name]):
                 raise ValueError(f"Trainer: expected {name} > 0 in {where}, got {state[name]}")
+        clock = self._clock.state_dict()
+        check_alike(state.get("clock", clock), clock, "clock", where)  # earlier versions kept none
         check_alike(state["rng"].get("cpu"), torch.get_rng_state(), "rng.cpu", where)
 
     def _count_from_zero(self) -> None:
         """Make what steps need besides the update, before anything is measured or loaded."""
+        self._clock = Clock()
         self._dead = self._counter()
         self._recent = RecentBatches(self.sae, self.plan.steps, self.config.batch_size)
         self._compute_dtype = compute_dtype(self.sae, self.config)
@@ -529,7 +554,8 @@ class Trainer:
     def _run(self, stop: StopSignals) -> None:
         cfg, steps = self.config, self.plan.steps
         show = sys.stderr.isatty() if cfg.progress is None else cfg.progress
-        since, since_step = time.perf_counter(), self.steps_done
+        since, since_step = self._clock.seconds, self.steps_done
+        self._clock.start()
         with (
             closing(self._prepared()) as batches,
             tqdm(total=steps, initial=self.steps_done, disable=not show, unit="step") as bar,
@@ -541,34 +567,54 @@ class Trainer:
                 bar.update()
                 last = self.steps_done == steps
                 evaluates = last or _due(self.steps_done, cfg.eval_every)
+                evaluates |= self.steps_done in self._early.steps
                 if last:
                     self._recent.estimate_threshold_()
                 row: Row | None = None
                 if evaluates or _due(self.steps_done, cfg.log_every):
                     row = self._row(x, out)
-                    seconds = time.perf_counter() - since
-                    row["tokens_per_second"] = (self.steps_done - since_step) * len(x) / seconds
+                    row["seconds"] = self._clock.seconds
+                    tokens = (self.steps_done - since_step) * len(x)
+                    row["tokens_per_second"] = tokens / max(row["seconds"] - since, 1e-9)
                     self._pending = {"row": as_json_row(row), "validate": evaluates}
                 # Before anything that may fail: validation, and writing the row.
                 if last or stop.received or _due(self.steps_done, cfg.checkpoint_every):
-                    self._checkpoint()
+                    with self._paused():
+                        self._checkpoint()
                 if row is not None:
-                    self._write_row(row)
+                    with self._paused():
+                        self._write_row(row)
                     bar.set_postfix(fvu=f"{row['fvu']:.4f}", dead=int(row["dead"]))
-                    since, since_step = time.perf_counter(), self.steps_done
+                    since, since_step = row["seconds"], self.steps_done
                 if stop.received and not last:
                     raise KeyboardInterrupt(self._how_to_resume(stop.received))
         if self.steps_done < steps:
             raise RuntimeError(f"Trainer: expected data for {steps} steps, got {self.steps_done}")
+
+    def _paused(self) -> AbstractContextManager[None]:
+        """Stop the clock meanwhile, once the device has done what was asked of it."""
+        device = self.sae.W_enc_rows.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return self._clock.paused()
 
     def _write_row(self, row: Row) -> None:
         """Complete the pending row and put it into the log."""
         assert self._pending is not None
         assert self._log is not None
         if self.val is not None and self._pending["validate"]:
-            row |= self.validate()
+            row |= self._validation(int(row["step"]))
         self._log.add(row)
         self._pending = None
+
+    def _validation(self, step: int) -> Row:
+        """Return what is measured on the validation data after update `step`."""
+        early, row = self._early, Row()
+        if early.sampled:
+            size = self.config.batch_size
+            on_sample = validate(self.sae, early.source(), size, self.scaler)
+            row["val_fvu_sample"] = on_sample["val_fvu"]
+        return row if early.sampled and step in early.steps else row | self.validate()
 
     def _prepared(self) -> Generator[Prepared]:
         """Yield the batches of the steps to come; for a GPU, a thread works ahead."""
