@@ -147,8 +147,8 @@ def report(lines: list[dict[str, Any]]) -> str:
     cells: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         cells.setdefault(key(line, CELL), []).append(line)
-    names = ("data", "settings", "class", "d_sae", "steps", "batch", "best rate", "FVU")
-    names += ("default rate", "FVU", "+%", "dead, %", "L0")
+    names = ["data", "settings", "class", "d_sae", "steps", "batch", "best rate", "FVU"]
+    names += ["default rate", "FVU", "+%", "dead, %", "L0"]
     table = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for runs in cells.values():
         rates: dict[float | str, list[dict[str, Any]]] = {}

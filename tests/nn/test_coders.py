@@ -111,7 +111,8 @@ def test_training_starts_from_centred_inputs_and_the_outputs_that_go_with_a_late
 def test_the_trainer_starts_a_fresh_module_and_keeps_a_trained_one(build):
     fresh, trained = build(), build()
     x = torch.cat([torch.randn(50, 5), 9 * torch.randn(50, 5)], 1) + 7
-    config = TrainConfig(batch_size=10, steps=5, b_dec_init="zeros", progress=False)
+    start = {"b_dec_init": "zeros", "weight_init": "random"}
+    config = TrainConfig(batch_size=10, steps=5, progress=False, **start)
     before = [p.clone() for p in fresh.parameters()]
     trainer = Trainer(fresh, None, config)
     trainer.prepare(x)

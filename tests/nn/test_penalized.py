@@ -146,13 +146,31 @@ def test_jumprelu_starts_where_the_first_batch_keeps_k():
     x = 3 * torch.randn(100, 5, dtype=torch.float64)
     out = sae.loss(x)
     assert int(out.acts.row_counts().sum()) in (199, 200)  # the smallest lies on the threshold
-    before = sae.log_threshold.clone()
-    sae.loss(9 * x)
-    assert torch.equal(sae.log_threshold, before)
-    fixed = make(JumpReLUSAE, k=2, threshold=0.5)
-    before = fixed.log_threshold.clone()
-    fixed.loss(x)
-    assert torch.equal(fixed.log_threshold, before)
+
+
+def test_every_batch_moves_the_thresholds_of_jumprelu_towards_k():
+    sae = make(JumpReLUSAE, k=2, threshold=0.5)
+    x = 3 * torch.randn(100, 5, dtype=torch.float64)
+    for rows in (x, 0.01 * x, 30 * x):
+        before = sae.log_threshold.detach().clone()
+        out = sae.loss(rows)  # the first batch measures the unit, so look after it
+        l0 = float((pre_activations(sae, rows) > sae.unit * before.exp()).sum()) / 100
+        assert l0 == pytest.approx(float(out.acts.l0()))
+        excess = min(1.0, max(-1.0, math.log(max(l0, 1e-3) / 2)))
+        torch.testing.assert_close(sae.log_threshold.detach(), before + 0.1 * excess)
+    assert out.acts.l0() > 2
+    for still in (make(JumpReLUSAE, threshold=0.5), sae.eval()):
+        before = still.log_threshold.detach().clone()
+        still.loss(x)
+        assert torch.equal(still.log_threshold, before)
+
+
+def test_jumprelu_comes_to_its_target_without_a_gradient_on_thresholds():
+    sae = make(JumpReLUSAE, d_in=16, d_sae=64, k=5, threshold=0.01)
+    x = torch.randn(400, 16, dtype=torch.float64)
+    for _ in range(120):
+        out = sae.loss(x)
+    assert float(out.acts.l0()) == pytest.approx(5, rel=0.03)
 
 
 def test_jumprelu_starts_on_given_data_before_any_batch():
@@ -162,7 +180,6 @@ def test_jumprelu_starts_on_given_data_before_any_batch():
     before = sae.log_threshold.clone()
     assert before.unique().numel() == 1
     out = sae.loss(x)
-    assert torch.equal(sae.log_threshold, before)
     assert int(out.acts.row_counts().sum()) in (199, 200)
 
 
@@ -245,13 +262,13 @@ def test_the_first_batch_measures_the_unit_and_no_other(cls):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_the_coefficient_follows_the_wanted_l0(cls):
     x = torch.randn(30, 5, dtype=torch.float64)
-    start = {"threshold": 0.1} if cls is JumpReLUSAE else {}
-    low, high, fixed = make(cls, k=0.1, **start), make(cls, k=8.9, **start), make(cls)
+    start = {"threshold": 0.1, "coefficient": 1.0} if cls is JumpReLUSAE else {}
+    low, high, fixed = make(cls, k=0.1, **start), make(cls, k=8.9, **start), make(cls, **start)
     for sae in (low, high, fixed):
         sae.loss(x)
     assert low.coefficient > 1 > high.coefficient
     assert fixed.coefficient == 1
-    waiting = make(cls, k=0.1)
+    waiting = make(cls, k=0.1, **start)
     waiting.loss(x, context=StepContext(sparsity_scale=0.5))
     assert waiting.coefficient == 1
 

@@ -13,13 +13,18 @@ from torch import Tensor, nn
 
 from fastsae import ops
 from fastsae.nn.auxk import LatentRows
-from fastsae.nn.context import STEP, StepContext
+from fastsae.nn.context import STEP, StepContext, updates_statistics
 from fastsae.nn.loss import SAEOutput, total_variance
 from fastsae.nn.objective import total_loss
 from fastsae.nn.parameters import plain
 from fastsae.nn.penalized import PenalizedSAE, mean_over_tokens
 from fastsae.nn.threshold_sae import factor_for_k
 from fastsae.types import SparseActs
+
+
+THRESHOLD_CONTROL = 0.1
+"""How far a batch moves log_threshold towards the target L0. On a code whose L0 falls by 2 to 3
+times as much as its thresholds rise, a quarter of the way."""
 
 
 class _Elementwise(torch.autograd.Function):
@@ -83,6 +88,11 @@ class JumpReLUSAE(PenalizedSAE):
         loss = fvu + coefficient * sum_j H(z_j - threshold_j) / d_in
         threshold = unit exp(log_threshold)
 
+    With a target k, every training batch also moves all thresholds by one factor towards it,
+    `log_threshold += 0.1 clamp(log(l0 / k), -1, 1)`, and the gradients only say which latents get
+    a higher threshold than others (our addition: gradients alone move a threshold by the learning
+    rate, so that L0 ran to 4 k, and later to k / 2, before the coefficient had caught up).
+
     The step has no gradient, so the threshold gets a straight-through estimate from the
     pre-activations within half a bandwidth of it, on both sides; z gets none from the penalty. Only
     those entries and the active ones are ever kept. `log_threshold` is float32 whatever the dtype
@@ -100,6 +110,8 @@ class JumpReLUSAE(PenalizedSAE):
             which the first data seen (`initialize_from_data_`, or the first training batch) keep k
             entries per token (our addition: Adam moves log_threshold by lr a step, too little to
             cross the way up in a short run), or at 0.1 without k.
+        coefficient: initial weight of the penalty; None takes 0.2 d_in / k, about what the k-th
+            latent of a token is worth, or 1 without k.
 
     Raises:
         ValueError: bandwidth or threshold is not above 0.
@@ -117,9 +129,12 @@ class JumpReLUSAE(PenalizedSAE):
         *,
         bandwidth: float = 0.2,
         threshold: float | None = None,
+        coefficient: float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(d_in, d_sae, k, **kwargs)
+        if coefficient is None:
+            coefficient = 1.0 if k is None else 0.2 * plain(d_in) / plain(k)
+        super().__init__(d_in, d_sae, k, coefficient=coefficient, **kwargs)
         start = 0.1 if threshold is None else threshold
         if not (0 < bandwidth < math.inf and 0 < start < math.inf):
             self._fail(f"bandwidth > 0 and threshold > 0, got {bandwidth} and {threshold}")
@@ -213,9 +228,18 @@ class JumpReLUSAE(PenalizedSAE):
         z, threshold = self._inside(acts)
         f = self._activate(acts, z, threshold)
         self._adjust_coefficient(f.detach(), context)
+        self._adjust_thresholds(f.detach(), context)
         active = _apply(Step, z, threshold, self._eps)
         penalty = context.sparsity_scale * self._weigh(mean_over_tokens(active, acts.n))
         return total_loss(self, x, target, f, self.reconstruct(x, f), penalty, dead)
+
+    @torch.no_grad()
+    def _adjust_thresholds(self, acts: SparseActs, context: StepContext) -> None:
+        """Move all thresholds by one factor towards the target L0."""
+        if self.k is None or acts.n == 0 or not self.log_threshold.requires_grad:
+            return
+        if updates_statistics(self, loss_depends=True):
+            self.log_threshold.add_(THRESHOLD_CONTROL * self._excess(acts, context))
 
     @torch.no_grad()
     def calibrate_(self, x: Tensor) -> None:

@@ -113,9 +113,12 @@ class PenalizedSAE(SAE, register=False):
             return
         if not updates_statistics(self, loss_depends=True):
             return
+        self.coefficient.mul_((self.control_lr * self._excess(acts, context)).exp())
+
+    def _excess(self, acts: SparseActs, context: StepContext) -> Tensor:
+        """Return log(l0 / k) of a training batch: [], within -1 and 1."""
         l0 = context.reduced(acts.l0(), "mean")
-        distance = (l0.clamp_min(1e-3) / self.k).log().clamp(-1, 1)
-        self.coefficient.mul_((self.control_lr * distance).exp())
+        return (l0.clamp_min(1e-3) / self.k).log().clamp(-1, 1)
 
     def _weigh(self, penalty: Tensor) -> Tensor:
         """Return what a `penalty: []`, a mean over tokens in units of `unit`, adds to the loss."""
