@@ -9,6 +9,10 @@ The other libraries are optional: pip install eai-sparsify dictionary-learning s
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -23,6 +27,18 @@ from parity import dictionary_learning, saelens, sparsify
 from parity.problem import NAMES, fill
 
 STEPS = 100_000  # length of the runs whose first steps are timed
+
+
+def import_error(module: str) -> str:
+    """Return why a module cannot be imported, or an empty string."""
+    # Read by sparsify at import: its Triton decoder takes no CPU tensors.
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            importlib.import_module(module)
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
+    return ""
 
 
 @dataclass

@@ -15,11 +15,8 @@ them all: pip install eai-sparsify dictionary-learning sae-lens
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
-import importlib
 import json
-import os
 import statistics
 import sys
 from importlib.metadata import version
@@ -29,7 +26,7 @@ import torch
 
 from bench import report, step_limits, timing
 from bench.ops.inputs import SHAPES, describe
-from bench.peers import WAYS, build, check, start
+from bench.peers import WAYS, build, check, import_error, start
 from bench.report import Row
 from bench.run import machine
 from bench.step_limits import proc_mib
@@ -44,14 +41,7 @@ def missing(name: str) -> str:
     need = WAYS[name][2]
     if name == "fastsae bf16" and not _library.has_bf16():
         return "this processor has no bfloat16 instructions, so it would be fastsae"
-    # Read by sparsify at import: its Triton decoder takes no CPU tensors.
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            importlib.import_module(need)
-    except Exception as e:
-        return f"{type(e).__name__}: {e}"
-    return ""
+    return import_error(need)
 
 
 def groups(names: list[str], shape: str) -> list[list[str]]:

@@ -51,10 +51,10 @@ def step_input(x: Tensor, dead: Tensor | None = None, **coefficients: float) -> 
     return made(x, coefficients, dead, 0, False)
 
 
-def make_trainer(sae: Any, batch_size: int, steps: int, lr: float) -> Any:
-    """Return its trainer of an SAE, for calls of `step(batch)`."""
+def make_trainer(sae: Any, batch_size: int, steps: int, lr: float, **options: Any) -> Any:
+    """Return its trainer of an SAE, for calls of `step(batch)`; the rate is constant by default."""
     config = importlib.import_module("sae_lens.config").SAETrainerConfig
-    run = config(batch_size * steps, batch_size, lr=lr, lr_end=lr)
+    run = config(batch_size * steps, batch_size, lr=lr, lr_end=lr, **options)
     return importlib.import_module("sae_lens").SAETrainer(run, sae, data_provider=iter(()))
 
 
