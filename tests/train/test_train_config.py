@@ -56,16 +56,16 @@ def test_config_is_json(tmp_path):
     [({"epochs": 3}, 30), ({"epochs": 0.5}, 5), ({"steps": 7}, 7), ({"total_tokens": 799}, 7)],
 )
 def test_length_of_a_run(arguments, steps):
-    plan = make_plan(TrainConfig(batch_size=100, **arguments), rows=1099, d_sae=2**14)
+    plan = make_plan(TrainConfig(batch_size=100, **arguments), rows=1099, d_in=768, d_sae=2**14)
     assert plan.steps == steps
 
 
 def test_defaults_follow_the_number_of_latents_and_the_length():
-    plan = make_plan(TrainConfig(batch_size=100, steps=500), rows=100, d_sae=2**16)
+    plan = make_plan(TrainConfig(batch_size=100, steps=500), rows=100, d_in=768, d_sae=2**16)
     assert plan.lr == pytest.approx(1e-4)  # 2e-4 / sqrt(2^16 / 2^14)
     assert plan.warmup_steps == 25
     assert plan.dead_after_tokens == 5_000
-    long = make_plan(TrainConfig(batch_size=4096, steps=10**6), rows=4096, d_sae=2**14)
+    long = make_plan(TrainConfig(batch_size=4096, steps=10**6), rows=4096, d_in=768, d_sae=2**14)
     assert (long.lr, long.warmup_steps, long.dead_after_tokens) == (2e-4, 1000, 10_000_000)
 
 
@@ -79,7 +79,7 @@ def test_defaults_follow_the_number_of_latents_and_the_length():
 )
 def test_a_run_without_a_step(arguments, rows, message):
     with pytest.raises(ValueError, match=f"^Trainer: {message}"):
-        make_plan(TrainConfig(**arguments), rows, 16)
+        make_plan(TrainConfig(**arguments), rows, d_in=8, d_sae=16)
 
 
 def test_learning_rate_at_every_corner():

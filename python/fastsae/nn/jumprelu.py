@@ -21,7 +21,6 @@ from fastsae.nn.penalized import PenalizedSAE, mean_over_tokens
 from fastsae.nn.threshold_sae import factor_for_k
 from fastsae.types import SparseActs
 
-
 THRESHOLD_CONTROL = 0.1
 """How far a batch moves log_threshold towards the target L0. On a code whose L0 falls by 2 to 3
 times as much as its thresholds rise, a quarter of the way."""

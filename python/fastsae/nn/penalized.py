@@ -118,7 +118,8 @@ class PenalizedSAE(SAE, register=False):
     def _excess(self, acts: SparseActs, context: StepContext) -> Tensor:
         """Return log(l0 / k) of a training batch: [], within -1 and 1."""
         l0 = context.reduced(acts.l0(), "mean")
-        return (l0.clamp_min(1e-3) / self.k).log().clamp(-1, 1)
+        excess: Tensor = (l0.clamp_min(1e-3) / self.k).log().clamp(-1, 1)
+        return excess
 
     def _weigh(self, penalty: Tensor) -> Tensor:
         """Return what a `penalty: []`, a mean over tokens in units of `unit`, adds to the loss."""

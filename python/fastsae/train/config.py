@@ -19,16 +19,15 @@ STRINGS = ("optimizer", "update", "compute_dtype", "b_dec_init", "weight_init")
 
 @dataclass
 class TrainConfig:
-    """Settings of a `Trainer`; the defaults follow Gao et al. 2024 (arXiv 2406.04093), appendix A.
+    """Settings of a `Trainer`; docs/training.md says how the defaults were found.
 
     Raises:
         ValueError: a value is of another type or out of range, or two exclude each other.
     """
 
     lr: float | None = None
-    """Peak learning rate; None takes 2e-4 / sqrt(d_sae / 2^14) for adam, and 0.01 for sgd_sai:
-    the largest of a sweep that diverged neither on planted features nor on real activations with
-    attention sinks. 0.2 was best without such rows, or with clip_grad_norm 0.01."""
+    """Peak learning rate; None takes that of `train.defaults.default_lr`, a rule fitted to sweeps,
+    from the sizes of the SAE and the number of updates."""
     betas: tuple[float, float] = (0.5, 0.999)
     """Decay rates of Adam's two averages."""
     eps: float = 6.25e-10
@@ -167,12 +166,6 @@ class TrainConfig:
     def _expect(self, condition: bool, expectation: str, name: str) -> None:
         if not condition:
             raise ValueError(f"TrainConfig: expected {expectation}, got {getattr(self, name)!r}")
-
-    def peak_lr(self, d_sae: int) -> float:
-        """Return `lr`, or what None takes for `d_sae` latents."""
-        if self.lr is not None:
-            return self.lr
-        return 1e-2 if self.optimizer == "sgd_sai" else 2e-4 / math.sqrt(d_sae / 2**14)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastsae.train.config import TrainConfig
+from fastsae.train.defaults import default_lr
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,8 @@ class RunPlan:
 
     steps: int
     """Updates of the whole run."""
+    batch_size: int
+    """Rows of each."""
     lr: float
     """Peak learning rate."""
     warmup_steps: int
@@ -23,6 +26,13 @@ class RunPlan:
     """Tokens without firing that make a latent dead."""
     sparsity_warmup_steps: int
     """Updates over which the sparsity loss rises to its weight."""
+
+    def __str__(self) -> str:
+        decay = round(self.decay_fraction * self.steps)
+        return (
+            f"{self.steps:,} updates of {self.batch_size:,} rows at a rate of {self.lr:.3g}, "
+            f"warm-up over {self.warmup_steps:,} and decay over {decay:,} of them"
+        )
 
     def sparsity_at(self, step: int) -> float:
         """Return the share of the sparsity loss in update `step`, counted from 0."""
@@ -39,8 +49,14 @@ class RunPlan:
         )
 
 
-def make_plan(config: TrainConfig, rows: int | None, d_sae: int) -> RunPlan:
-    """Work out the defaults of `config` for `rows` tokens of data; None: nobody knows how many.
+def make_plan(config: TrainConfig, rows: int | None, *, d_in: int, d_sae: int) -> RunPlan:
+    """Work out the defaults of `config` for `rows` tokens of data and the sizes of an SAE.
+
+    Args:
+        config: the settings.
+        rows: of one pass over the data; None: nobody knows how many.
+        d_in: width of the encoder's input.
+        d_sae: number of latents.
 
     Raises:
         ValueError: the data do not fill one batch, the run has no step, or neither the data nor
@@ -69,9 +85,13 @@ def make_plan(config: TrainConfig, rows: int | None, d_sae: int) -> RunPlan:
     if dead_after is None:
         dead_after = min(10_000_000, max(1, steps * config.batch_size // 10))
     sparsity_warmup = config.sparsity_warmup_steps
+    lr = config.lr
+    if lr is None:
+        lr = default_lr(config.optimizer, d_in=d_in, d_sae=d_sae, steps=steps)
     return RunPlan(
         steps=steps,
-        lr=config.peak_lr(d_sae),
+        batch_size=config.batch_size,
+        lr=lr,
         warmup_steps=warmup,
         decay_fraction=config.decay_fraction,
         dead_after_tokens=dead_after,

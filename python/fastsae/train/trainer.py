@@ -157,7 +157,8 @@ class Trainer:
         if self.val is not None and source_len(self.val) == 0:
             raise ValueError("Trainer: expected val to have at least one row, got none")
         rows = None if self.data is None else source_len(self.data)
-        self.plan = make_plan(self.config, rows, sae.d_sae)
+        d_in = sum(sae.columns.inputs)
+        self.plan = make_plan(self.config, rows, d_in=d_in, d_sae=sae.d_sae)
         self.out = None if self.config.out is None else Path(self.config.out)
         if self.out is not None:
             contents(sae)  # raises now what would be raised after the last update
@@ -217,6 +218,7 @@ class Trainer:
             sae.fit_encoder_scale_(x[-SCALE_ROWS:])
         if self.scaler.scales != [1.0] * len(self.scaler.scales):
             self._mention_units()
+        logger.info("Trainer: %s", self.plan)
         self._update = update
 
     def step(self, batch: Tensor) -> SAEOutput:
