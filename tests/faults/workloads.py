@@ -221,7 +221,7 @@ class Fit(Workload):
         torch.manual_seed(seed)
         config = TrainConfig(
             batch_size=16, steps=11, checkpoint_every=3, log_every=2, eval_every=4, out=folder,
-            progress=False, keep_checkpoints=2,
+            progress=False, keep_checkpoints=2, calibration_rows=16,
         )  # fmt: skip
         return Trainer(BatchTopKSAE(8, 16, k=3), self.data(), config, val=rows(20, seed=9))
 

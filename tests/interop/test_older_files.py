@@ -51,7 +51,7 @@ def test_a_checkpoint_is_refused_in_one_line(tmp_path):
     config = TrainConfig(batch_size=64, steps=4, out=run)
     trainer = Trainer(fastsae.TopKSAE(6, 12, k=3), torch.randn(512, 6), config)
     with pytest.raises(
-        ValueError, match=r"expected a checkpoint of format 3 in .*train fastsae.load"
+        ValueError, match=r"expected a checkpoint of format 4 in .*train fastsae.load"
     ) as e:
         trainer.fit(resume=True)
     assert "\n" not in str(e.value)

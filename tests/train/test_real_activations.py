@@ -25,7 +25,7 @@ def fvu(sae, x):
 )
 def test_topk_and_batch_topk_reach_the_reference_fvu():
     tensors = load_file(FILE)
-    acts, chunks = tensors["acts"].float(), tensors["chunk_ids"]
+    acts = tensors["acts"].float()
     norm = acts.norm(dim=1)
     usual = norm <= 3 * norm[:16830].median()
     train, val = acts[:16830][usual[:16830]], acts[16830:][usual[16830:]]
@@ -38,10 +38,7 @@ def test_topk_and_batch_topk_reach_the_reference_fvu():
         assert result.final["dead"] == 0
         assert result.final["val_fvu"] <= 0.335  # 40 lines of plain torch reach 0.328
         assert result.final["val_fvu"] == pytest.approx(fvu(sae, val), rel=1e-4)
-    # 16 passes over few tokens leave held-out ones with larger pre-activations; so the threshold is
-    # calibrated on every second chunk of them and judged on the others.
-    chunk = chunks[16830:][usual[16830:]].unique(return_inverse=True)[1]
-    batch_topk.calibrate_(val[chunk % 2 == 0])
-    judged = val[chunk % 2 == 1]
-    assert abs(batch_topk.encode_sparse(judged).l0() / 32 - 1) < 0.05
-    assert fvu(batch_topk, judged) < 1.03 * fvu(topk, judged)
+    # 16 passes over few tokens leave other documents with larger pre-activations; so the threshold
+    # is calibrated on rows of the training documents that were held back.
+    assert abs(batch_topk.encode_sparse(val).l0() / 32 - 1) < 0.05
+    assert fvu(batch_topk, val) < 1.03 * fvu(topk, val)

@@ -20,6 +20,7 @@ from fastsae.train.schedule import lr_at, make_plan
         ({"betas": (0.9, 1.0)}, "expected two betas in [0, 1), got (0.9, 1.0)"),
         ({"decay_fraction": 1.5}, "expected 0 <= decay_fraction <= 1, got 1.5"),
         ({"warmup_steps": -1}, "expected warmup_steps >= 0 or None, got -1"),
+        ({"calibration_rows": -1}, "expected calibration_rows >= 0 or None, got -1"),
         ({"b_dec_init": "median"}, "expected b_dec_init in geometric_median, mean, zeros, "
          "got 'median'"),
         ({"outlier_norm": 1.0}, "expected outlier_norm > 1, got 1.0"),

@@ -175,9 +175,10 @@ def test_biases_that_are_not_zero_are_kept(name, start):
         torch.testing.assert_close(tensor, before[key])
 
 
-def test_the_threshold_is_estimated_on_the_last_training_batches():
+def test_without_rows_held_back_the_threshold_is_that_of_the_last_batches():
     x = rows(4000)
-    sae = Trainer(make(BatchTopKSAE), x, settings(steps=200, lr=1e-2)).fit().sae
+    config = settings(steps=200, lr=1e-2, calibration_rows=0)
+    sae = Trainer(make(BatchTopKSAE), x, config).fit().sae
     l0 = sae.encode_sparse(x).l0()
     assert l0 == pytest.approx(3, rel=0.03)
 
@@ -426,7 +427,7 @@ def test_a_checkpoint_of_a_development_version_is_refused_in_one_line(tmp_path):
     for found, shown in ((None, "one of a development version"), (1, "1")):
         header.pop("format", None)
         about.write_text(json.dumps(header if found is None else {**header, "format": found}))
-        with pytest.raises(ValueError, match=f"a checkpoint of format 3 in .*, got {shown};") as e:
+        with pytest.raises(ValueError, match=f"a checkpoint of format 4 in .*, got {shown};") as e:
             Trainer(make(), rows(), settings(out=tmp_path)).fit(resume=True)
         assert "\n" not in str(e.value)
 

@@ -6,14 +6,22 @@ trainer, validation and `eval.evaluate` read nothing else.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any, Protocol, cast, runtime_checkable
+from itertools import islice
+from typing import Any, Protocol, Self, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fastsae._files import checksum
+
+Span = tuple[int, int]
+"""Rows from the first number on, up to the second."""
+PIECE = 64
+"""Rows in a row that are held back: neighbors in a text are alike, so many short pieces say more
+than few long ones."""
 
 
 @runtime_checkable
@@ -22,8 +30,10 @@ class ActivationSource(Protocol):
 
     Optional: `__len__`, the number of rows of one pass, without which a run needs its number of
     steps; `sample(n) -> Tensor [<= n, d_in]`, rows drawn from all of them for statistics, without
-    which the first batches serve; and `fingerprint() -> str`, the same for the same content only,
-    without which a run may be resumed on other data unnoticed.
+    which the first batches serve; `fingerprint() -> str`, the same for the same content only,
+    without which a run may be resumed on other data unnoticed; and `hold_back(n) -> (rest, held)`,
+    two sources without a common row, the second of about `n` rows that stand for all of them, the
+    same at every call, without which thresholds come from rows that were trained on.
     """
 
     d_in: int
@@ -96,15 +106,16 @@ class TensorSource:
             )
         self.x = x
         self.d_in = x.shape[1]
+        self._spans = [(0, len(x))] if len(x) else []
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return self.x.shape[0]
+        return sum(stop - start for start, stop in self._spans)
 
     def batches(self, batch_size: int, *, seed: int | None = 0) -> Iterator[Tensor]:
         """See `ActivationSource.batches`."""
         if seed is None:
-            return iter(self.x.split(batch_size)) if len(self) else iter(())
+            return (part for a, b in self._spans for part in self.x[a:b].split(batch_size))
         return EpochBatches(
             lambda epoch, start: self._epoch(batch_size, seed, epoch, start),
             len(self) // batch_size,
@@ -112,7 +123,7 @@ class TensorSource:
 
     def _epoch(self, batch_size: int, seed: int, epoch: int, start: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed((seed << 24) + epoch)
-        order = torch.randperm(len(self), generator=generator).to(self.x.device)
+        order = self._places(torch.randperm(len(self), generator=generator))
         for i in range(start, len(self) // batch_size):
             yield self.x[order[i * batch_size : (i + 1) * batch_size]]
 
@@ -120,11 +131,27 @@ class TensorSource:
         """Return `min(n, len(self))` different rows, drawn at random, in order."""
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(self), generator=generator)[:n].sort().values
-        return self.x[chosen.to(self.x.device)]
+        return self.x[self._places(chosen)]
 
     def fingerprint(self) -> str:
-        """Return a checksum of all rows."""
+        """Return a checksum of all rows of x."""
         return checksum.of_rows(self.x)
+
+    def hold_back(self, n: int) -> tuple[Self, Self]:
+        """Return a source of all but `n` rows, and one of these; nothing is copied.
+
+        They are pieces of 64 rows at equal distances.
+        """
+        parts = copy.copy(self), copy.copy(self)
+        for part, spans in zip(parts, spread(len(self), n), strict=True):
+            part._spans = within(self._spans, spans)
+        return parts
+
+    def _places(self, chosen: Tensor) -> Tensor:
+        """Return where in x the rows `chosen: [m]` of this source are."""
+        if self._spans != [(0, len(self.x))]:
+            chosen = torch.cat([torch.arange(*span) for span in self._spans])[chosen]
+        return chosen.to(self.x.device)
 
 
 class IterableSource:
@@ -157,11 +184,28 @@ class IterableSource:
             self._iterator = iter(self._rows)
         return _Rebatched(self, batch_size, endless=seed is not None)
 
+    def known_rows(self) -> int | None:
+        """Return the number of rows of a list or tuple, None of another iterable."""
+        listed = isinstance(self._rows, list | tuple)
+        return sum(map(len, self._rows)) if listed else None
+
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """Return about `n` rows: the first that are still to come, which are not lost by it."""
         while sum(len(chunk) for _, chunk in self._waiting) < n and self._pull():
             pass
         return torch.cat([chunk for _, chunk in self._waiting])[:n]
+
+    def hold_back(self, n: int) -> tuple[ActivationSource, ActivationSource]:
+        """Return a source of all but `n` rows, and one of these.
+
+        Of a list or tuple they are pieces of 64 rows at equal distances. Of other iterables, the
+        `n` rows that come next when they are asked for, after training: no row of an iterator is
+        lost by it, and there are none if it has ended.
+        """
+        if not isinstance(self._rows, list | tuple):
+            return self, _Following(self, n)
+        rest, held = spread(sum(map(len, self._rows)), n)
+        return IterableSource(_cut(self._rows, rest)), IterableSource(_cut(self._rows, held))
 
     def take(self, endless: bool) -> tuple[Any, Tensor] | None:
         """Return the next tensor and the state before it; None at the end."""
@@ -206,6 +250,17 @@ class IterableSource:
             raise TypeError(f"IterableSource: expected floating tensors [m, d_in], got {got}")
         self._waiting.append((state, chunk))
         return True
+
+
+class _Following:
+    """One batch of the next `n` rows of a stream, if it still has as many."""
+
+    def __init__(self, stream: IterableSource, n: int) -> None:
+        self.d_in, self._stream, self._n = stream.d_in, stream, n
+
+    def batches(self, batch_size: int, *, seed: int | None = 0) -> Iterator[Tensor]:
+        """See `ActivationSource.batches`; the size is `n`, whatever is asked for."""
+        return islice(_Rebatched(self._stream, self._n, endless=True), 1)
 
 
 class _Rebatched:
@@ -275,6 +330,59 @@ def as_source(owner: str, name: str, data: Any) -> ActivationSource:
         f"{owner}: expected {name} to be a tensor [n, d_in], an iterable of such tensors, or to "
         f"have d_in and batches, got {type(data).__name__}"
     )
+
+
+def spread(rows: int, n: int) -> tuple[list[Span], list[Span]]:
+    """Return all but `n` of `rows` rows, and these: pieces of `PIECE` rows at equal distances.
+
+    Each lies in the middle of its part of the rows; `n` is at most half of them.
+    """
+    count = -(-n // PIECE)
+    rest, held, at = [], [], 0
+    for i in range(count):
+        part = i * rows // count, (i + 1) * rows // count
+        size = (i + 1) * n // count - i * n // count
+        start = (part[0] + part[1] - size) // 2
+        rest.append((at, start))
+        held.append((start, start + size))
+        at = start + size
+    rest.append((at, rows))
+    return [(a, b) for a, b in rest if a < b], held
+
+
+def within(spans: list[Span], chosen: list[Span]) -> list[Span]:
+    """Return where the rows `chosen` of those in `spans` are; both ascending."""
+    found, at = [], 0
+    for start, stop in spans:
+        for a, b in chosen:
+            first, last = max(a - at, 0), min(b - at, stop - start)
+            if first < last:
+                found.append((start + first, start + last))
+        at += stop - start
+    return found
+
+
+def _cut(tensors: list[Tensor] | tuple[Tensor, ...], chosen: list[Span]) -> list[Tensor]:
+    """Return views of the rows `chosen` of all tensors."""
+    found, at = [], 0
+    for tensor in tensors:
+        spans = within([(at, at + len(tensor))], [(a - at, b - at) for a, b in chosen])
+        found += [tensor[a - at : b - at] for a, b in spans]
+        at += len(tensor)
+    return found
+
+
+def hold_back(source: ActivationSource, n: int) -> tuple[ActivationSource, ActivationSource] | None:
+    """Return a source of all but `n` rows, and one of these; None where the source cannot."""
+    method = getattr(source, "hold_back", None)
+    return None if method is None else method(n)
+
+
+def known_rows(source: ActivationSource) -> int | None:
+    """Return the number of rows of one pass, of a list of tensors too; None where nobody knows."""
+    if isinstance(source, IterableSource):
+        return source.known_rows()
+    return source_len(source)
 
 
 def source_len(source: ActivationSource) -> int | None:

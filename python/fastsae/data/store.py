@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from fastsae._files import checksum
 from fastsae._files.read import TensorFile, note_without_checksums
 from fastsae._files.write import DTYPES
 from fastsae.data.shards import COLUMNS, Manifest, Shard, open_shard
-from fastsae.data.source import EpochBatches
+from fastsae.data.source import EpochBatches, Span, spread, within
 
 
 class ActivationStore:
@@ -68,7 +70,8 @@ class ActivationStore:
         self.site, self.split, self.buffer_bytes = "+".join(self.sites), split, buffer_bytes
         self.d_in = sum(self.manifest.sites[name] for name in self.sites)
         self.shards = [shard for shard in self.manifest.shards if shard.split == split]
-        self._rows = self.manifest.rows(split)
+        self._spans = {shard.file: [(0, shard.rows)] for shard in self.shards if shard.rows}
+        """Which rows of each shard belong to this store."""
         self._held: Tensor | None = None
         self._files = {shard.file: self._checked(shard) for shard in self.shards}
         self._verified: set[tuple[str, str]] = set()
@@ -77,7 +80,7 @@ class ActivationStore:
 
     def __len__(self) -> int:
         """Number of rows."""
-        return self._rows
+        return sum(b - a for spans in self._spans.values() for a, b in spans)
 
     def __repr__(self) -> str:
         return (
@@ -113,8 +116,8 @@ class ActivationStore:
         )
 
     def _in_order(self, batch_size: int) -> Iterator[Tensor]:
-        for shard in self.shards:
-            for part in self._acts(shard).split(batch_size):
+        for shard, a, b in self._pieces():
+            for part in self._acts(shard)[a:b].split(batch_size):
                 yield part.float()
 
     def epoch(
@@ -132,12 +135,12 @@ class ActivationStore:
         rest = torch.empty(0, self.d_in)
         buffer: Tensor | None = None
         for number, group in enumerate(self._groups(seed, epoch)):
-            rows = sum(shard.rows for shard in group)
-            if skip >= rows:
-                skip -= rows
+            kept = self._kept(group)
+            if skip >= len(kept):
+                skip -= len(kept)
                 continue
-            order = torch.randperm(rows, generator=_generator(seed, epoch, number))[skip:]
-            skip = 0
+            order = torch.randperm(len(kept), generator=_generator(seed, epoch, number))[skip:]
+            order, skip = kept[order], 0
             x = self._load(group, buffer)
             buffer = x if buffer is None or len(x) > len(buffer) else buffer
             at = 0
@@ -177,12 +180,41 @@ class ActivationStore:
         """Return `min(n, len(self))` different rows drawn from the whole split, float32."""
         chosen = torch.randperm(len(self), generator=_generator(seed, -1, 0))[:n].sort().values
         parts, at = [torch.empty(0, self.d_in)], 0
-        for shard in self.shards:
-            here = chosen[(chosen >= at) & (chosen < at + shard.rows)] - at
+        for shard, a, b in self._pieces():
+            here = chosen[(chosen >= at) & (chosen < at + b - a)] - at
             if len(here):
-                parts.append(self._acts(shard)[here].float())
-            at += shard.rows
+                parts.append(self._acts(shard)[a + here].float())
+            at += b - a
         return torch.cat(parts)
+
+    def hold_back(self, n: int) -> tuple[Self, Self]:
+        """Return a store of all but `n` rows, and one of these, over the same files.
+
+        They are pieces of 64 rows at equal distances in the order of the text.
+        """
+        parts = copy.copy(self), copy.copy(self)
+        for part, spans in zip(parts, spread(len(self), n), strict=True):
+            part._held, part._spans = None, {}
+            at = 0
+            for file, own in self._spans.items():
+                part._spans[file] = within(own, [(a - at, b - at) for a, b in spans])
+                at += sum(b - a for a, b in own)
+        return parts
+
+    def _pieces(self) -> Iterator[tuple[Shard, int, int]]:
+        """Yield the rows of this store, in the order of the text: rows a to b of a shard."""
+        for shard in self.shards:
+            for a, b in self._spans.get(shard.file, ()):
+                yield shard, a, b
+
+    def _kept(self, group: list[Shard]) -> Tensor:
+        """Return which rows of a group, as `_load` puts them together, belong to this store."""
+        spans: list[Span] = []
+        at = 0
+        for shard in group:
+            spans += [(at + a, at + b) for a, b in self._spans.get(shard.file, ())]
+            at += shard.rows
+        return torch.cat([torch.arange(*span) for span in spans or [(0, 0)]])
 
     def _groups(self, seed: int, epoch: int) -> Iterator[list[Shard]]:
         """Yield the shards in shuffled order, in groups of at most `buffer_bytes`."""
@@ -220,12 +252,12 @@ class ActivationStore:
         if step != 1:
             raise ValueError(f"ActivationStore: expected a slice of step 1, got step {step}")
         parts, at = [], 0
-        for shard in self.shards:
-            a, b = max(start - at, 0), min(stop - at, shard.rows)
+        for shard, first, last in self._pieces():
+            a, b = max(start - at, 0), min(stop - at, last - first)
             if a < b:
                 tensor = self._acts(shard) if name == "acts" else self._tensor(shard, name)
-                parts.append(tensor[a:b])
-            at += shard.rows
+                parts.append(tensor[first + a : first + b])
+            at += last - first
         if parts:
             return torch.cat(parts)
         empty = torch.empty(0, dtype=torch.int32)

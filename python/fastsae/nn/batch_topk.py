@@ -102,7 +102,7 @@ class BatchTopKSAE(ThresholdSAE):
 
         Training batches say what to expect of tokens like them. When the data were few and seen
         many times, new tokens have more large pre-activations: calibrate on held-out ones, and
-        measure on others.
+        measure on others. `Trainer.fit` does so with rows that it keeps from training.
 
         Raises:
             ValueError: nothing in x is positive.

@@ -182,6 +182,12 @@ class SAE(Parameters, ABC):
     def estimate_threshold_(self, batches: Iterable[Tensor]) -> None:
         """Estimate inference-time thresholds from training inputs `[n, d_in]`; none here."""
 
+    def calibrate_(self, x: Tensor) -> None:
+        """Set thresholds such that held-out `x: [..., d_in]` keeps k latents per token; none here.
+
+        Where a class overrides it and has a `k`, `Trainer.fit` calls it in the end.
+        """
+
     @torch.no_grad()
     def initialize_rows_(self, batch: Tensor, seed: int = 0) -> None:
         """Set the rows of both matrices to directions of a training batch, see `init.directions`.

@@ -39,8 +39,9 @@ from fastsae.nn import SAE
 
 TENSORS, STATE = "state.safetensors", "state.json"
 NAME = re.compile(r"step_(\d{9,})")
-FORMAT = 3
-"""Development versions of 0.1.0 wrote no format or 2: other names, and no checksums."""
+FORMAT = 4
+"""Development versions of 0.1.0 wrote no format or 2: other names, and no checksums; or 3: no rows
+were held back from training."""
 
 
 def save_checkpoint(

@@ -11,7 +11,7 @@ from fastsae.nn.parameters import plain
 
 INTEGERS: tuple[str, ...] = ("batch_size", "steps", "total_tokens", "warmup_steps", "seed")
 INTEGERS += ("sparsity_warmup_steps", "dead_after_tokens", "sample_rows", "log_every")
-INTEGERS += ("eval_every", "checkpoint_every", "keep_checkpoints")
+INTEGERS += ("eval_every", "checkpoint_every", "keep_checkpoints", "calibration_rows")
 NUMBERS = ("lr", "eps", "epochs", "decay_fraction", "clip_grad_norm", "outlier_norm")
 SWITCHES = ("normalize", "clip_outliers", "tensorboard", "progress")
 STRINGS = ("optimizer", "update", "compute_dtype", "b_dec_init", "weight_init")
@@ -35,7 +35,8 @@ class TrainConfig:
     batch_size: int = 4096
     """Tokens per update."""
     epochs: float = 1
-    """Passes over the data; ignored when `steps` or `total_tokens` is given."""
+    """Passes over the data; ignored when `steps` or `total_tokens` is given. Rows held back for
+    calibration count, so that all classes are trained on equally many tokens."""
     steps: int | None = None
     """Number of updates; the data are repeated as often as needed."""
     total_tokens: int | None = None
@@ -85,6 +86,12 @@ class TrainConfig:
     """Scale outliers down to `outlier_norm` medians in training, where the norm of one would drown
     the gradient of its batch. Their code and reconstruction follow, as both are proportional to a
     row but for the biases. Validation and the trained SAE see them as they are."""
+    calibration_rows: int | None = None
+    """Rows that are kept from training, on which `fit` calibrates thresholds in the end, for SAEs
+    that have some and a k: BatchTopK, FeatureChoice, JumpReLU and what is made of them. They are
+    pieces of 64 rows spread evenly over the data, or the rows that follow in an iterator. None
+    takes a twentieth of the data, 256 to 8192 rows, or none where that is more than a tenth. 0:
+    thresholds are those of the last training batches."""
     seed: int = 0
     """Seed of the order of the data."""
     log_every: int = 50
@@ -93,7 +100,8 @@ class TrainConfig:
     """Updates between two validations on all validation data. None validates on all at the end, and
     before that after 1/64, 1/32, ... 1/2 of the run (`val_fvu_sample` on up to 16,384 rows drawn
     once; `val_fvu` where these are all), if that takes at most about 3 % of the run: 6 readings
-    of 1/400 of the rows trained on, at least 512."""
+    of 1/400 of the rows trained on, at least 512. Before the end thresholds
+    are those of training, so val_l0 may be far from k."""
     checkpoint_every: int | None = None
     """Updates between two checkpoints; None writes one when interrupted and at the end."""
     keep_checkpoints: int = 2
@@ -117,7 +125,7 @@ class TrainConfig:
             self._expect(value is None or 0 < value < math.inf, f"{name} > 0 or None", name)
         self._expect(all(0 <= b < 1 for b in self.betas), "two betas in [0, 1)", "betas")
         self._expect(self.eps > 0, "eps > 0", "eps")
-        for name in ("warmup_steps", "sparsity_warmup_steps"):
+        for name in ("warmup_steps", "sparsity_warmup_steps", "calibration_rows"):
             value = getattr(self, name)
             self._expect(value is None or value >= 0, f"{name} >= 0 or None", name)
         self._expect(0 <= self.decay_fraction <= 1, "0 <= decay_fraction <= 1", "decay_fraction")

@@ -27,9 +27,18 @@ from tqdm import tqdm
 from fastsae._files.lock import locked
 from fastsae._files.write import sealed, sweep, write_json
 from fastsae._signals import StopSignals
-from fastsae.data.source import ActivationSource, as_source, fingerprint, sample_rows, source_len
+from fastsae.data.source import (
+    ActivationSource,
+    as_source,
+    fingerprint,
+    hold_back,
+    known_rows,
+    sample_rows,
+    source_len,
+)
 from fastsae.interop.saelens import CONFIG, OWN, WEIGHTS, contents, write
 from fastsae.nn import SAE, ActivationScaler, SAEOutput, StepContext
+from fastsae.train.calibration import calibrates, calibration_rows
 from fastsae.train.checkpoint import (
     check_alike,
     check_same_run,
@@ -128,7 +137,8 @@ class Trainer:
     Raises:
         TypeError: the module is no SAE, data or val is of another kind, or something that will be
             saved is not JSON.
-        ValueError: another d_in, data smaller than a batch, or no number of steps.
+        ValueError: another d_in, data smaller than a batch, more rows to hold back than there can
+            be, or no number of steps.
     """
 
     def __init__(
@@ -159,6 +169,10 @@ class Trainer:
         rows = None if self.data is None else source_len(self.data)
         d_in = sum(sae.columns.inputs)
         self.plan = make_plan(self.config, rows, d_in=d_in, d_sae=sae.d_sae)
+        rows = None if self.data is None else known_rows(self.data)
+        self._calibration_rows = calibration_rows(self.config, sae, rows, self.plan.steps)
+        self._rest = self.data  # what `fit` trains on
+        self._held: ActivationSource | None = None  # what it calibrates on
         self.out = None if self.config.out is None else Path(self.config.out)
         if self.out is not None:
             contents(sae)  # raises now what would be raised after the last update
@@ -247,7 +261,8 @@ class Trainer:
     def finish(self) -> SAE:
         """Estimate thresholds, fold the scale into the module, and put it into eval mode.
 
-        Thresholds are estimated from the last batches of the run, if all steps are done.
+        Thresholds are estimated from the last batches of the run, if all steps are done. In a loop
+        of your own nobody knows which rows the module has not seen: `SAE.calibrate_` takes them.
         """
         if self._update is None:
             return self.sae
@@ -267,6 +282,8 @@ class Trainer:
 
     def fit(self, *, resume: bool | str | os.PathLike[str] = False) -> TrainResult:
         """Train to the end of the run.
+
+        Thresholds are calibrated on `config.calibration_rows` rows that are not trained on.
 
         With `config.out`, the folder holds metrics.jsonl, checkpoints/, and in the end the module
         itself, which `fastsae.load` reads, and run.json. No other run can use it meanwhile.
@@ -433,6 +450,7 @@ class Trainer:
 
     def _begin(self, resume: bool | str | os.PathLike[str]) -> dict[str, Any] | None:
         """Prepare a fresh run, or load a checkpoint; return where the metrics were cut then."""
+        self._hold_back()
         if self._update is not None and self.steps_done:
             raise RuntimeError(
                 f"Trainer: expected fit() before any step, got it after {self.steps_done}; go on "
@@ -458,6 +476,37 @@ class Trainer:
         self._pending = state["pending"]
         mark: dict[str, Any] | None = state["metrics"]
         return mark
+
+    def _hold_back(self) -> None:
+        """Keep rows of the data from training, if the class has thresholds to calibrate."""
+        self._rest, self._held = self.data, None
+        if self.data is None or not calibrates(self.sae) or self.config.calibration_rows == 0:
+            return
+        n, parts = self._calibration_rows, None
+        if n:
+            parts = hold_back(self.data, n)
+        if parts is not None:
+            self._rest, self._held = parts
+            return
+        why = f"{type(self.data).__name__} has no hold_back" if n else "the data are few"
+        logger.info("Trainer: thresholds are those of training, with no rows held back: %s", why)
+
+    def _set_thresholds(self) -> None:
+        """Set inference-time thresholds: from the last batches, then on the rows held back."""
+        self._recent.estimate_threshold_()
+        if self._held is None:
+            return
+        rows = list(self._held.batches(self.config.batch_size, seed=None))
+        try:
+            if not rows:
+                raise ValueError("the data have ended")
+            x = self.scaler.scale(self._checked(torch.cat(rows)))
+            self.sae.calibrate_(self.sae.columns.split(x).x)
+        except ValueError as error:  # no reason to lose a run
+            logger.warning(
+                "Trainer: thresholds are those of training, as nothing was calibrated: %s",
+                error,
+            )
 
     def _expect_no_run(self, out: Path) -> None:
         if found := latest(out / "checkpoints"):
@@ -498,10 +547,10 @@ class Trainer:
         self.sae.eval()
 
     def _sample(self) -> Tensor:
-        if self.data is None:
+        if self._rest is None:
             raise ValueError("Trainer: expected prepare(sample) without data, got no sample")
         cfg = self.config
-        return sample_rows(self.data, cfg.sample_rows, cfg.batch_size, cfg.seed)
+        return sample_rows(self._rest, cfg.sample_rows, cfg.batch_size, cfg.seed)
 
     def _checked(self, batch: Tensor) -> Tensor:
         """Return raw rows in the dtype and on the device of the module, if they are finite."""
@@ -571,7 +620,7 @@ class Trainer:
                 evaluates = last or _due(self.steps_done, cfg.eval_every)
                 evaluates |= self.steps_done in self._early.steps
                 if last:
-                    self._recent.estimate_threshold_()
+                    self._set_thresholds()
                 row: Row | None = None
                 if evaluates or _due(self.steps_done, cfg.log_every):
                     row = self._row(x, out)
@@ -626,9 +675,9 @@ class Trainer:
 
     def _read(self, position: Any, count: int) -> Generator[Prepared]:
         """Yield `count` batches of the data from `position` on, checked and scaled."""
-        if self.data is None:
+        if self._rest is None:
             raise ValueError("Trainer: expected data for fit(), got None; call step() yourself")
-        iterator: Iterator[Tensor] = self.data.batches(
+        iterator: Iterator[Tensor] = self._rest.batches(
             self.config.batch_size, seed=self.config.seed
         )
         stateful = hasattr(iterator, "state_dict") and hasattr(iterator, "load_state_dict")

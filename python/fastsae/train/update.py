@@ -53,7 +53,7 @@ FUSED: tuple[type[SAE], ...] = (
 HARMLESS = {"__doc__", "__module__", "__qualname__", "__init__", "__annotations__", "config"}
 HARMLESS |= {"extra_repr", "__static_attributes__", "__firstlineno__", "__abstractmethods__"}
 HARMLESS |= {"__parameters__", "_abc_impl", "rescale_code_", "estimate_threshold_"}
-HARMLESS |= {"initialize_from_data_", "initialize_b_dec_", "initialize_rows_"}
+HARMLESS |= {"calibrate_", "initialize_from_data_", "initialize_b_dec_", "initialize_rows_"}
 HARMLESS |= {"fit_encoder_scale_"}
 """What a subclass may define without a say in an update: both call it alike, or neither does."""
 
