@@ -12,7 +12,7 @@ from fastsae.train.schedule import lr_at, make_plan
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "expected batch_size > 0, got 0"),
+        ({"batch_size": 0}, "expected batch_size > 0 or None, got 0"),
         ({"epochs": -1}, "expected epochs > 0, got -1"),
         ({"lr": 0.0}, "expected lr > 0 or None, got 0.0"),
         ({"lr": float("nan")}, "expected lr > 0 or None, got nan"),
@@ -27,8 +27,8 @@ from fastsae.train.schedule import lr_at, make_plan
         ({"keep_checkpoints": 0}, "expected keep_checkpoints > 0, got 0"),
         ({"keep_checkpoints": 0.5}, "expected keep_checkpoints to be an integer, got 0.5"),
         ({"steps": 2.5}, "expected steps to be an integer or None, got 2.5"),
-        ({"batch_size": 50.5}, "expected batch_size to be an integer, got 50.5"),
-        ({"batch_size": True}, "expected batch_size to be an integer, got True"),
+        ({"batch_size": 50.5}, "expected batch_size to be an integer or None, got 50.5"),
+        ({"batch_size": True}, "expected batch_size to be an integer or None, got True"),
         ({"epochs": float("inf")}, "expected a finite epochs, got inf"),
         ({"lr": "1e-3"}, "expected lr to be a number or None, got '1e-3'"),
         ({"normalize": 1}, "expected normalize to be True or False, got 1"),
@@ -61,13 +61,48 @@ def test_length_of_a_run(arguments, steps):
     assert plan.steps == steps
 
 
-def test_defaults_follow_the_number_of_latents_and_the_length():
+def test_defaults_follow_the_sizes_and_the_length():
+    """The rates of docs/training.md: 0.004 at 576 to 2,304 and up to 256 updates."""
+
+    def rate(steps, d_in, d_sae, **settings):
+        config = TrainConfig(batch_size=100, steps=steps, **settings)
+        return make_plan(config, rows=100, d_in=d_in, d_sae=d_sae).lr
+
+    for steps in (1, 64, 256):
+        assert rate(steps, 576, 2304) == pytest.approx(4e-3)
+    assert rate(4096, 576, 2304) == pytest.approx(2e-3)  # 16 times as long: half
+    assert rate(64, 576, 16 * 2304) == pytest.approx(2e-3)  # 16 times as many latents: half
+    assert rate(64, 4 * 576, 2304) == pytest.approx(2e-3)  # 4 times as wide: half
+    assert rate(4096, 576, 16 * 2304, optimizer="adam_mini") == pytest.approx(1e-3)
+    assert rate(4096, 576, 2304, optimizer="sgd_sai") == 1e-2
+    assert rate(4096, 576, 2304, lr=7e-4) == 7e-4
     plan = make_plan(TrainConfig(batch_size=100, steps=500), rows=100, d_in=768, d_sae=2**16)
-    assert plan.lr == pytest.approx(1e-4)  # 2e-4 / sqrt(2^16 / 2^14)
-    assert plan.warmup_steps == 25
-    assert plan.dead_after_tokens == 5_000
+    assert (plan.warmup_steps, plan.dead_after_tokens) == (25, 5_000)
     long = make_plan(TrainConfig(batch_size=4096, steps=10**6), rows=4096, d_in=768, d_sae=2**14)
-    assert (long.lr, long.warmup_steps, long.dead_after_tokens) == (2e-4, 1000, 10_000_000)
+    assert (long.warmup_steps, long.dead_after_tokens) == (1000, 10_000_000)
+    # 0.004 * 0.8660 * 0.4330 * 0.8459
+    assert str(plan) == (
+        "500 updates of 100 rows at a rate of 0.00127, warm-up over 25 and decay over 100 of them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "device", "size"),
+    [
+        ({"steps": 10**5}, 10**6, "cpu", 1024),
+        ({"steps": 10**5}, 10**6, "cuda", 4096),
+        ({"steps": 10}, 700, "cpu", 512),  # a power of two that the data fill
+        ({}, 16_830, "cpu", 64),  # 65 rows would make 256 updates
+        ({"epochs": 16}, 70_000, "cpu", 1024),
+        ({"epochs": 2}, 70_000, "cuda", 512),  # 546 rows would
+        ({}, 50, "cpu", 32),
+        ({"total_tokens": 100_000}, None, "cpu", 256),
+        ({"batch_size": 48}, 70_000, "cpu", 48),
+    ],
+)
+def test_batches_are_as_large_as_the_run_allows(settings, rows, device, size):
+    plan = make_plan(TrainConfig(**settings), rows, d_in=8, d_sae=16, device=device)
+    assert plan.batch_size == size
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def test_a_step_of_no_size_changes_nothing(name, start):
     config = TrainConfig(lr=1e-12, steps=1, batch_size=128, b_dec_init=start)
     Trainer(sae, x, config).fit()
     for name, p in sae.named_parameters():
-        torch.testing.assert_close(p, before[name], rtol=1e-4, atol=1e-4, msg=name)
+        if name != "log_threshold":  # every batch moves that towards k
+            torch.testing.assert_close(p, before[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("name", SAES)

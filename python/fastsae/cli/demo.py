@@ -59,7 +59,7 @@ def add_to(subparsers: Any) -> None:
     add("--tokens", type=positive, default=100_000, help="most tokens to harvest (100,000)")
     add("--k", type=positive, default=32, help="active latents per token (default: 32)")
     add("--expansion", type=positive, default=4, help="d_sae / d_in (default: 4)")
-    add("--lr", type=float, default=8e-4, help="peak learning rate (default: 8e-4)")
+    add("--lr", type=float, help="peak learning rate (default: from sizes and length)")
     add("--contexts", type=positive, default=24, help="contexts for the cross entropy (24)")
     add("--seed", type=int, default=0, help="of weights and order (default: 0)")
     add("--overwrite", action="store_true", help="replace the results of other settings in --out")
@@ -208,7 +208,6 @@ def _train(
     sae.metadata = {"model_name": data.manifest.model, "hook_name": data.site}
     config = TrainConfig(
         lr=args.lr,
-        batch_size=min(1024, max(64, len(data) // 16)),
         epochs=args.epochs,
         steps=settings["steps"],
         seed=args.seed,
@@ -220,7 +219,9 @@ def _train(
         settings["steps"] = config.steps
     folder.mkdir(exist_ok=True)
     write_json(note, sealed(settings))
-    return Trainer(sae, data, config, val=val).fit(resume=True)
+    trainer = Trainer(sae, data, config, val=val)
+    say(f"demo: {trainer.plan}")
+    return trainer.fit(resume=True)
 
 
 def _expect_same(

@@ -70,8 +70,12 @@ def add_to(subparsers: Any) -> None:
         help="another argument of the class, as JSON or plain text, e.g. aux=zipf; repeatable",
     )
     parser.add_argument("--expansion", type=positive, default=8, help="d_sae / d_in (default 8)")
-    parser.add_argument("--lr", type=float, help="peak learning rate (default: from d_sae)")
-    parser.add_argument("--batch-size", type=positive, default=4096, help="tokens per update")
+    parser.add_argument(
+        "--lr", type=float, help="peak learning rate (default: from sizes and length)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, help="tokens per update (default: from device and length)"
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
         "--epochs", type=float, default=1.0, help="passes over the data (default 1)"
@@ -84,7 +88,7 @@ def add_to(subparsers: Any) -> None:
         help="as many updates as take about this long: 90s, 10m, 1.5h; a few are tried first",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--optimizer", default="adam", choices=("adam", "sgd_sai"))
+    parser.add_argument("--optimizer", default="adam", choices=("adam", "adam_mini", "sgd_sai"))
     parser.add_argument("--update", default="auto", choices=("auto", "fused", "autograd"))
     parser.add_argument(
         "--compute-dtype",
@@ -137,6 +141,7 @@ def run(args: argparse.Namespace) -> None:
     trainer = Trainer(sae, data, config, val=held_out)
     if args.resume and latest(Path(args.out) / "checkpoints") is None:
         say(f"train: no checkpoint in {args.out}, so this is a new run")
+    say(f"train: {trainer.plan}")
     result = trainer.fit(resume=args.resume_from or args.resume)
     found: dict[str, Any] = {"out": args.out, **result.final}
     text = ", ".join(f"{name} {value:.6g}" for name, value in result.final.items())

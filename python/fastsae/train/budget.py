@@ -22,6 +22,7 @@ from torch import Tensor
 from fastsae.data.source import ActivationSource, TensorSource, as_source, sample_rows, source_len
 from fastsae.nn import SAE
 from fastsae.train.config import TrainConfig
+from fastsae.train.defaults import default_batch_size
 from fastsae.train.early import HALVINGS, ROWS, SHARE
 from fastsae.train.gap import GAP_ROWS
 from fastsae.train.recent import RecentBatches
@@ -146,8 +147,9 @@ def rehearse(
     held_out = None if val is None else as_source("Trainer", "val", val)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         waiting = 0.0
+        size = config.batch_size or default_batch_size(device.type, rows=None, tokens=None)
         if source_len(source) is None:
-            source, waiting = _drawn(source, config, timed)
+            source, waiting = _drawn(source, config, size, timed)
         short = replace(
             config, steps=LONG, total_tokens=None, warmup_steps=4, sparsity_warmup_steps=4,
             out=None, tensorboard=False, checkpoint_every=None, progress=False,
@@ -161,7 +163,7 @@ def rehearse(
         if held_out is not None and (rows := source_len(held_out)):
             row = _validation(trainer, held_out, rows, timed)
             once += (rows + 2 * GAP_ROWS) * row
-            along += _rows_along(config, rows) * row
+            along += _rows_along(config, rows, trainer.plan.batch_size) * row
     return Rehearsal(update + waiting, along, once, now() - began)
 
 
@@ -172,10 +174,10 @@ def _prepared(sae: SAE, source: ActivationSource, config: TrainConfig) -> Traine
 
 
 def _drawn(
-    source: ActivationSource, config: TrainConfig, timed: Timed
+    source: ActivationSource, config: TrainConfig, batch_size: int, timed: Timed
 ) -> tuple[ActivationSource, float]:
     """Return rows of a stream, which are not lost by it, and how long a batch was waited for."""
-    size, parts = config.batch_size, list[Tensor]()
+    size, parts = batch_size, list[Tensor]()
     sample_rows(source, 1, size, config.seed)
     took = timed(
         lambda: parts.append(sample_rows(source, STREAM_BATCHES * size, size, config.seed))
@@ -202,7 +204,7 @@ def _updates(trainer: Trainer, span: float, timed: Timed) -> tuple[float, Tensor
 def _thresholds(trainer: Trainer, x: Tensor, timed: Timed) -> float:
     """Return how long the estimate of thresholds at the end takes, from that of one batch."""
     steps = trainer.plan.steps
-    recent = RecentBatches(trainer.sae, steps, trainer.config.batch_size)
+    recent = RecentBatches(trainer.sae, steps, trainer.plan.batch_size)
     seconds = 0.0
     for _ in range(2):  # the first one touches memory for the first time
         recent.add(x, steps)
@@ -217,14 +219,14 @@ def _validation(
     timed: Timed,
 ) -> float:
     """Return how long one row of validation takes."""
-    size = trainer.config.batch_size
+    size = trainer.plan.batch_size
     trainer.val = TensorSource(sample_rows(val, min(rows, size), size, trainer.config.seed))
     trainer.validate()
     return timed(trainer.validate) / len(trainer.val)
 
 
-def _rows_along(config: TrainConfig, rows: int) -> float:
+def _rows_along(config: TrainConfig, rows: int, batch_size: int) -> float:
     """Return how many rows are validated on before the end of a run, per update."""
     if config.eval_every is not None:
         return rows / config.eval_every
-    return (HALVINGS + 1) * config.batch_size / SHARE if rows >= ROWS[0] else 0.0
+    return (HALVINGS + 1) * batch_size / SHARE if rows >= ROWS[0] else 0.0

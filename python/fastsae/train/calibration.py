@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from fastsae.nn import SAE
 from fastsae.train.config import TrainConfig
+from fastsae.train.schedule import RunPlan
 
 FEWEST_ROWS, MOST_ROWS = 256, 8192
 MOST_BYTES = 1 << 29
@@ -20,29 +21,29 @@ def calibrates(sae: SAE) -> bool:
     return type(sae).calibrate_ is not SAE.calibrate_ and getattr(sae, "k", None) is not None
 
 
-def calibration_rows(config: TrainConfig, sae: SAE, rows: int | None, steps: int) -> int:
+def calibration_rows(config: TrainConfig, sae: SAE, rows: int | None, plan: RunPlan) -> int:
     """Return how many rows are held back.
 
     Args:
         config: of the run; its `calibration_rows` counts if the class calibrates.
         sae: what is trained.
         rows: of the data; None: nobody knows, and those that the run needs count instead.
-        steps: of the whole run.
+        plan: length of the run and of a batch.
 
     Raises:
         ValueError: so many do not fit.
     """
     if not calibrates(sae) or config.calibration_rows == 0:
         return 0
-    total = steps * config.batch_size if rows is None else rows
+    total = plan.steps * plan.batch_size if rows is None else rows
     if (n := config.calibration_rows) is not None:
-        most = min(total // 2, total - config.batch_size)
+        most = min(total // 2, total - plan.batch_size)
         if rows is not None and n > most:
             raise ValueError(
                 f"Trainer: expected calibration_rows <= {max(most, 0)} of {rows} rows of data with "
-                f"batch_size = {config.batch_size}, got {n}"
+                f"batch_size = {plan.batch_size}, got {n}"
             )
         return n
     row = sum(sae.columns.widths) * sae.W_enc_rows.element_size()
     n = min(MOST_ROWS, max(FEWEST_ROWS, total // 20), MOST_BYTES // row)
-    return 0 if n > total // 10 or n > total - config.batch_size else n
+    return 0 if n > total // 10 or n > total - plan.batch_size else n

@@ -32,8 +32,9 @@ class TrainConfig:
     """Decay rates of Adam's two averages."""
     eps: float = 6.25e-10
     """Adam's epsilon; small, because the gradient of one weight is."""
-    batch_size: int = 4096
-    """Tokens per update."""
+    batch_size: int | None = None
+    """Tokens per update; None takes that of `train.defaults.default_batch_size`: 1024 on a CPU,
+    4096 on a GPU, fewer where that would be less than 256 updates."""
     epochs: float = 1
     """Passes over the data; ignored when `steps` or `total_tokens` is given. Rows held back for
     calibration count, so that all classes are trained on equally many tokens."""
@@ -117,9 +118,16 @@ class TrainConfig:
         for field in fields(self):
             setattr(self, field.name, plain(getattr(self, field.name)))
         self._check_types()
-        for name in ("batch_size", "epochs", "sample_rows", "log_every", "keep_checkpoints"):
+        for name in ("epochs", "sample_rows", "log_every", "keep_checkpoints"):
             self._expect(getattr(self, name) > 0, f"{name} > 0", name)
-        optional = ("lr", "steps", "total_tokens", "dead_after_tokens", "clip_grad_norm")
+        optional = (
+            "lr",
+            "batch_size",
+            "steps",
+            "total_tokens",
+            "dead_after_tokens",
+            "clip_grad_norm",
+        )
         for name in (*optional, "eval_every", "checkpoint_every"):
             value = getattr(self, name)
             self._expect(value is None or 0 < value < math.inf, f"{name} > 0 or None", name)

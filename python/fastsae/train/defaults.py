@@ -1,4 +1,4 @@
-"""The learning rate where none is given: a rule fitted to sweeps, see docs/training.md."""
+"""Learning rate and batch size where none is given: rules fitted to sweeps, docs/training.md."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ RATE = 4e-3
 """The best rate of Adam at the sizes below, on activations whose mean squared distance from their
 mean is their width."""
 D_IN, D_SAE, STEPS = 576, 2304, 256
-MOST = 8e-3
-"""Above this, runs of few updates became worse too."""
+BATCH = {"cpu": 1024, "cuda": 4096}
+"""Rows of a batch by kind of device: as many as are worth it before the reading and writing of
+parameters is a small part of an update."""
+UPDATES = 256
+"""Fewer updates than this are worse than smaller batches."""
 
 
 def default_lr(optimizer: str, *, d_in: int, d_sae: int, steps: int) -> float:
     """Return the peak learning rate for an SAE and a run.
 
-        adam       0.004 (d_in / 576)^(-1/2) (d_sae / 2304)^(-1/4) (steps / 256)^(-1/3)
+        adam       0.004 (d_in / 576)^(-1/2) (d_sae / 2304)^(-1/4) max(1, steps / 256)^(-1/4)
         sgd_sai    0.01
 
     A row of a matrix moves by about sqrt(d_in) times the rate in an update, whatever the gradient,
@@ -30,6 +33,25 @@ def default_lr(optimizer: str, *, d_in: int, d_sae: int, steps: int) -> float:
     """
     if optimizer == "sgd_sai":
         return 1e-2
-    by_length: float = (steps / STEPS) ** (-1 / 3)
+    by_length: float = max(1.0, steps / STEPS) ** -0.25
     by_latents: float = (d_sae / D_SAE) ** -0.25
-    return math.sqrt(D_IN / d_in) * min(MOST, RATE * by_latents * by_length)
+    return RATE * math.sqrt(D_IN / d_in) * by_latents * by_length
+
+
+def default_batch_size(device: str, *, rows: int | None, tokens: int | None) -> int:
+    """Return the rows of a batch: a power of two.
+
+        min(1024 on a CPU, 4096 on a GPU, tokens / 256, rows),   but at least 64 of what there is
+
+    Args:
+        device: its type, cpu or cuda.
+        rows: of one pass over the data; None: nobody knows.
+        tokens: of the whole run; None: the number of updates is given instead.
+    """
+    size = BATCH.get(device, BATCH["cuda"])
+    if tokens is not None:
+        size = min(size, max(64, tokens // UPDATES))
+    if rows is not None:
+        size = min(size, max(1, rows))
+    power: int = 2 ** int(math.log2(size))
+    return power

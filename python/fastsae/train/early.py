@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from fastsae.data.source import ActivationSource, TensorSource, sample_rows, source_len
 from fastsae.train.config import TrainConfig
+from fastsae.train.schedule import RunPlan
 
 HALVINGS = 6
 """Early validations: after 1/64, 1/32, ... 1/2 of the run,"""
@@ -29,19 +28,19 @@ class EarlyValidations:
     Args:
         val: the validation data, if any.
         config: of the run; with `eval_every` there are no early validations.
-        steps: updates of the run.
+        plan: length of the run and of a batch.
     """
 
-    def __init__(self, val: ActivationSource | None, config: TrainConfig, steps: int) -> None:
-        self._val, self._config = val, config
+    def __init__(self, val: ActivationSource | None, config: TrainConfig, plan: RunPlan) -> None:
+        self._val, self._seed, self._batch_size = val, config.seed, plan.batch_size
         self._source: ActivationSource | None = None
         available = (source_len(val) or 0) if val is not None else 0
-        self.rows = min(available, steps * config.batch_size // SHARE, ROWS[1])
+        self.rows = min(available, plan.steps * plan.batch_size // SHARE, ROWS[1])
         """Read by each."""
         self.steps: set[int] = set()
         """Updates after which they are made."""
         if config.eval_every is None and self.rows >= ROWS[0]:
-            halved = {steps >> i for i in range(1, HALVINGS + 1)}
+            halved = {plan.steps >> i for i in range(1, HALVINGS + 1)}
             self.steps = {step for step in halved if step >= FIRST_STEP}
         self.sampled = bool(self.steps) and self.rows < available
         """Whether these rows are not all."""
@@ -50,7 +49,6 @@ class EarlyValidations:
         """Return the sample; it is drawn once, at random where the data can do that."""
         if self._source is None:
             assert self._val is not None
-            batch, seed = self._config.batch_size, self._config.seed
-            sample: Tensor = sample_rows(self._val, self.rows, batch, seed)[: self.rows]
-            self._source = TensorSource(sample)
+            sample = sample_rows(self._val, self.rows, self._batch_size, self._seed)
+            self._source = TensorSource(sample[: self.rows])
         return self._source

@@ -60,7 +60,13 @@ class Gap:
 
 @torch.no_grad()
 def measure_gap(
-    sae: SAE, data: ActivationSource, val: ActivationSource, config: TrainConfig, tokens: int
+    sae: SAE,
+    data: ActivationSource,
+    val: ActivationSource,
+    config: TrainConfig,
+    *,
+    size: int,
+    tokens: int,
 ) -> Gap | None:
     """Compare the trained `sae` on equally many rows of both kinds; it takes raw rows.
 
@@ -72,6 +78,7 @@ def measure_gap(
         data: what it was trained on.
         val: held-out data.
         config: the settings of the run.
+        size: rows of a batch.
         tokens: that the run saw.
 
     Returns:
@@ -80,7 +87,7 @@ def measure_gap(
     rows, held_out = source_len(data), source_len(val)
     if not rows or not held_out:
         return None
-    n, size = min(rows, held_out, GAP_ROWS), config.batch_size
+    n = min(rows, held_out, GAP_ROWS)
     drawn = [sample_rows(source, n, size, config.seed)[:n] for source in (data, val)]
     norms = [torch.linalg.vector_norm(sae.columns.split(x).x.float(), dim=1) for x in drawn]
     bound = config.outlier_norm * norms[0].median()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastsae.train.config import TrainConfig
-from fastsae.train.defaults import default_lr
+from fastsae.train.defaults import default_batch_size, default_lr
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class RunPlan:
         )
 
 
-def make_plan(config: TrainConfig, rows: int | None, *, d_in: int, d_sae: int) -> RunPlan:
+def make_plan(
+    config: TrainConfig, rows: int | None, *, d_in: int, d_sae: int, device: str = "cpu"
+) -> RunPlan:
     """Work out the defaults of `config` for `rows` tokens of data and the sizes of an SAE.
 
     Args:
@@ -57,46 +59,51 @@ def make_plan(config: TrainConfig, rows: int | None, *, d_in: int, d_sae: int) -
         rows: of one pass over the data; None: nobody knows how many.
         d_in: width of the encoder's input.
         d_sae: number of latents.
+        device: type of the one that trains.
 
     Raises:
         ValueError: the data do not fill one batch, the run has no step, or neither the data nor
             the settings say how many.
     """
-    if rows is not None and rows < config.batch_size:
-        raise ValueError(
-            f"Trainer: expected at least batch_size = {config.batch_size} rows, got {rows}"
-        )
+    batch = config.batch_size or _batch_size(config, rows, device)
+    if rows is not None and rows < batch:
+        raise ValueError(f"Trainer: expected at least batch_size = {batch} rows, got {rows}")
     if config.steps is not None:
         steps = config.steps
     elif config.total_tokens is not None:
-        steps = config.total_tokens // config.batch_size
+        steps = config.total_tokens // batch
     elif rows is not None:
-        steps = int(config.epochs * (rows // config.batch_size))
+        steps = int(config.epochs * (rows // batch))
     else:
         raise ValueError(
             "Trainer: expected steps or total_tokens for data without a length, got neither"
         )
     if steps == 0:
-        raise ValueError(
-            f"Trainer: expected at least one update, got none (batch_size = {config.batch_size})"
-        )
+        raise ValueError(f"Trainer: expected at least one update, got none (batch_size = {batch})")
     warmup = min(1000, steps // 20) if config.warmup_steps is None else config.warmup_steps
     dead_after = config.dead_after_tokens
     if dead_after is None:
-        dead_after = min(10_000_000, max(1, steps * config.batch_size // 10))
+        dead_after = min(10_000_000, max(1, steps * batch // 10))
     sparsity_warmup = config.sparsity_warmup_steps
     lr = config.lr
     if lr is None:
         lr = default_lr(config.optimizer, d_in=d_in, d_sae=d_sae, steps=steps)
     return RunPlan(
         steps=steps,
-        batch_size=config.batch_size,
+        batch_size=batch,
         lr=lr,
         warmup_steps=warmup,
         decay_fraction=config.decay_fraction,
         dead_after_tokens=dead_after,
         sparsity_warmup_steps=steps // 20 if sparsity_warmup is None else sparsity_warmup,
     )
+
+
+def _batch_size(config: TrainConfig, rows: int | None, device: str) -> int:
+    tokens = config.total_tokens
+    if config.steps is None and tokens is None and rows is not None:
+        tokens = int(config.epochs * rows)
+    return default_batch_size(device, rows=rows, tokens=tokens)
 
 
 def lr_at(step: int, *, lr: float, steps: int, warmup_steps: int, decay_fraction: float) -> float:

@@ -168,9 +168,10 @@ class Trainer:
             raise ValueError("Trainer: expected val to have at least one row, got none")
         rows = None if self.data is None else source_len(self.data)
         d_in = sum(sae.columns.inputs)
-        self.plan = make_plan(self.config, rows, d_in=d_in, d_sae=sae.d_sae)
+        device = sae.W_enc_rows.device.type
+        self.plan = make_plan(self.config, rows, d_in=d_in, d_sae=sae.d_sae, device=device)
         rows = None if self.data is None else known_rows(self.data)
-        self._calibration_rows = calibration_rows(self.config, sae, rows, self.plan.steps)
+        self._calibration_rows = calibration_rows(self.config, sae, rows, self.plan)
         self._rest = self.data  # what `fit` trains on
         self._held: ActivationSource | None = None  # what it calibrates on
         self.out = None if self.config.out is None else Path(self.config.out)
@@ -184,7 +185,7 @@ class Trainer:
         """Updates done."""
         self._tokens_done = 0
         self._clock = Clock()
-        self._early = EarlyValidations(self.val, self.config, self.plan.steps)
+        self._early = EarlyValidations(self.val, self.config, self.plan)
         self._update: Update | None = None
         self._position: Any = None  # of the data after the last step
         self._log: MetricsLog | None = None
@@ -278,7 +279,7 @@ class Trainer:
         """
         if self.val is None:
             raise RuntimeError("Trainer: expected validation data (val=), got none")
-        return validate(self.sae, self.val, self.config.batch_size, self.scaler)
+        return validate(self.sae, self.val, self.plan.batch_size, self.scaler)
 
     def fit(self, *, resume: bool | str | os.PathLike[str] = False) -> TrainResult:
         """Train to the end of the run.
@@ -337,7 +338,8 @@ class Trainer:
         """Compare validation and training rows, and log one line if they differ much."""
         if self.data is None or self.val is None:
             return None
-        gap = measure_gap(self.sae, self.data, self.val, self.config, self._tokens_done)
+        size, tokens = self.plan.batch_size, self._tokens_done
+        gap = measure_gap(self.sae, self.data, self.val, self.config, size=size, tokens=tokens)
         if gap is not None and gap.large:
             logger.info("Trainer: %s", gap)
         return gap
@@ -441,7 +443,7 @@ class Trainer:
         """Make what steps need besides the update, before anything is measured or loaded."""
         self._clock = Clock()
         self._dead = self._counter()
-        self._recent = RecentBatches(self.sae, self.plan.steps, self.config.batch_size)
+        self._recent = RecentBatches(self.sae, self.plan.steps, self.plan.batch_size)
         self._compute_dtype = compute_dtype(self.sae, self.config)
 
     def _counter(self) -> DeadLatents:
@@ -496,7 +498,7 @@ class Trainer:
         self._recent.estimate_threshold_()
         if self._held is None:
             return
-        rows = list(self._held.batches(self.config.batch_size, seed=None))
+        rows = list(self._held.batches(self.plan.batch_size, seed=None))
         try:
             if not rows:
                 raise ValueError("the data have ended")
@@ -550,7 +552,7 @@ class Trainer:
         if self._rest is None:
             raise ValueError("Trainer: expected prepare(sample) without data, got no sample")
         cfg = self.config
-        return sample_rows(self._rest, cfg.sample_rows, cfg.batch_size, cfg.seed)
+        return sample_rows(self._rest, cfg.sample_rows, self.plan.batch_size, cfg.seed)
 
     def _checked(self, batch: Tensor) -> Tensor:
         """Return raw rows in the dtype and on the device of the module, if they are finite."""
@@ -662,7 +664,7 @@ class Trainer:
         """Return what is measured on the validation data after update `step`."""
         early, row = self._early, Row()
         if early.sampled:
-            size = self.config.batch_size
+            size = self.plan.batch_size
             on_sample = validate(self.sae, early.source(), size, self.scaler)
             row["val_fvu_sample"] = on_sample["val_fvu"]
         return row if early.sampled and step in early.steps else row | self.validate()
@@ -677,9 +679,7 @@ class Trainer:
         """Yield `count` batches of the data from `position` on, checked and scaled."""
         if self._rest is None:
             raise ValueError("Trainer: expected data for fit(), got None; call step() yourself")
-        iterator: Iterator[Tensor] = self._rest.batches(
-            self.config.batch_size, seed=self.config.seed
-        )
+        iterator: Iterator[Tensor] = self._rest.batches(self.plan.batch_size, seed=self.config.seed)
         stateful = hasattr(iterator, "state_dict") and hasattr(iterator, "load_state_dict")
         if position is not None:
             if not stateful:
@@ -740,7 +740,8 @@ class Trainer:
         if self._fingerprint is None and self.data is not None:
             self._fingerprint = fingerprint(self.data)
         data = {"rows": rows, "data": self._fingerprint}
-        settings = {**sae, **self.sae.config(), **data, **self.config.to_dict()}
+        planned = {"lr": self.plan.lr, "batch_size": self.plan.batch_size}
+        settings = {**sae, **self.sae.config(), **data, **self.config.to_dict(), **planned}
         kept = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
         about: dict[str, Any] = json.loads(json.dumps(kept))
         return about
