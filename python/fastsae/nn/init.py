@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CHUNK = 4096
+"""Rows that are made at a time."""
+
 
 def center(x: Tensor, method: str) -> Tensor:
     """Return the center `[d]` of the rows of `x: [n, d]`, in float32 (float64 for float64).
@@ -54,12 +57,15 @@ def directions(x: Tensor, count: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     passes = -(-count // len(x))
     order = torch.cat([torch.randperm(len(x), generator=generator) for _ in range(passes)])
-    noise = torch.randn(count, x.shape[1], generator=generator).to(x)
     variances, axes = torch.linalg.eigh(x.t() @ x / len(x))
     relative = variances / variances.mean().clamp_min(torch.finfo(x.dtype).tiny)
     whiten = (axes * relative.clamp_min(1e-3) ** -0.25) @ axes.t()
-    chosen = F.normalize(x[order[:count].to(x.device)])
-    return F.normalize(F.normalize(chosen @ whiten) + F.normalize(noise) / 2)
+    rows = x.new_empty(count, x.shape[1])
+    for part, of in zip(rows.split(CHUNK), order[:count].split(CHUNK), strict=True):
+        noise = torch.randn(*part.shape, generator=generator).to(x)
+        white = F.normalize(F.normalize(x[of.to(x.device)]) @ whiten)
+        part.copy_(F.normalize(white + F.normalize(noise) / 2))
+    return rows
 
 
 def geometric_median(x: Tensor, *, tolerance: float = 1e-6, max_iterations: int = 200) -> Tensor:

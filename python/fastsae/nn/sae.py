@@ -28,6 +28,9 @@ from fastsae.nn.parameters import Parameters, plain
 from fastsae.nn.scaler import ActivationScaler, Columns
 from fastsae.types import SparseActs
 
+CENTER_ROWS = 8192
+"""Rows that are enough for a center."""
+
 
 class SAE(Parameters, ABC):
     """A sparse autoencoder; subclasses say which latents stay active.
@@ -197,7 +200,8 @@ class SAE(Parameters, ABC):
         in this order.
         """
         x = upcast(self.columns.split(batch).x)
-        rows = directions(x - center(x, "geometric_median"), self.d_sae, seed)
+        middle = center(x[:: -(-len(x) // CENTER_ROWS)], "geometric_median")
+        rows = directions(x - middle, self.d_sae, seed)
         self.W_enc_rows.copy_(rows)
         if self.W_dec.shape == rows.shape:
             self.W_dec.copy_(rows)

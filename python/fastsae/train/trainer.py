@@ -200,8 +200,8 @@ class Trainer:
         A module whose biases are not all zero has been trained before, and keeps them.
 
         Args:
-            sample: raw rows `[n, columns]` for these statistics; None draws
-                `config.sample_rows` from the data.
+            sample: raw rows `[n, columns]` for all this; None draws `config.sample_rows` from the
+                data, and as many for new rows of the matrices as there are latents.
 
         Raises:
             ValueError: there are neither data nor a sample, rows are not finite, or all equal.
@@ -211,13 +211,16 @@ class Trainer:
         self._count_from_zero()
         self.steps_done, self._tokens_done = 0, 0
         self._position = None
-        if sample is None:
-            sample = self._sample()
         cfg, sae = self.config, self.sae
-        x = self._checked(sample)
-        x = x[inlier_mask(sae.columns.split(x).x, cfg.outlier_norm)]
         fresh = not (bool(sae.b_enc.any()) or bool(sae.b_dec.any()))
         new_rows = cfg.weight_init == "data" and sae.is_fresh
+        every = 1
+        if sample is None:
+            sample = self._sample(max(cfg.sample_rows, sae.d_sae if new_rows else 0))
+            every = -(-len(sample) // cfg.sample_rows)
+        x = self._checked(sample)
+        many = x[inlier_mask(sae.columns.split(x).x, cfg.outlier_norm)]
+        x = many[::every]
         if cfg.normalize:
             self.scaler = ActivationScaler.estimate(sae.columns, x)
             if not fresh:
@@ -226,7 +229,7 @@ class Trainer:
         self.limits = norm_limits(sae.columns, x, cfg.outlier_norm)
         sae.train()
         if new_rows:
-            sae.initialize_rows_(x, cfg.seed)
+            sae.initialize_rows_(self.scaler.scale(many), cfg.seed)
         if fresh and cfg.b_dec_init != "zeros":
             sae.initialize_from_data_(x, cfg.b_dec_init)
         if new_rows:
@@ -548,11 +551,10 @@ class Trainer:
         self._recent.clear()
         self.sae.eval()
 
-    def _sample(self) -> Tensor:
+    def _sample(self, n: int) -> Tensor:
         if self._rest is None:
             raise ValueError("Trainer: expected prepare(sample) without data, got no sample")
-        cfg = self.config
-        return sample_rows(self._rest, cfg.sample_rows, self.plan.batch_size, cfg.seed)
+        return sample_rows(self._rest, n, self.plan.batch_size, self.config.seed)
 
     def _checked(self, batch: Tensor) -> Tensor:
         """Return raw rows in the dtype and on the device of the module, if they are finite."""
