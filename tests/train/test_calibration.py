@@ -103,13 +103,13 @@ def test_only_classes_with_a_threshold_and_a_k_give_up_rows():
     batch_topk = fastsae.BatchTopKSAE(8, 24, 3)
     assert held(batch_topk, 100_000) == 5000
     assert held(batch_topk, 10**9) == 8192
-    assert held(batch_topk, 3000) == 256
-    assert held(batch_topk, 2559) == 0  # more than a tenth
-    assert held(batch_topk, None) == 256  # of 100 batches of 50
+    assert held(batch_topk, 6000) == 512
+    assert held(batch_topk, 5119) == 0  # more than a tenth
+    assert held(batch_topk, None) == 0  # of 100 batches of 50
     assert held(batch_topk, None, batch_size=1000) == 5000
-    assert held(batch_topk, 3000, batch_size=2800) == 0
-    assert held(batch_topk, 3000, calibration_rows=0) == 0
-    assert held(batch_topk, 3000, calibration_rows=7) == 7
+    assert held(batch_topk, 6000, batch_size=5800) == 0
+    assert held(batch_topk, 6000, calibration_rows=0) == 0
+    assert held(batch_topk, 6000, calibration_rows=7) == 7
     assert held(fastsae.BatchTopKSAE(1 << 15, 8, 3), 10**9) == 4096  # 512 MiB
     for sae in (
         fastsae.TopKSAE(8, 24, 3),
@@ -133,9 +133,9 @@ def test_a_class_with_its_own_calibration_keeps_the_fused_update():
 
 
 def test_an_epoch_has_as_many_steps_with_rows_held_back_as_without():
-    x = rows(3000)
+    x = rows(6000)
     for cls in (fastsae.TopKSAE, fastsae.BatchTopKSAE):
-        assert Trainer(cls(8, 24, 3), x, settings(steps=None)).plan.steps == 60
+        assert Trainer(cls(8, 24, 3), x, settings(steps=None)).plan.steps == 120
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ class TrainConfig:
     """Rows that are kept from training, on which `fit` calibrates thresholds in the end, for SAEs
     that have some and a k: BatchTopK, FeatureChoice, JumpReLU and what is made of them. They are
     pieces of 64 rows spread evenly over the data, or the rows that follow in an iterator. None
-    takes a twentieth of the data, 256 to 8192 rows, or none where that is more than a tenth. 0:
+    takes a twentieth of the data, 512 to 8192 rows, or none where that is more than a tenth. 0:
     thresholds are those of the last training batches."""
     seed: int = 0
     """Seed of the order of the data."""
