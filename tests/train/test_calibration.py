@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import fastsae
 from fastsae import TrainConfig, Trainer
 from fastsae.data.source import TensorSource
 from fastsae.train.calibration import calibration_rows
+from fastsae.train.schedule import make_plan
 from tests.train.test_resume_classes import CLASSES, assert_same
 
 NAMES = ("BatchTopK", "Matryoshka", "Sampled", "FeatureChoice", "JumpReLU")
@@ -98,7 +100,9 @@ def test_only_classes_with_a_threshold_and_a_k_give_up_rows():
             self.calls.append(x)
 
     def held(sae, rows, **arguments):
-        return calibration_rows(settings(**arguments), sae, rows, 100)
+        config = settings(**arguments)
+        plan = make_plan(replace(config, steps=100), rows, d_in=sae.d_in, d_sae=sae.d_sae)
+        return calibration_rows(config, sae, rows, plan)
 
     batch_topk = fastsae.BatchTopKSAE(8, 24, 3)
     assert held(batch_topk, 100_000) == 5000
