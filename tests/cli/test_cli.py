@@ -155,7 +155,9 @@ def test_a_time_budget_is_rehearsed_once_and_kept_when_resumed(
     argv = [str(a) for a in (*run, "--out", tmp_path / "a")]
     assert cli.main(argv) == 0
     out, err = capsys.readouterr()
-    assert err.splitlines() == ["--time-budget 0.1m: 9 updates of 500 ms"]  # (6 - 1.5) / 0.5
+    said, plan = err.splitlines()
+    assert said == "--time-budget 0.1m: 9 updates of 500 ms"  # (6 - 1.5) / 0.5
+    assert plan.startswith("Trainer: 9 updates of 64 rows at a rate of ")
     assert json.loads(out)["step"] == 9
     assert asked == [(6.0, harvested["train"], harvested["val"])]
     monkeypatch.setattr("fastsae.train.rehearse", None)

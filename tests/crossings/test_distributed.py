@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -38,7 +39,7 @@ def test_statistics_are_the_same_on_both_ranks_of_ddp(found, name):
 
 def test_thresholds_start_from_the_rows_of_all_ranks(found):
     """One process with both halves in turn gives the mean of the two starts, by hand."""
-    units, smallest = [], []
+    units, smallest, codes = [], [], []
     torch.manual_seed(0)
     sae = fastsae.JumpReLUSAE(D, F, K)
     for rank in range(2):
@@ -46,7 +47,11 @@ def test_thresholds_start_from_the_rows_of_all_ranks(found):
         units.append((x - x.mean(0)).square().mean().sqrt())
         z = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).detach().flatten()
         smallest.append(z.sort(descending=True).values[int(K * len(x)) - 1])
-    expected = torch.log(sum(smallest) / sum(units))
+        codes.append(z)
+    threshold = sum(smallest) / 2
+    l0 = sum(float((z > threshold).sum()) for z in codes) / (2 * len(x))
+    moved = 0.1 * math.log(l0 / K)  # by the step that followed
+    expected = torch.log(sum(smallest) / sum(units)) + moved
     assert found["ddp"]["JumpReLUSAE"]["log_threshold"][0] == pytest.approx(
         [float(expected)] * 4, rel=1e-5
     )

@@ -54,7 +54,7 @@ def constructors() -> list[Callable[[], Any]]:
 def settings() -> list[Callable[[], Any]]:
     """Return wrong values of every setting."""
     wrong: dict[str, list[Any]] = {
-        "batch_size": [0, -1, 2.5, "8", None, True],
+        "batch_size": [0, -1, 2.5, "8", True],
         "steps": [0, -3, 2.5, NAN],
         "epochs": [0, -1.0, NAN, float("inf"), "1", None],
         "lr": [0.0, -1e-3, NAN, float("inf"), "1e-3"],
@@ -69,6 +69,8 @@ def settings() -> list[Callable[[], Any]]:
         "dead_after_tokens": [0, 1.5],
         "normalize": [1, "yes", None],
         "b_dec_init": ["median", None],
+        "weight_init": ["pca", None],
+        "clip_outliers": [1, None],
         "sample_rows": [0, 1.5],
         "outlier_norm": [1.0, NAN],
         "seed": [-1, 2**32, 0.5],

@@ -10,6 +10,7 @@ from fastsae.nn import TopKSAE
 from fastsae.train import Gap, TrainConfig, Trainer
 from fastsae.train.clock import Clock
 from fastsae.train.early import EarlyValidations
+from fastsae.train.schedule import make_plan
 
 D_IN, D_SAE = 8, 64
 
@@ -116,13 +117,14 @@ def test_tensorboard_has_seconds_of_training_as_the_time(time, tmp_path):
     ],
 )
 def test_validations_on_the_way_are_halvings_of_the_run(steps, batch_size, expected):
-    config = TrainConfig(batch_size=batch_size)
-    early = EarlyValidations(TensorSource(rows(5000)), config, steps)
+    config = TrainConfig(batch_size=batch_size, steps=steps)
+    plan = make_plan(config, 5000, d_in=8, d_sae=16)
+    early = EarlyValidations(TensorSource(rows(5000)), config, plan)
     assert early.steps == expected
     assert 7 * early.rows <= 0.0175 * steps * batch_size
     every = TrainConfig(batch_size=batch_size, eval_every=100)
-    assert EarlyValidations(TensorSource(rows(5000)), every, steps).steps == set()
-    assert EarlyValidations(None, config, steps).steps == set()
+    assert EarlyValidations(TensorSource(rows(5000)), every, plan).steps == set()
+    assert EarlyValidations(None, config, plan).steps == set()
 
 
 def test_a_sample_is_the_same_rows_each_time_and_never_called_val_fvu():

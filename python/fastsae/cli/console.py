@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,25 @@ def progress(what: str, total: int | None, unit: str) -> Iterator[Callable[[int]
 def say(message: str) -> None:
     """Print a message for people, to stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+class _Narrator(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+@contextmanager
+def narrated() -> Iterator[None]:
+    """Print what the library logs meanwhile, as a command's own messages."""
+    logger, narrator = logging.getLogger("fastsae"), _Narrator()
+    level = logger.level
+    logger.addHandler(narrator)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(narrator)
+        logger.setLevel(level)
 
 
 def emit(result: dict[str, Any], as_json: bool, text: str) -> None:

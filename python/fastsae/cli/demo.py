@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsae.cli.budget import within
-from fastsae.cli.console import duration, emit, positive, progress, say, subcommand
+from fastsae.cli.console import duration, emit, narrated, positive, progress, say, subcommand
 from fastsae.cli.summary import facts, summary
 from fastsae.models.load import SMOLLM2, load_model
 from fastsae.models.text import pieces, python_topics, read_files
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
                 model=model,
                 cross_entropy=ce,
                 history=history,
-                facts=facts(args, train, phase.seconds, int(trained.final["step"])),
+                facts=facts(args, train, phase.seconds, history),
             )
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("run the same command again to continue") from error
@@ -219,9 +219,8 @@ def _train(
         settings["steps"] = config.steps
     folder.mkdir(exist_ok=True)
     write_json(note, sealed(settings))
-    trainer = Trainer(sae, data, config, val=val)
-    say(f"demo: {trainer.plan}")
-    return trainer.fit(resume=True)
+    with narrated():
+        return Trainer(sae, data, config, val=val).fit(resume=True)
 
 
 def _expect_same(

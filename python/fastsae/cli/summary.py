@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def facts(
-    args: argparse.Namespace, train: ActivationStore, seconds: dict[str, float], steps: int
+    args: argparse.Namespace,
+    train: ActivationStore,
+    seconds: dict[str, float],
+    history: Sequence[dict[str, float]],
 ) -> dict[str, str]:
     """Return the lines of "How this was made"."""
     import torch
@@ -26,7 +30,8 @@ def facts(
     manifest = train.manifest
     length = f"{args.epochs:g} epochs"
     if args.steps or args.time_budget:
-        length = f"{steps:,} steps" + (f" in {args.time_budget.text}" if args.time_budget else "")
+        length = f"{int(history[-1]['step']):,} steps"
+        length += f" in {args.time_budget.text}" if args.time_budget else ""
     return {
         "Model": f"{SMOLLM2_NAME if args.model == SMOLLM2 else args.model}, site {args.site}",
         "Text": ", ".join(args.text) if args.text else "the language reference in Python's help()",
@@ -34,7 +39,7 @@ def facts(
         f"out; left out were {manifest.dropped['prefix']:,} starts of contexts and "
         f"{manifest.dropped['norm']:,} tokens of more than 3 times the median norm",
         "SAE": f"TopK, k = {args.k}, {args.expansion * train.d_in:,} latents, peak learning rate "
-        f"{args.lr:g}, {length}, seed {args.seed}",
+        f"{max(row['lr'] for row in history):.3g}, {length}, seed {args.seed}",
         "Time": ", ".join(f"{phase} {value:.0f} s" for phase, value in seconds.items()),
         "Versions": f"fastsae {fastsae.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsae.cli.budget import within
-from fastsae.cli.console import device_named, duration, emit, positive, say, subcommand
+from fastsae.cli.console import device_named, duration, emit, narrated, positive, say, subcommand
 
 if TYPE_CHECKING:
     from fastsae.data import ActivationSource
@@ -141,8 +141,8 @@ def run(args: argparse.Namespace) -> None:
     trainer = Trainer(sae, data, config, val=held_out)
     if args.resume and latest(Path(args.out) / "checkpoints") is None:
         say(f"train: no checkpoint in {args.out}, so this is a new run")
-    say(f"train: {trainer.plan}")
-    result = trainer.fit(resume=args.resume_from or args.resume)
+    with narrated():
+        result = trainer.fit(resume=args.resume_from or args.resume)
     found: dict[str, Any] = {"out": args.out, **result.final}
     text = ", ".join(f"{name} {value:.6g}" for name, value in result.final.items())
     text = f"{args.out}: {text}"

@@ -131,9 +131,12 @@ class JumpReLUSAE(PenalizedSAE):
         coefficient: float | None = None,
         **kwargs: Any,
     ) -> None:
-        if coefficient is None:
-            coefficient = 1.0 if k is None else 0.2 * plain(d_in) / plain(k)
-        super().__init__(d_in, d_sae, k, coefficient=coefficient, **kwargs)
+        super().__init__(
+            d_in, d_sae, k, coefficient=1.0 if coefficient is None else coefficient, **kwargs
+        )
+        if coefficient is None and self.k is not None:
+            self.initial_coefficient = 0.2 * self.d_in / self.k
+            self.coefficient.fill_(self.initial_coefficient)
         start = 0.1 if threshold is None else threshold
         if not (0 < bandwidth < math.inf and 0 < start < math.inf):
             self._fail(f"bandwidth > 0 and threshold > 0, got {bandwidth} and {threshold}")

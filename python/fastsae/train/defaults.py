@@ -18,7 +18,7 @@ UPDATES = 256
 def default_lr(optimizer: str, *, d_in: int, d_sae: int, steps: int) -> float:
     """Return the peak learning rate for an SAE and a run.
 
-        adam       0.004 (d_in / 576)^(-1/2) (d_sae / 2304)^(-1/4) max(1, steps / 256)^(-1/4)
+        adam       0.004 (d_in / 576)^(-1/2) (max(1, d_sae / 2304) max(1, steps / 256))^(-1/4)
         sgd_sai    0.01
 
     A row of a matrix moves by about sqrt(d_in) times the rate in an update, whatever the gradient,
@@ -34,7 +34,7 @@ def default_lr(optimizer: str, *, d_in: int, d_sae: int, steps: int) -> float:
     if optimizer == "sgd_sai":
         return 1e-2
     by_length: float = max(1.0, steps / STEPS) ** -0.25
-    by_latents: float = (d_sae / D_SAE) ** -0.25
+    by_latents: float = max(1.0, d_sae / D_SAE) ** -0.25
     return RATE * math.sqrt(D_IN / d_in) * by_latents * by_length
 
 
