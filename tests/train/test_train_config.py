@@ -77,7 +77,10 @@ def test_defaults_follow_the_sizes_and_the_length():
     assert rate(4096, 576, 2304, optimizer="sgd_sai") == 1e-2
     assert rate(4096, 576, 2304, lr=7e-4) == 7e-4
     plan = make_plan(TrainConfig(batch_size=100, steps=500), rows=100, d_in=768, d_sae=2**16)
-    assert (plan.warmup_steps, plan.dead_after_tokens) == (25, 5_000)
+    assert (plan.warmup_steps, plan.dead_after_tokens) == (25, 40_960)  # 20 * 65536 / 32
+    for k, tokens in ((32, 5_000), (4, 11_520), (None, 5_000)):  # of 200,000, or 20 * 2304 / k
+        config = TrainConfig(batch_size=100, steps=2000)
+        assert make_plan(config, 100, d_in=576, d_sae=2304, k=k).dead_after_tokens == tokens
     long = make_plan(TrainConfig(batch_size=4096, steps=10**6), rows=4096, d_in=768, d_sae=2**14)
     assert (long.warmup_steps, long.dead_after_tokens) == (1000, 10_000_000)
     # 0.004 * 0.8660 * 0.4330 * 0.8459

@@ -66,7 +66,8 @@ class TrainConfig:
     `ops.sparse_adam_step_`. Parameters, sums, selection, thresholds and statistics are float32 in
     any case."""
     dead_after_tokens: int | None = None
-    """Tokens without firing that make a latent dead; None: a tenth of the run, at most 10^7."""
+    """Tokens without firing that make a latent dead; None: a fortieth of the run, at least those in
+    which a latent fires 20 times on average, at most 10^7."""
     normalize: bool = True
     """Train on activations times one number, such that their mean squared distance from the mean is
     d_in. Adam moves every weight by about `lr`, so the two biases, which alone carry the unit of

@@ -1,4 +1,4 @@
-"""Learning rate and batch size where none is given: rules fitted to sweeps, docs/training.md."""
+"""What a run does where nobody says: rules fitted to sweeps, see docs/training.md."""
 
 from __future__ import annotations
 
@@ -36,6 +36,22 @@ def default_lr(optimizer: str, *, d_in: int, d_sae: int, steps: int) -> float:
     by_length: float = max(1.0, steps / STEPS) ** -0.25
     by_latents: float = max(1.0, d_sae / D_SAE) ** -0.25
     return RATE * math.sqrt(D_IN / d_in) * by_latents * by_length
+
+
+def default_dead_after(d_sae: int, k: float | None, *, tokens: int) -> int:
+    """Return after how many tokens without firing a latent is dead.
+
+        min(10^7, max(tokens / 40, 20 d_sae / k))
+
+    A fortieth of the run is early enough for AuxK to bring it back; in 20 d_sae / k tokens a latent
+    fires 20 times on average.
+
+    Args:
+        d_sae: number of latents.
+        k: active latents per token; None: nobody knows, and 32 counts instead.
+        tokens: of the whole run.
+    """
+    return min(10_000_000, max(tokens // 40, int(20 * d_sae / (k or 32)), 1))
 
 
 def default_batch_size(device: str, *, rows: int | None, tokens: int | None) -> int:

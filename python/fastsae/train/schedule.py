@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastsae.train.config import TrainConfig
-from fastsae.train.defaults import default_batch_size, default_lr
+from fastsae.train.defaults import default_batch_size, default_dead_after, default_lr
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,13 @@ class RunPlan:
 
 
 def make_plan(
-    config: TrainConfig, rows: int | None, *, d_in: int, d_sae: int, device: str = "cpu"
+    config: TrainConfig,
+    rows: int | None,
+    *,
+    d_in: int,
+    d_sae: int,
+    k: float | None = None,
+    device: str = "cpu",
 ) -> RunPlan:
     """Work out the defaults of `config` for `rows` tokens of data and the sizes of an SAE.
 
@@ -59,6 +65,7 @@ def make_plan(
         rows: of one pass over the data; None: nobody knows how many.
         d_in: width of the encoder's input.
         d_sae: number of latents.
+        k: active latents per token, if that is known.
         device: type of the one that trains.
 
     Raises:
@@ -83,7 +90,7 @@ def make_plan(
     warmup = min(1000, steps // 20) if config.warmup_steps is None else config.warmup_steps
     dead_after = config.dead_after_tokens
     if dead_after is None:
-        dead_after = min(10_000_000, max(1, steps * batch // 10))
+        dead_after = default_dead_after(d_sae, k, tokens=steps * batch)
     sparsity_warmup = config.sparsity_warmup_steps
     lr = config.lr
     if lr is None:

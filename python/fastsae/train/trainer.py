@@ -169,7 +169,8 @@ class Trainer:
         rows = None if self.data is None else source_len(self.data)
         d_in = sum(sae.columns.inputs)
         device = sae.W_enc_rows.device.type
-        self.plan = make_plan(self.config, rows, d_in=d_in, d_sae=sae.d_sae, device=device)
+        sizes: dict[str, Any] = {"d_in": d_in, "d_sae": sae.d_sae, "k": getattr(sae, "k", None)}
+        self.plan = make_plan(self.config, rows, **sizes, device=device)
         rows = None if self.data is None else known_rows(self.data)
         self._calibration_rows = calibration_rows(self.config, sae, rows, self.plan)
         self._rest = self.data  # what `fit` trains on
