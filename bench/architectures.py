@@ -204,6 +204,8 @@ def train(
         steps=steps,
         warmup_steps=50,
         decay_fraction=0.3,
+        betas=(0.9, 0.999),
+        weight_init="random",
         compute_dtype="float32",
         seed=seed,
         progress=False,

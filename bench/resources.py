@@ -43,7 +43,8 @@ def _arch(name: str) -> int:
 
 def short(name: str) -> str:
     """Return a demangled kernel without namespaces, argument list and return type."""
-    name = re.sub(r"\((anonymous namespace|int|bool|unsigned int)\)(::)?|<unnamed>::", "", name)
+    cast = r"\((anonymous namespace|int|bool|unsigned int|[\w:]+::Move)\)(::)?|<unnamed>::"
+    name = re.sub(cast, "", name)
     name = re.sub(r"fastsae::cuda::|^void ", "", name)
     depth = 0
     for i, c in enumerate(name):
