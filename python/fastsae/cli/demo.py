@@ -64,7 +64,7 @@ def add_to(subparsers: Any) -> None:
     add("--seed", type=int, default=0, help="of weights and order (default: 0)")
     add("--overwrite", action="store_true", help="replace the results of other settings in --out")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=float, default=16.0, help="passes over the tokens (16)")
+    length.add_argument("--epochs", type=float, default=8.0, help="passes over the tokens (8)")
     length.add_argument("--steps", type=positive, help="updates, instead of --epochs")
     length.add_argument(
         "--time-budget",
