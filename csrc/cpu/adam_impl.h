@@ -3,9 +3,9 @@
 //   m <- m + (1 - beta1) (g - m),  v <- beta2 v + (1 - beta2) g^2
 //   p <- p - step_size m / (sqrt(v) / sqrt(1 - beta2^t) + eps),  step_size = lr / (1 - beta1^t)
 //
-// as torch.optim.Adam computes it (Kingma & Ba 2015, algorithm 1), or with the row's mean of g^2 and
-// one v for the row (Adam-mini, Zhang et al. 2024). Sums over a row run in a fixed order, so they
-// depend on the instruction set at most.
+// as torch.optim.Adam computes it (Kingma & Ba 2015, algorithm 1), or with the row's mean of g^2
+// and one v for the row (Adam-mini, Zhang et al. 2024). Sums over a row run in a fixed order, so
+// they depend on the instruction set at most.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -104,8 +104,7 @@ typename V::A adam_mini_row(typename V::A* p, typename V::A* m, typename V::A* v
   using A = typename V::A;
   const A square = g ? scale * scale * (row_dot<V>(g, g, d) / static_cast<A>(d ? d : 1)) : A(0);
   *v = s.beta2 * *v + s.one_minus_beta2 * square;
-  const V root =
-      V::fma(V::sqrt(V::set1(*v)), V::set1(s.inverse_correction2), V::set1(s.eps));
+  const V root = V::fma(V::sqrt(V::set1(*v)), V::set1(s.inverse_correction2), V::set1(s.eps));
   const V step = V::set1(-s.step_size) / root, rate = V::set1(s.one_minus_beta1);
   const V zero = V::set1(A(0)), factor = V::set1(scale);
   const auto move = [&](V gradient, A* at, A* mean_at) {

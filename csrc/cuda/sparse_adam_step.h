@@ -29,7 +29,7 @@ struct AdamParams {
   AdamConstants<double> adam;
   double max_norm;  // infinity does not clip
   bool unit_norm;
-  bool by_rows;  // Adam-mini: v of W_enc and W_dec is [d_sae]
+  bool by_rows;             // Adam-mini: v of W_enc and W_dec is [d_sae]
   bool bf16_rows;           // takes_bf16_rows() must be true
   void* scratch = nullptr;  // sparse_adam_step_scratch() bytes
 };
