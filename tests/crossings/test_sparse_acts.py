@@ -42,7 +42,8 @@ def test_vmap_returns_and_takes_it() -> None:
     for encode in (fixed, variable):
         batch = torch.vmap(encode)(x)
         want = torch.stack([encode(part).to_dense() for part in x])
-        assert torch.equal(torch.vmap(SparseActs.to_dense)(batch), want)
+        # Fewer than 32 rows take the library's matmul, whose last bit depends on their number.
+        torch.testing.assert_close(torch.vmap(SparseActs.to_dense)(batch), want)
         decoded = torch.vmap(lambda a: ops.sparse_decode(a, W))(batch)
         torch.testing.assert_close(decoded, want @ W)
 

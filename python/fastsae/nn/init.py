@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch compute with one thread meanwhile, on a CPU: its matmuls and decompositions depend
+    on the number of threads, and where training starts must not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
 
 CHUNK = 4096
 """Rows that are made at a time."""
@@ -50,21 +66,23 @@ def directions(x: Tensor, count: int, seed: int = 0) -> Tensor:
         count: of rows.
         seed: of the order and the noise, the same on every device.
 
-    Numerics: eigenvalues of C below a thousandth of their mean count as that.
+    Numerics: eigenvalues of C below a thousandth of their mean count as that. The same for every
+        number of threads, as one computes it.
     Cost: an eigendecomposition of [d, d].
     Source: our addition; docs/training.md has what it saves.
     """
     generator = torch.Generator().manual_seed(seed)
     passes = -(-count // len(x))
     order = torch.cat([torch.randperm(len(x), generator=generator) for _ in range(passes)])
-    variances, axes = torch.linalg.eigh(x.t() @ x / len(x))
-    relative = variances / variances.mean().clamp_min(torch.finfo(x.dtype).tiny)
-    whiten = (axes * relative.clamp_min(1e-3) ** -0.25) @ axes.t()
     rows = x.new_empty(count, x.shape[1])
-    for part, of in zip(rows.split(CHUNK), order[:count].split(CHUNK), strict=True):
-        noise = torch.randn(*part.shape, generator=generator).to(x)
-        white = F.normalize(F.normalize(x[of.to(x.device)]) @ whiten)
-        part.copy_(F.normalize(white + F.normalize(noise) / 2))
+    with one_thread():
+        variances, axes = torch.linalg.eigh(x.t() @ x / len(x))
+        relative = variances / variances.mean().clamp_min(torch.finfo(x.dtype).tiny)
+        whiten = (axes * relative.clamp_min(1e-3) ** -0.25) @ axes.t()
+        for part, of in zip(rows.split(CHUNK), order[:count].split(CHUNK), strict=True):
+            noise = torch.randn(*part.shape, generator=generator).to(x)
+            white = F.normalize(F.normalize(x[of.to(x.device)]) @ whiten)
+            part.copy_(F.normalize(white + F.normalize(noise) / 2))
     return rows
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.nn.auxk import LatentRows
 from fastsae.nn.context import STEP, StepContext
-from fastsae.nn.init import center, directions
+from fastsae.nn.init import center, directions, one_thread
 from fastsae.nn.loss import SAEOutput, upcast
 from fastsae.nn.objective import dead_rows, total_loss
 from fastsae.nn.parameters import Parameters, plain
@@ -222,7 +222,8 @@ class SAE(Parameters, ABC):
         """
         x, target, _ = self.columns.split(batch)
         part = upcast(self.reconstruct(x, self._encode(x)) - self.b_dec)
-        factor = (part * upcast(target - self.b_dec)).sum() / part.square().sum()
+        with one_thread():
+            factor = (part * upcast(target - self.b_dec)).sum() / part.square().sum()
         if bool(factor > 0) and bool(factor.isfinite()):
             self._scale_encoder_(float(factor))
 
