@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import torch
@@ -112,6 +113,8 @@ def main(rank: int, file: str) -> None:
         print(json.dumps(found))
     distributed.barrier()
     distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # torch's threads abort the process now and then when the interpreter ends
 
 
 if __name__ == "__main__":
