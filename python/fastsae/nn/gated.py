@@ -77,7 +77,7 @@ class GatedSAE(PenalizedSAE):
     ) -> SAEOutput:
         """See `SAE.loss_of`; `acts` is what `encode_for_training` returned."""
         f = self._open(acts)
-        self._adjust_coefficient(f.detach(), context)
+        self._adjust(f.detach(), context)
         penalty = self._weigh(mean_over_tokens(acts.values, acts.n) / upcast(self.unit))
         penalty = context.sparsity_scale * penalty
         out = total_loss(self, x, target, f, self.reconstruct(x, f), penalty, dead)

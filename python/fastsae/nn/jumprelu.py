@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastsae import ops
 from fastsae.nn.auxk import LatentRows
-from fastsae.nn.context import STEP, StepContext, updates_statistics
+from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.loss import SAEOutput, total_variance
 from fastsae.nn.objective import total_loss
 from fastsae.nn.parameters import plain
@@ -229,19 +229,20 @@ class JumpReLUSAE(PenalizedSAE):
         """See `SAE.loss_of`; `acts` is what `encode_for_training` returned."""
         z, threshold = self._inside(acts)
         f = self._activate(acts, z, threshold)
-        self._adjust_coefficient(f.detach(), context)
-        self._adjust_thresholds(f.detach(), context)
+        self._adjust(f.detach(), context)
         active = _apply(Step, z, threshold, self._eps)
         penalty = context.sparsity_scale * self._weigh(mean_over_tokens(active, acts.n))
         return total_loss(self, x, target, f, self.reconstruct(x, f), penalty, dead)
 
-    @torch.no_grad()
-    def _adjust_thresholds(self, acts: SparseActs, context: StepContext) -> None:
-        """Move all thresholds by one factor towards the target L0."""
-        if self.k is None or acts.n == 0 or not self.log_threshold.requires_grad:
-            return
-        if updates_statistics(self, loss_depends=True):
-            self.log_threshold.add_(THRESHOLD_CONTROL * self._excess(acts, context))
+    def _adjusts(self, context: StepContext) -> bool:
+        return super()._adjusts(context) or self.log_threshold.requires_grad
+
+    def _adjust_by(self, excess: Tensor, context: StepContext) -> None:
+        """Move the coefficient, and all thresholds by one factor; those from the first step on."""
+        if super()._adjusts(context):
+            super()._adjust_by(excess, context)
+        if self.log_threshold.requires_grad:
+            self.log_threshold.add_(THRESHOLD_CONTROL * excess)
 
     @torch.no_grad()
     def calibrate_(self, x: Tensor) -> None:

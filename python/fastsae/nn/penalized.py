@@ -107,19 +107,22 @@ class PenalizedSAE(SAE, register=False):
         self.batches_seen += 1
 
     @torch.no_grad()
-    def _adjust_coefficient(self, acts: SparseActs, context: StepContext) -> None:
-        """Move the coefficient towards the target L0, once the penalty has its full weight."""
-        if self.k is None or context.sparsity_scale < 1 or acts.n == 0:
+    def _adjust(self, acts: SparseActs, context: StepContext) -> None:
+        """Move what controls L0 towards the target, by a training batch with the code `acts`."""
+        if self.k is None or acts.n == 0 or not self._adjusts(context):
             return
         if not updates_statistics(self, loss_depends=True):
             return
-        self.coefficient.mul_((self.control_lr * self._excess(acts, context)).exp())
-
-    def _excess(self, acts: SparseActs, context: StepContext) -> Tensor:
-        """Return log(l0 / k) of a training batch: [], within -1 and 1."""
         l0 = context.reduced(acts.l0(), "mean")
-        excess: Tensor = (l0.clamp_min(1e-3) / self.k).log().clamp(-1, 1)
-        return excess
+        self._adjust_by((l0.clamp_min(1e-3) / self.k).log().clamp(-1, 1), context)
+
+    def _adjusts(self, context: StepContext) -> bool:
+        """Return whether this step moves anything: once the penalty has its full weight."""
+        return context.sparsity_scale >= 1
+
+    def _adjust_by(self, excess: Tensor, context: StepContext) -> None:
+        """Move the coefficient by `excess: []`, log(l0 / k) within -1 and 1."""
+        self.coefficient.mul_((self.control_lr * excess).exp())
 
     def _weigh(self, penalty: Tensor) -> Tensor:
         """Return what a `penalty: []`, a mean over tokens in units of `unit`, adds to the loss."""

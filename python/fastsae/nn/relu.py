@@ -70,7 +70,7 @@ class ReLUSAE(PenalizedSAE):
         """See `SAE.encode_for_training`: measures the unit, adjusts the coefficient."""
         self._measure_unit(x, context)
         acts = self._encode(x, context)
-        self._adjust_coefficient(acts, context)
+        self._adjust(acts, context)
         return acts
 
     def sparsity_loss(self, acts: SparseActs, context: StepContext) -> Tensor:

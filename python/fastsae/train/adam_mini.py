@@ -6,15 +6,16 @@ Source: Zhang et al. 2024, "Adam-mini: use fewer learning rates to gain more" (a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from fastsae.train.optimizer import TensorwiseOptimizer
 
-class AdamMini(torch.optim.Optimizer):
+
+class AdamMini(TensorwiseOptimizer):
     """Adam with one step size for each row of a matrix: a block of Adam-mini per latent.
 
         m <- beta1 m + (1 - beta1) g
@@ -51,25 +52,6 @@ class AdamMini(torch.optim.Optimizer):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"AdamMini: expected two betas in [0, 1), got {betas}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; return what `closure` returns, if given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, group)
-        return loss
-
-    def prepare(self) -> None:
-        """Give every parameter that has no state the one from before its first gradient."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._state(p)
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastsae.nn import SAE, SAEOutput, StepContext
 from fastsae.train.adam_mini import AdamMini
+from fastsae.train.optimizer import TensorwiseOptimizer
 from fastsae.train.sgd_sai import SGDSaI
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> tor
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter its state before the first step, so that a checkpoint can be loaded."""
-    if isinstance(optimizer, SGDSaI | AdamMini):
+    if isinstance(optimizer, TensorwiseOptimizer):
         optimizer.prepare()
         return
     for group in optimizer.param_groups:

@@ -7,7 +7,6 @@ Source: Xu et al. 2024, "No more Adam: learning rate scaling at initialization i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +14,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fastsae.nn.loss import upcast
+from fastsae.train.optimizer import TensorwiseOptimizer
 
 
-class SGDSaI(torch.optim.Optimizer):
+class SGDSaI(TensorwiseOptimizer):
     """SGD with momentum, decoupled weight decay and one constant scale per tensor.
 
         gsnr = |g| / (std(g) + eps)            once, at the first gradient that is not 0
@@ -86,25 +86,6 @@ class SGDSaI(torch.optim.Optimizer):
                 "scale_biases": scale_biases,
             },
         )
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; return what `closure` returns, if given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, group)
-        return loss
-
-    def prepare(self) -> None:
-        """Give every parameter that has no state the one from before its first gradient."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._state(p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

@@ -226,11 +226,12 @@ class Trainer:
             self.scaler = ActivationScaler.estimate(sae.columns, x)
             if not fresh:
                 self.scaler.unfold_(sae)
-        x = self.scaler.scale(x)
+        many = self.scaler.scale(many)
+        x = many[::every]
         self.limits = norm_limits(sae.columns, x, cfg.outlier_norm)
         sae.train()
         if new_rows:
-            sae.initialize_rows_(self.scaler.scale(many), cfg.seed)
+            sae.initialize_rows_(many, cfg.seed)
         if fresh and cfg.b_dec_init != "zeros":
             sae.initialize_from_data_(x, cfg.b_dec_init)
         if new_rows:
