@@ -7,9 +7,16 @@ to 42 on other documents.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastsae.data.source import ActivationSource, hold_back, known_rows
 from fastsae.nn import SAE
 from fastsae.train.config import TrainConfig
 from fastsae.train.schedule import RunPlan
+from fastsae.train.update import logger
 
 FEWEST_ROWS, MOST_ROWS = 512, 8192
 """The number of active latents varies from row to row by about half its mean (SmolLM2, k = 32: by
@@ -49,3 +56,58 @@ def calibration_rows(config: TrainConfig, sae: SAE, rows: int | None, plan: RunP
     row = sum(sae.columns.widths) * sae.W_enc_rows.element_size()
     n = min(MOST_ROWS, max(FEWEST_ROWS, total // 20), MOST_BYTES // row)
     return 0 if n > total // 10 or n > total - plan.batch_size else n
+
+
+class Calibration:
+    """The rows of a run that thresholds are calibrated on, and those that are left to train on.
+
+    Args:
+        config: of the run.
+        sae: what is trained.
+        data: what it has; None: a loop that somebody else calls.
+        plan: length of the run and of a batch.
+
+    Raises:
+        ValueError: the rows asked for do not fit.
+    """
+
+    def __init__(
+        self, config: TrainConfig, sae: SAE, data: ActivationSource | None, plan: RunPlan
+    ) -> None:
+        self._config, self._sae, self._data, self._plan = config, sae, data, plan
+        self._rows = calibration_rows(config, sae, None if data is None else known_rows(data), plan)
+        self._held: ActivationSource | None = None
+        self.training_rows = data
+        """The data without what is held back."""
+
+    def hold_back(self) -> None:
+        """Keep rows of the data from training, if the class has thresholds to calibrate."""
+        data, n, parts = self._data, self._rows, None
+        self.training_rows, self._held = data, None
+        if data is None or not calibrates(self._sae) or self._config.calibration_rows == 0:
+            return
+        if n:
+            parts = hold_back(data, n)
+        if parts is not None:
+            self.training_rows, self._held = parts
+            return
+        why = f"{type(data).__name__} has no hold_back" if n else "the data are few"
+        logger.info("Trainer: thresholds are those of training, with no rows held back: %s", why)
+
+    def set_thresholds_(self, scaled: Callable[[Tensor], Tensor]) -> None:
+        """Calibrate the thresholds on the rows held back, if any.
+
+        Args:
+            scaled: checks raw rows `[n, columns]` and returns what the module takes.
+        """
+        if self._held is None:
+            return
+        rows = list(self._held.batches(self._plan.batch_size, seed=None))
+        try:
+            if not rows:
+                raise ValueError("the data have ended")
+            self._sae.calibrate_(self._sae.columns.split(scaled(torch.cat(rows))).x)
+        except ValueError as error:  # no reason to lose a run
+            logger.warning(
+                "Trainer: thresholds are those of training, as nothing was calibrated: %s", error
+            )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from fastsae.data.source import ActivationSource, TensorSource, sample_rows, source_len
+from fastsae.nn import SAE, ActivationScaler
 from fastsae.train.config import TrainConfig
+from fastsae.train.metrics import Row, validate
 from fastsae.train.schedule import RunPlan
 
 HALVINGS = 6
@@ -45,10 +47,18 @@ class EarlyValidations:
         self.sampled = bool(self.steps) and self.rows < available
         """Whether these rows are not all."""
 
-    def source(self) -> ActivationSource:
-        """Return the sample; it is drawn once, at random where the data can do that."""
+    def sample_row(self, sae: SAE, scaler: ActivationScaler) -> Row:
+        """Return val_fvu_sample, where these rows are not all; they are drawn once, at random where
+        the data can do that."""
+        if not self.sampled:
+            return {}
         if self._source is None:
             assert self._val is not None
             sample = sample_rows(self._val, self.rows, self._batch_size, self._seed)
             self._source = TensorSource(sample[: self.rows])
-        return self._source
+        on_sample = validate(sae, self._source, self._batch_size, scaler)
+        return {"val_fvu_sample": on_sample["val_fvu"]}
+
+    def needs_all(self, step: int) -> bool:
+        """Return whether all validation data are read after update `step`, too."""
+        return not (self.sampled and step in self.steps)

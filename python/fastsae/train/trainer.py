@@ -31,14 +31,12 @@ from fastsae.data.source import (
     ActivationSource,
     as_source,
     fingerprint,
-    hold_back,
-    known_rows,
     sample_rows,
     source_len,
 )
-from fastsae.interop.saelens import CONFIG, OWN, WEIGHTS, contents, write
+from fastsae.interop.saelens import CONFIG, WEIGHTS, contents, write
 from fastsae.nn import SAE, ActivationScaler, SAEOutput, StepContext
-from fastsae.train.calibration import calibrates, calibration_rows
+from fastsae.train.calibration import Calibration
 from fastsae.train.checkpoint import (
     check_alike,
     check_same_run,
@@ -62,11 +60,12 @@ from fastsae.train.metrics import (
     step_metrics,
     validate,
 )
-from fastsae.train.outliers import clip_rows_, inlier_mask, norm_limits
+from fastsae.train.outliers import clip_rows_
 from fastsae.train.precision import bad_rows, compute_dtype
 from fastsae.train.prefetch import Prepared, prefetch
 from fastsae.train.recent import RecentBatches
 from fastsae.train.schedule import make_plan
+from fastsae.train.start import start_, start_rows
 from fastsae.train.update import Update, logger, make_update
 
 FREE_SETTINGS: tuple[str, ...] = (
@@ -91,8 +90,6 @@ STATE_KEYS = {
     "rng",
 }
 STATE_KEYS |= {"data", "recent_from", "metrics", "pending"}
-SCALE_ROWS = 1024
-"""Rows of the sample that the length of new encoder rows is fitted on."""
 RUN, RUN_FORMAT = "run.json", "fastsae-run"
 """Written last: the run has come to its end, and these are its files."""
 
@@ -171,10 +168,7 @@ class Trainer:
         device = sae.W_enc_rows.device.type
         sizes: dict[str, Any] = {"d_in": d_in, "d_sae": sae.d_sae, "k": getattr(sae, "k", None)}
         self.plan = make_plan(self.config, rows, **sizes, device=device)
-        rows = None if self.data is None else known_rows(self.data)
-        self._calibration_rows = calibration_rows(self.config, sae, rows, self.plan)
-        self._rest = self.data  # what `fit` trains on
-        self._held: ActivationSource | None = None  # what it calibrates on
+        self._calibration = Calibration(self.config, sae, self.data, self.plan)
         self.out = None if self.config.out is None else Path(self.config.out)
         if self.out is not None:
             contents(sae)  # raises now what would be raised after the last update
@@ -212,32 +206,11 @@ class Trainer:
         self._count_from_zero()
         self.steps_done, self._tokens_done = 0, 0
         self._position = None
-        cfg, sae = self.config, self.sae
-        fresh = not (bool(sae.b_enc.any()) or bool(sae.b_dec.any()))
-        new_rows = cfg.weight_init == "data" and sae.is_fresh
         every = 1
         if sample is None:
-            sample = self._sample(max(cfg.sample_rows, sae.d_sae if new_rows else 0))
-            every = -(-len(sample) // cfg.sample_rows)
-        x = self._checked(sample)
-        many = x[inlier_mask(sae.columns.split(x).x, cfg.outlier_norm)]
-        x = many[::every]
-        if cfg.normalize:
-            self.scaler = ActivationScaler.estimate(sae.columns, x)
-            if not fresh:
-                self.scaler.unfold_(sae)
-        many = self.scaler.scale(many)
-        x = many[::every]
-        self.limits = norm_limits(sae.columns, x, cfg.outlier_norm)
-        sae.train()
-        if new_rows:
-            sae.initialize_rows_(many, cfg.seed)
-        if fresh and cfg.b_dec_init != "zeros":
-            sae.initialize_from_data_(x, cfg.b_dec_init)
-        if new_rows:
-            sae.fit_encoder_scale_(x[-SCALE_ROWS:])
-        if self.scaler.scales != [1.0] * len(self.scaler.scales):
-            self._mention_units()
+            sample = self._sample(start_rows(self.sae, self.config))
+            every = -(-len(sample) // self.config.sample_rows)
+        self.scaler, self.limits = start_(self.sae, self._checked(sample), self.config, every)
         logger.info("Trainer: %s", self.plan)
         self._update = update
 
@@ -457,7 +430,7 @@ class Trainer:
 
     def _begin(self, resume: bool | str | os.PathLike[str]) -> dict[str, Any] | None:
         """Prepare a fresh run, or load a checkpoint; return where the metrics were cut then."""
-        self._hold_back()
+        self._calibration.hold_back()
         if self._update is not None and self.steps_done:
             raise RuntimeError(
                 f"Trainer: expected fit() before any step, got it after {self.steps_done}; go on "
@@ -484,37 +457,6 @@ class Trainer:
         mark: dict[str, Any] | None = state["metrics"]
         return mark
 
-    def _hold_back(self) -> None:
-        """Keep rows of the data from training, if the class has thresholds to calibrate."""
-        self._rest, self._held = self.data, None
-        if self.data is None or not calibrates(self.sae) or self.config.calibration_rows == 0:
-            return
-        n, parts = self._calibration_rows, None
-        if n:
-            parts = hold_back(self.data, n)
-        if parts is not None:
-            self._rest, self._held = parts
-            return
-        why = f"{type(self.data).__name__} has no hold_back" if n else "the data are few"
-        logger.info("Trainer: thresholds are those of training, with no rows held back: %s", why)
-
-    def _set_thresholds(self) -> None:
-        """Set inference-time thresholds: from the last batches, then on the rows held back."""
-        self._recent.estimate_threshold_()
-        if self._held is None:
-            return
-        rows = list(self._held.batches(self.plan.batch_size, seed=None))
-        try:
-            if not rows:
-                raise ValueError("the data have ended")
-            x = self.scaler.scale(self._checked(torch.cat(rows)))
-            self.sae.calibrate_(self.sae.columns.split(x).x)
-        except ValueError as error:  # no reason to lose a run
-            logger.warning(
-                "Trainer: thresholds are those of training, as nothing was calibrated: %s",
-                error,
-            )
-
     def _expect_no_run(self, out: Path) -> None:
         if found := latest(out / "checkpoints"):
             raise ValueError(
@@ -530,19 +472,6 @@ class Trainer:
                     "checkpoint that it came from; choose another folder, or remove it"
                 )
 
-    def _mention_units(self) -> None:
-        """Log which parameters folding the scale leaves alone, since it does not know them."""
-        own = [name for name, _ in self.sae.named_parameters() if name not in OWN]
-        own = [name for name in own if not name.startswith("parametrizations.")]
-        if own and type(self.sae).rescale_code_.__module__.startswith("fastsae."):
-            logger.warning(
-                "Trainer: training on scaled activations; %s of %s stay as they are when the scale "
-                "is folded in, so override rescale_code_ if they have a unit, or set "
-                "normalize=False",
-                ", ".join(own),
-                type(self.sae).__name__,
-            )
-
     def _close(self) -> None:
         """Fold the scale into the module and leave the run; a second time does nothing."""
         if self._update is None:
@@ -554,9 +483,10 @@ class Trainer:
         self.sae.eval()
 
     def _sample(self, n: int) -> Tensor:
-        if self._rest is None:
+        rows = self._calibration.training_rows
+        if rows is None:
             raise ValueError("Trainer: expected prepare(sample) without data, got no sample")
-        return sample_rows(self._rest, n, self.plan.batch_size, self.config.seed)
+        return sample_rows(rows, n, self.plan.batch_size, self.config.seed)
 
     def _checked(self, batch: Tensor) -> Tensor:
         """Return raw rows in the dtype and on the device of the module, if they are finite."""
@@ -626,7 +556,10 @@ class Trainer:
                 evaluates = last or _due(self.steps_done, cfg.eval_every)
                 evaluates |= self.steps_done in self._early.steps
                 if last:
-                    self._set_thresholds()
+                    self._recent.estimate_threshold_()
+                    self._calibration.set_thresholds_(
+                        lambda rows: self.scaler.scale(self._checked(rows))
+                    )
                 row: Row | None = None
                 if evaluates or _due(self.steps_done, cfg.log_every):
                     row = self._row(x, out)
@@ -660,18 +593,11 @@ class Trainer:
         assert self._pending is not None
         assert self._log is not None
         if self.val is not None and self._pending["validate"]:
-            row |= self._validation(int(row["step"]))
+            row |= self._early.sample_row(self.sae, self.scaler)
+            if self._early.needs_all(int(row["step"])):
+                row |= self.validate()
         self._log.add(row)
         self._pending = None
-
-    def _validation(self, step: int) -> Row:
-        """Return what is measured on the validation data after update `step`."""
-        early, row = self._early, Row()
-        if early.sampled:
-            size = self.plan.batch_size
-            on_sample = validate(self.sae, early.source(), size, self.scaler)
-            row["val_fvu_sample"] = on_sample["val_fvu"]
-        return row if early.sampled and step in early.steps else row | self.validate()
 
     def _prepared(self) -> Generator[Prepared]:
         """Yield the batches of the steps to come; for a GPU, a thread works ahead."""
@@ -681,9 +607,10 @@ class Trainer:
 
     def _read(self, position: Any, count: int) -> Generator[Prepared]:
         """Yield `count` batches of the data from `position` on, checked and scaled."""
-        if self._rest is None:
+        rows = self._calibration.training_rows
+        if rows is None:
             raise ValueError("Trainer: expected data for fit(), got None; call step() yourself")
-        iterator: Iterator[Tensor] = self._rest.batches(self.plan.batch_size, seed=self.config.seed)
+        iterator: Iterator[Tensor] = rows.batches(self.plan.batch_size, seed=self.config.seed)
         stateful = hasattr(iterator, "state_dict") and hasattr(iterator, "load_state_dict")
         if position is not None:
             if not stateful:

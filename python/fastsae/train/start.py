@@ -1,0 +1,77 @@
+"""Where a run starts: the unit of its activations, limits of their norm, fresh rows and biases."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastsae.interop.saelens import OWN
+from fastsae.nn import SAE, ActivationScaler
+from fastsae.train.config import TrainConfig
+from fastsae.train.outliers import inlier_mask, norm_limits
+from fastsae.train.update import logger
+
+SCALE_ROWS = 1024
+"""Rows of the sample that the length of new encoder rows is fitted on."""
+
+
+def _takes_rows(sae: SAE, config: TrainConfig) -> bool:
+    return config.weight_init == "data" and sae.is_fresh
+
+
+def start_rows(sae: SAE, config: TrainConfig) -> int:
+    """Return how many rows of the data a start is made from: with new matrices, one a latent."""
+    return max(config.sample_rows, sae.d_sae if _takes_rows(sae, config) else 0)
+
+
+def start_(
+    sae: SAE, sample: Tensor, config: TrainConfig, every: int = 1
+) -> tuple[ActivationScaler, list[float]]:
+    """Start `sae` from a sample, and return the scale of its data and the limits of their norm.
+
+    Afterwards the module takes scaled activations. One whose biases are not all zero has been
+    trained before, and keeps them.
+
+    Args:
+        sae: the module.
+        sample: raw rows `[n, columns]`, all finite.
+        config: of the run.
+        every: everything but new matrices is made from one row in that many.
+
+    Raises:
+        ValueError: rows are all equal.
+    """
+    fresh = not (bool(sae.b_enc.any()) or bool(sae.b_dec.any()))
+    takes_rows = _takes_rows(sae, config)
+    many = sample[inlier_mask(sae.columns.split(sample).x, config.outlier_norm)]
+    scaler = ActivationScaler(sae.columns)
+    if config.normalize:
+        scaler = ActivationScaler.estimate(sae.columns, many[::every])
+        if not fresh:
+            scaler.unfold_(sae)
+    many = scaler.scale(many)
+    few = many[::every]
+    limits = norm_limits(sae.columns, few, config.outlier_norm)
+    sae.train()
+    if takes_rows:
+        sae.initialize_rows_(many, config.seed)
+    if fresh and config.b_dec_init != "zeros":
+        sae.initialize_from_data_(few, config.b_dec_init)
+    if takes_rows:
+        sae.fit_encoder_scale_(few[-SCALE_ROWS:])
+    if scaler.scales != [1.0] * len(scaler.scales):
+        _mention_units(sae)
+    return scaler, limits
+
+
+def _mention_units(sae: SAE) -> None:
+    """Log which parameters folding the scale leaves alone, since it does not know them."""
+    own = [name for name, _ in sae.named_parameters() if name not in OWN]
+    own = [name for name in own if not name.startswith("parametrizations.")]
+    if own and type(sae).rescale_code_.__module__.startswith("fastsae."):
+        logger.warning(
+            "Trainer: training on scaled activations; %s of %s stay as they are when the scale "
+            "is folded in, so override rescale_code_ if they have a unit, or set "
+            "normalize=False",
+            ", ".join(own),
+            type(sae).__name__,
+        )
