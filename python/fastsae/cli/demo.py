@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
         "sae": str(out / "sae"),
     }
     write_json(out / "result.json", numbers)
-    emit(numbers, args.json, summary(result, ce, phase.seconds, out, trained.gap))
+    emit(numbers, args.json, summary(result, ce, phase.seconds, out))
 
 
 class Phases:

@@ -15,7 +15,6 @@ from fastsae.models.load import SMOLLM2, SMOLLM2_NAME
 if TYPE_CHECKING:
     from fastsae.data import ActivationStore
     from fastsae.eval import CrossEntropy, EvalResult
-    from fastsae.train import Gap
 
 
 def facts(
@@ -46,19 +45,15 @@ def facts(
     }
 
 
-def summary(
-    result: EvalResult, ce: CrossEntropy, seconds: dict[str, float], out: Path, gap: Gap | None
-) -> str:
+def summary(result: EvalResult, ce: CrossEntropy, seconds: dict[str, float], out: Path) -> str:
     """Return the table that ends the demo."""
     by_mean, by_zero = ce.fraction_recovered_mean, ce.fraction_recovered_zero
-    overfit = [("overfitting", str(gap))] if gap is not None and gap.large else []
     return table(
         [
             ("cross entropy", f"{ce.clean:.3f} nats clean, {ce.sae:.3f} through the SAE"),
             ("ablated", f"{ce.mean:.3f} by the mean, {ce.zero:.3f} by zero"),
             ("recovered", f"{100 * by_mean:.1f}% against mean, {100 * by_zero:.1f}% against zero"),
             ("FVU", f"{result.fvu:.4f} on {result.rows:,} held-out tokens"),
-            *overfit,
             ("L0", f"{result.l0:.1f}"),
             ("dead latents", f"{result.dead:,} of {result.d_sae:,}"),
             ("time", f"{sum(seconds.values()):.0f} s"),

@@ -148,7 +148,6 @@ def run(args: argparse.Namespace) -> None:
     text = f"{args.out}: {text}"
     if result.gap is not None:
         found["gap"] = asdict(result.gap)
-        text += f"\n{result.gap}" if result.gap.large else ""
     emit(found, args.json, text)
 
 
