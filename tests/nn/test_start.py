@@ -98,6 +98,33 @@ def test_a_trainer_starts_where_the_data_are(name) -> None:
         assert_close(rows, sae.W_dec.detach())
 
 
+def test_rows_of_a_transcoder_come_from_one_token() -> None:
+    """Where y is x turned around, a decoder row is its encoder row turned so."""
+    torch.manual_seed(1)
+    x = torch.randn(300, 64)
+    turn = torch.linalg.qr(torch.randn(64, 64))[0]
+    sae = fastsae.Transcoder(64, 64, 200, 4)
+    sae.initialize_rows_(torch.cat([x, x @ turn], 1))
+    cosine = ((sae.W_enc_rows @ turn) * sae.W_dec).sum(1)
+    assert_close(cosine.mean(), torch.tensor(0.8), rtol=0, atol=0.03)  # noise has the rest
+    assert_close(sae.W_dec.norm(dim=1), torch.ones(200))
+
+
+def test_a_transcoder_keeps_its_rows_while_its_biases_start() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(300, 32) + 2
+    y = torch.cat([x, x], 1) / math.sqrt(2)
+    sae = fastsae.Transcoder(32, 64, 200, 4)
+    sae.initialize_rows_(torch.cat([x, y], 1))
+    cosine = (torch.cat([sae.W_enc_rows] * 2, 1) / math.sqrt(2) * sae.W_dec).sum(1)
+    assert cosine.min() > 0.5  # the same token
+    before = sae.W_dec.clone()
+    sae.initialize_from_data_(torch.cat([x, y], 1), "mean")
+    assert torch.equal(sae.W_dec, before)
+    assert_close(sae.b_enc, -(sae.W_enc_rows @ x.mean(0)))
+    assert_close(sae.b_dec, y.mean(0))
+
+
 def changed_first_row(sae) -> None:
     sae.W_enc_rows.data[0] = torch.ones(16)
 

@@ -195,16 +195,20 @@ class SAE(Parameters, ABC):
     def initialize_rows_(self, batch: Tensor, seed: int = 0) -> None:
         """Set the rows of both matrices to directions of a training batch, see `init.directions`.
 
-        Rows that are already where the data are have less far to go than random ones. Biases are
+        Rows that are already where the data are have less far to go than random ones. Where the
+        target is not the input, an encoder row and its decoder row come from one token. Biases are
         set by `initialize_from_data_` and the length of encoder rows by `fit_encoder_scale_`,
         in this order.
         """
-        x = upcast(self.columns.split(batch).x)
-        middle = center(x[:: -(-len(x) // CENTER_ROWS)], "geometric_median")
-        rows = directions(x - middle, self.d_sae, seed)
+        x, target, _ = self.columns.split(batch)
+        rows = self._directions(x, seed)
         self.W_enc_rows.copy_(rows)
-        if self.W_dec.shape == rows.shape:
-            self.W_dec.copy_(rows)
+        self.W_dec.copy_(rows if target is x else self._directions(target, seed))
+
+    def _directions(self, x: Tensor, seed: int) -> Tensor:
+        x = upcast(x)
+        middle = center(x[:: -(-len(x) // CENTER_ROWS)], "geometric_median")
+        return directions(x - middle, self.d_sae, seed)
 
     @torch.no_grad()
     def initialize_from_data_(self, batch: Tensor, method: str = "geometric_median") -> None:

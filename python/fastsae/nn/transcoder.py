@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsae import ops
 from fastsae.nn.batch_topk import BatchTopKSAE
 from fastsae.nn.check import check_rows
 from fastsae.nn.context import STEP, StepContext
@@ -106,20 +105,10 @@ class TranscoderMixin(SAE, register=False):
 
     @torch.no_grad()
     def initialize_from_data_(self, batch: Tensor, method: str = "geometric_median") -> None:
-        """Set b_dec to the center of y, and b_enc and W_dec from x and y.
-
-        b_enc becomes minus the center of x times W_enc, and W_dec_j the direction of sum_n f_nj
-        (y_n - b_dec), f being the 32 largest latents of each token: what y is like where the random
-        latent j fires. Rows of independent noise would first have to be unlearned (our addition).
-        """
+        """Set b_dec to the center of y, and b_enc to minus the center of x times W_enc."""
         x, y, _ = self.columns.split(batch)
         self.initialize_b_dec_(y, method)
         self.b_enc.copy_(-(center(x, method).to(x.dtype) @ self.W_enc))
-        values, indices = ops.encode_topk(x, self.W_enc_rows, self.b_enc, min(32, self.d_sae))
-        lists = ops.group_by_latent(SparseActs(values, indices, None, self.d_sae))
-        rows = ops.sparse_weight_grad(values, lists, y - self.b_dec)[0]
-        norm = rows.norm(dim=1, keepdim=True)
-        self.W_dec.copy_(torch.where(norm > 0, rows / norm, self.W_dec))
         super().initialize_from_data_(batch, method)
 
     @torch.no_grad()
