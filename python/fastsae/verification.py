@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastsae._files.read import TensorFile, check_seal, logger, read_bytes, read_json
+from fastsae._files.read import TensorFile, check_seal, read_bytes, read_json
+from fastsae._log import logger
 from fastsae.data.shards import MANIFEST, PARTIAL, WAITING, open_shard, read_manifest, shard_from
 from fastsae.interop import load
 from fastsae.interop.saelens import CONFIG, WEIGHTS

@@ -6,7 +6,6 @@ Whatever is wrong is one ValueError (FileNotFoundError where nothing is) that na
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import stat
@@ -20,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastsae._files import checksum
+from fastsae._log import logger
 
 LARGEST_JSON = 1 << 28
 BIDI_CONTROLS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-logger = logging.getLogger("fastsae")
 
 
 def read_bytes(path: Path, owner: str) -> bytes:

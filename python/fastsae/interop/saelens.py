@@ -28,12 +28,12 @@ from fastsae._files import checksum
 from fastsae._files.read import (
     TensorFile,
     field,
-    logger,
     note_without_checksums,
     printable,
     read_json,
 )
 from fastsae._files.write import as_json, publish, reason, staging, write_file, write_tensors
+from fastsae._log import logger
 from fastsae.nn import (
     SAE,
     BatchTopKSAE,

@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastsae._log import logger
 from fastsae.data.source import ActivationSource, hold_back, known_rows
 from fastsae.nn import SAE
 from fastsae.train.config import TrainConfig
 from fastsae.train.schedule import RunPlan
-from fastsae.train.update import logger
 
 FEWEST_ROWS, MOST_ROWS = 512, 8192
 """The number of active latents varies from row to row by about half its mean (SmolLM2, k = 32: by

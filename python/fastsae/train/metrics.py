@@ -12,8 +12,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from fastsae._files.read import logger, read_bytes
+from fastsae._files.read import read_bytes
 from fastsae._files.write import reason, write_atomic
+from fastsae._log import logger
 from fastsae.data.source import ActivationSource
 from fastsae.nn import SAE, ActivationScaler, SAEOutput
 from fastsae.train.outliers import inlier_mask

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastsae._log import logger
 from fastsae.interop.saelens import OWN
 from fastsae.nn import SAE, ActivationScaler
 from fastsae.train.config import TrainConfig
 from fastsae.train.outliers import inlier_mask, norm_limits
-from fastsae.train.update import logger
 
 SCALE_ROWS = 1024
 """Rows of the sample that the length of new encoder rows is fitted on."""

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from fastsae._files.lock import locked
 from fastsae._files.write import sealed, sweep, write_json
+from fastsae._log import logger
 from fastsae._signals import StopSignals
 from fastsae.data.source import (
     ActivationSource,
@@ -66,7 +67,7 @@ from fastsae.train.prefetch import Prepared, prefetch
 from fastsae.train.recent import RecentBatches
 from fastsae.train.schedule import make_plan
 from fastsae.train.start import start_, start_rows
-from fastsae.train.update import Update, logger, make_update
+from fastsae.train.update import Update, make_update
 
 FREE_SETTINGS: tuple[str, ...] = (
     "log_every",

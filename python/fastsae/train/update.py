@@ -10,13 +10,13 @@ The two are equal where both apply.
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastsae import _library
+from fastsae._log import logger
 from fastsae.nn import (
     SAE,
     BatchTopKSAE,
@@ -34,8 +34,6 @@ from fastsae.nn import (
 from fastsae.train.autograd_update import AutogradUpdate
 from fastsae.train.config import TrainConfig
 from fastsae.train.fused_update import PARAMETERS, FusedUpdate
-
-logger = logging.getLogger("fastsae")
 
 FUSED: tuple[type[SAE], ...] = (
     TopKSAE,
