@@ -37,8 +37,8 @@ from torch import Tensor, nn
 import fastsae
 from fastsae import SAE, SparseActs, TrainConfig, Trainer
 from fastsae.eval import metrics
+from fastsae.models import read, read_gradients, resolve
 from fastsae.models.load import SMOLLM2, load_model
-from fastsae.models.sites import read, read_gradients, resolve
 from fastsae.models.splice import ablate, replace
 
 STEPS, BATCH = 512, 512

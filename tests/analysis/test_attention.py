@@ -267,7 +267,7 @@ def test_heads_divide_the_input(n_heads):
 def test_both_identities_in_a_language_model():
     """RMSNorm, rotary positions, grouped queries, read from a model of `transformers`."""
     pytest.importorskip("transformers")
-    from fastsae.models.sites import read, resolve
+    from fastsae.models import read, resolve
     from tests.models.tiny import VOCAB, D, tiny_model
 
     model = tiny_model("llama")

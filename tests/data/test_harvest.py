@@ -12,8 +12,8 @@ import torch
 
 from fastsae.data import ActivationStore, harvest
 from fastsae.data.shards import Manifest, ShardWriter
+from fastsae.models import read_gradients, resolve
 from fastsae.models.chunks import chunks, held_out, pad
-from fastsae.models.sites import read_gradients, resolve
 from tests.models.tiny import DOCUMENTS, CharTokenizer, D, tiny_model
 
 SITE = "resid_post.1"

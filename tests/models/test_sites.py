@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsae.models.sites import describe, find_blocks, read, read_gradients, resolve
+from fastsae.models import describe, find_blocks, read, read_gradients, resolve
 from tests.models.tiny import FAMILIES, LAYERS, VOCAB, tiny_model
 
 TOKENS = torch.arange(14).view(2, 7) % VOCAB
@@ -52,11 +52,10 @@ def test_sites_equal_hooks_set_by_hand(family, layer):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pass_ends_at_the_last_site(family):
     model = tiny_model(family)
-    blocks = find_blocks(model)[1]
+    blocks, site = find_blocks(model)[1], resolve(model, "resid_post.1")
     ran = []
     for i, block in enumerate(blocks):
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
-    site = resolve(model, "resid_post.1")
     x = read(model, [site], TOKENS)["resid_post.1"]
     assert ran == [0, 1]
     assert torch.equal(x, hooked(model, blocks[1], "out"))
@@ -87,25 +86,74 @@ def test_what_a_hook_returns_replaces_the_activation(name):
     assert torch.equal(before, after)
 
 
+class Toy(nn.Module):
+    """Blocks, run one after the other; `times` says how often each runs."""
+
+    def __init__(self, blocks, times=1, spare=0):
+        super().__init__()
+        self.embed = nn.Embedding(64, 2)
+        self.spare = nn.ModuleList(nn.Linear(2, 2) for _ in range(spare))
+        self.layers = nn.ModuleList(blocks)
+        self.times = times
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for _ in range(self.times):
+            for layer in self.layers:
+                x = layer(x)
+        return (x,)
+
+
+class Experts(nn.Module):
+    def __init__(self, n=9):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(n))
+
+    def forward(self, x):
+        return x + sum(expert(x) for expert in self.experts)
+
+
 def test_blocks_are_not_the_experts_inside_them():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(9))
+    assert find_blocks(Toy([Experts() for _ in range(4)]))[0] == "layers"
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList(Block() for _ in range(4))
 
-    assert find_blocks(Model())[0] == "layers"
+def test_blocks_may_be_of_several_classes_and_fewer_than_what_does_not_run():
+    model = Toy([Experts(), nn.Linear(2, 2), nn.Identity()], spare=7)
+    assert find_blocks(model) == ("layers", model.layers)
+
+
+def test_blocks_that_run_twice_are_refused():
+    with pytest.raises(ValueError, match=r"layers: entry 0 runs several times"):
+        find_blocks(Toy([Experts(2), Experts(2)], times=2))
+
+
+def test_a_list_whose_entries_do_not_follow_each_other_is_refused():
+    class Side(Toy):
+        def forward(self, input_ids):
+            x = self.embed(input_ids)
+            return (sum(layer(x) for layer in self.layers),)
+
+    with pytest.raises(ValueError, match="layers: entry 1 does not take what the one before gave"):
+        find_blocks(Side([Experts(2), Experts(2)]))
+
+
+def test_blocks_are_looked_for_again_when_the_model_has_changed():
+    model = Toy([Experts(2), Experts(2)])
+    assert len(find_blocks(model)[1]) == 2
+    model.layers.append(Experts(2))
+    assert len(find_blocks(model)[1]) == 3
+    model.layers = nn.ModuleList([Experts(2)])
+    assert find_blocks(model)[1] is model.layers
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("resid_post.3", r"expected a layer in 0\.\.2, got 3 .*has 3 layers in model\.layers"),
-        ("resid_pre.1", "expected resid_post.L, mlp_in.L, .*has no 'resid_pre', it has model, lm_"),
+        ("resid_pos.1", "expected resid_pre.L, .*has no 'resid_pos', it has model, lm_head"),
+        ("head.1", "expected resid_pre.L, .*head.L.H, .*has no 'head', it has model, lm_head"),
+        ("head.1.2", r"site head.1.2: expected a head in 0\.\.1, got 2"),
+        ("router.1", "expected a router named gate, router in LlamaMLP"),
         ("model.layers.1.nope", "model.layers.1 has no 'nope', it has self_attn, mlp"),
         ("model.layers.1:up", "expected PATH:in or PATH:out, got :up"),
     ],
@@ -121,10 +169,11 @@ def test_a_block_without_mlp_says_what_it_has():
             super().__init__()
             self.fc1 = nn.Linear(2, 2)
 
-    model = nn.Module()
-    model.layers = nn.ModuleList([Block()])
+        def forward(self, x):
+            return x + self.fc1(x)
+
     with pytest.raises(ValueError, match=r"expected an MLP named mlp, .* in Block, which has fc1"):
-        resolve(model, "mlp_out.0")
+        resolve(Toy([Block(), Block()]), "mlp_out.0")
     with pytest.raises(ValueError, match="keep its blocks in a ModuleList, found none"):
         resolve(nn.Linear(2, 2), "resid_post.0")
 

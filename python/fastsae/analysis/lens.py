@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsae.models.sites import find_blocks
+from fastsae.models.blocks import find_blocks
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 

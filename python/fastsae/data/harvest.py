@@ -17,6 +17,7 @@ from fastsae._files.checksum import as_bytes
 from fastsae._files.lock import locked
 from fastsae._files.read import field
 from fastsae._files.write import sweep
+from fastsae._log import logger
 from fastsae._signals import StopSignals
 from fastsae.data.shards import (
     COLUMNS,
@@ -34,8 +35,11 @@ from fastsae.data.shards import (
     shard_from,
     shard_number,
 )
+from fastsae.models.check import check_sites
 from fastsae.models.chunks import Chunk, chunks, held_out, pad, prefix_token
-from fastsae.models.sites import Site, read, read_gradients, resolve
+from fastsae.models.probe import device_of
+from fastsae.models.read import read, read_gradients
+from fastsae.models.sites import Site, resolve
 
 
 def harvest(
@@ -111,6 +115,7 @@ def harvest(
     if gradients and dtype == torch.float16:
         raise ValueError("harvest: expected dtype bfloat16 or float32 with gradients, got float16")
     found = [resolve(model, name) for name in names]
+    checks = _checks(model, names)
     prefix = prefix_token(tokenizer) if prefix_id is None else prefix_id
     config = getattr(model, "config", None)
     manifest = Manifest(
@@ -131,6 +136,7 @@ def harvest(
             "shard_rows": shard_rows,
             "weights": _weights(model),
         },
+        checks=checks,
         meta=json.loads(json.dumps(meta or {})),
     )
     folder = Path(out)
@@ -322,6 +328,26 @@ class _Harvest:
         return about
 
 
+def _checks(model: nn.Module, names: list[str]) -> dict[str, Any]:
+    """Return what is known of the sites, for the manifest, and log what one should know.
+
+    Raises:
+        ValueError: padding changes rows, with an attention mask too.
+    """
+    reports = check_sites(model, names)
+    for name, report in reports.items():
+        if not report.ok:
+            raise ValueError(f"harvest: {report.why}")
+        if not report.masked:
+            raise ValueError(
+                f"harvest: expected rows of {name} that do not depend on padding, got those of "
+                f"{type(model).__name__}, which do, with an attention mask too"
+            )
+        if report.why:
+            logger.info("harvest: %s: %s", name, report.why)
+    return {name: report.to_dict() for name, report in reports.items()}
+
+
 def _weights(model: nn.Module) -> str:
     """Return a checksum of some numbers of every parameter: another model has another one."""
     total = xxhash.xxh3_128()
@@ -347,13 +373,17 @@ def _rows(
     keep = real.clone()
     keep[:, : manifest.drop_prefix] = False
     manifest.dropped["prefix"] += int((real & ~keep).sum())
-    device = next(model.parameters()).device
-    tokens_there = tokens.to(device)
+    device = device_of(model)
+    tokens_there, real_there = tokens.to(device), real.to(device)
+    causal = all(check["causal"] for check in manifest.checks.values())
+    mask = None if causal else real_there.long()
     if gradients:
-        read_acts, grads = read_gradients(model, sites, tokens_there, real.to(device))
+        read_acts, grads = read_gradients(
+            model, sites, tokens_there, real_there, attention_mask=mask
+        )
         read_acts |= {f"grad.{name}": g for name, g in grads.items()}
     else:
-        read_acts = read(model, sites, tokens_there)
+        read_acts = read(model, sites, tokens_there, attention_mask=mask)
     acts = {name: x[keep.to(x.device)].cpu() for name, x in read_acts.items()}
     position = torch.arange(tokens.shape[1]).expand(tokens.shape)
     doc = torch.tensor([chunk.doc for chunk in batch]).unsqueeze(1).expand(tokens.shape)

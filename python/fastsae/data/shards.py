@@ -86,6 +86,8 @@ class Manifest:
     """False until the harvest has come to its end."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The other arguments of `harvest` on which the rows depend, and a checksum of the model."""
+    checks: dict[str, Any] = field(default_factory=dict)
+    """Site -> the verdict of `fastsae.models.check_sites` on it, as JSON values."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Whatever the caller of `harvest` wanted to remember."""
 
@@ -169,6 +171,10 @@ def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
     ):
         for key in named[name]:
             value_of(named[name], key, kind, path, OWNER, least=least)
+    named["checks"] = {}  # earlier versions had none
+    if "checks" in values:
+        named["checks"] = value_of(values, "checks", dict, path, OWNER)
+        del values["checks"]
     named["shards"] = [shard_from(shard, SHARD, path, version) for shard in named["shards"]]
     return Manifest(**named), values
 

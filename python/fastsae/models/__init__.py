@@ -1,12 +1,17 @@
 """Somebody's language model: load it, find its sites, read, replace, splice."""
 
+from fastsae.models.blocks import find_blocks
+from fastsae.models.check import SiteReport, check_sites
 from fastsae.models.load import load_model
-from fastsae.models.sites import Site, describe, find_blocks, read, read_gradients, resolve
+from fastsae.models.read import read, read_gradients
+from fastsae.models.sites import Site, describe, resolve
 from fastsae.models.splice import ablate, replace, splice
 
 __all__ = [
     "Site",
+    "SiteReport",
     "ablate",
+    "check_sites",
     "describe",
     "find_blocks",
     "load_model",

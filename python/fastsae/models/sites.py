@@ -1,48 +1,105 @@
-"""Sites: where in a language model an activation is read or replaced.
+"""Sites: where in a model an activation is read or replaced.
 
 A site is a module of the model and one side of it, its input or its output. It is written
 
+    resid_pre.L    input of block L (the residual stream before it)
+    resid_mid.L    the stream between attention and MLP, where one follows the other
     resid_post.L   output of block L (the residual stream after it)
     mlp_in.L       input of the MLP of block L
     mlp_out.L      output of the MLP of block L
+    mlp_write.L    what the MLP of block L adds to the stream: mlp_out, or what is made of it
     attn_z.L       input of the attention output projection of block L (the heads, side by side)
+    head.L.H       the columns of head H of attn_z.L
+    attn_out.L     output of the attention of block L
+    attn_write.L   what the attention of block L adds to the stream
+    router.L       logits of the router of the experts of block L
+    embed          output of the token embedding
+    final          input of the unembedding: the stream after the last norm
     PATH[:in|:out] any module by its path in the model, e.g. model.layers.3.mlp:in; :out if unsaid
 
-and works on any causal language model of `transformers` that keeps its blocks in one ModuleList.
+Blocks are found by `find_blocks`, and what is found is checked by running the model on a few tokens
+(`check_sites`): a name that the model has nothing true for is refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-ATTN_NAMES = ("self_attn", "attn", "attention", "self_attention")
-ATTN_OUT_NAMES = ("o_proj", "c_proj", "out_proj", "dense", "wo")
-KINDS = ("resid_post", "mlp_in", "mlp_out", "attn_z")
+from fastsae.models.blocks import look_up
+from fastsae.models.probe import first_tensor, with_first
+
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block", "shared_mlp")
+MLP_LINEAR = ("fc1", "fc2")
+"""Families whose MLP is no module: its first and its last linear map."""
+ATTN_NAMES: tuple[str, ...] = ("self_attn", "attn", "attention", "self_attention")
+ATTN_NAMES += ("multi_head_attention", "norm_attn_norm.attn")
+ATTN_OUT_NAMES = ("o_proj", "c_proj", "out_proj", "dense", "wo", "Wo")
+ROUTER_NAMES = ("gate", "router")
+BLOCK_KINDS = {
+    "resid_pre": "the residual stream before block",
+    "resid_mid": "the residual stream between attention and MLP of block",
+    "resid_post": "the residual stream after block",
+    "mlp_in": "the input of the MLP of block",
+    "mlp_out": "the output of the MLP of block",
+    "mlp_write": "what the MLP adds to the residual stream in block",
+    "attn_z": "the attention heads of block",
+    "attn_out": "the output of the attention of block",
+    "attn_write": "what the attention adds to the residual stream in block",
+    "router": "the logits of the router of experts in block",
+}
+"""Kinds of sites of a block, in words."""
+MODEL_KINDS = {
+    "embed": "the output of the token embedding",
+    "final": "the residual stream after the last norm",
+}
+
+
+class Base(NamedTuple):
+    """An input of a module that is added to what a site's module gives."""
+
+    module: nn.Module
+    key: int | str
+    """The argument, by position or name."""
+    sign: int
 
 
 @dataclass(frozen=True)
 class Site:
-    """A module of a model and one side of it.
+    """A place in a model where an activation `[n, t, d]` is read or replaced.
+
+        value = (scale * x)[..., columns] + sign * base
+
+    for the x that the module takes or gives.
 
     Args:
         name: as the user wrote it.
         module: the module to hook.
         side: "in" or "out".
+        block: the block it lies in, whose input says n and t where the module sees rows `[n t, d]`.
+        columns: those that are meant; None: all.
+        scale: of the module's tensor.
+        base: what is added; None: nothing.
+        in_place: whether the model changes the tensor later.
+        read_only: why replacing it would do nothing; empty where it does.
     """
 
     name: str
     module: nn.Module
     side: str
+    block: nn.Module | None = None
+    columns: slice | None = None
+    scale: float = 1.0
+    base: Base | None = None
+    in_place: bool = False
+    read_only: str = ""
 
-    def hook(self, fn: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    def hook(self, fn: Callable[[Tensor], Tensor | None]) -> Handles:
         """Call `fn` on the activation at every forward pass; what it returns replaces it.
 
         Args:
@@ -51,240 +108,265 @@ class Site:
         Returns:
             A handle; `handle.remove()` takes the hook off.
         """
+        seen: dict[str, Any] = {}
+        handles: list[RemovableHandle] = []
+        if self.block is not None and self.block is not self.module:
+            handles.append(self.block.register_forward_pre_hook(_note(seen), with_kwargs=True))
+        if self.base is not None:
+            base, key = self.base.module, self.base.key
+            handles.append(base.register_forward_pre_hook(_note(seen, key), with_kwargs=True))
+
+        def change(x: Tensor) -> Tensor | None:
+            rows = x
+            lead = seen.get("lead")
+            if lead is not None and x.ndim == 2 and x.shape[0] == lead[0] * lead[1]:
+                rows = x.view(*lead, -1)
+            value = rows if self.columns is None else rows[..., self.columns]
+            value = value if self.scale == 1 else value * self.scale
+            if self.base is not None:
+                added = self.base.sign * seen["base"].reshape(value.shape)
+                value = value + added
+            new = fn(value)
+            if new is None:
+                return None
+            new = new if self.base is None else new - added
+            new = new if self.scale == 1 else new / self.scale
+            if self.columns is not None:
+                whole = rows.clone()
+                whole[..., self.columns] = new
+                new = whole
+            return new.reshape(x.shape)
+
         if self.side == "out":
 
             def after(module: nn.Module, args: Any, output: Any) -> Any:
-                new = fn(output[0] if isinstance(output, tuple) else output)
-                if new is None:
-                    return None
-                return (new, *output[1:]) if isinstance(output, tuple) else new
+                x = first_tensor(output)
+                if x is None:
+                    raise TypeError(
+                        f"site {self.name}: expected {type(module).__name__} to give a tensor or a "
+                        f"tuple that begins with one, got {type(output).__name__}"
+                    )
+                new = change(x)
+                return None if new is None else with_first(output, new)
 
-            return self.module.register_forward_hook(after)
+            handles.append(self.module.register_forward_hook(after))
+            return Handles(handles)
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if args:
-                new = fn(args[0])
-                return None if new is None else ((new, *args[1:]), kwargs)
-            name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-            new = fn(kwargs[name])
-            return None if new is None else (args, {**kwargs, name: new})
+            key = first_key(args, kwargs)
+            if isinstance(key, int):
+                new = change(args[key])
+                return None if new is None else ((*args[:key], new, *args[key + 1 :]), kwargs)
+            new = change(kwargs[key])
+            return None if new is None else (args, {**kwargs, key: new})
 
-        return self.module.register_forward_pre_hook(before, with_kwargs=True)
+        handles.append(self.module.register_forward_pre_hook(before, with_kwargs=True))
+        return Handles(handles)
+
+
+class Handles:
+    """Several hooks that come off together."""
+
+    def __init__(self, handles: list[RemovableHandle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Take them off."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def first_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+    """Return which argument a module works on: the first one, else hidden_states, else a tensor."""
+    if args:
+        return 0
+    if "hidden_states" in kwargs:
+        return "hidden_states"
+    return next((name for name, x in kwargs.items() if isinstance(x, Tensor)), next(iter(kwargs)))
+
+
+def _note(seen: dict[str, Any], key: int | str | None = None) -> Callable[..., None]:
+    """Return a hook that remembers an argument of a module; without a key, the shape of rows."""
+
+    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if key is not None:
+            seen["base"] = args[key] if isinstance(key, int) else kwargs[key]
+            return
+        where = first_key(args, kwargs)
+        x = args[where] if isinstance(where, int) else kwargs[where]
+        seen["lead"] = x.shape[:2] if isinstance(x, Tensor) and x.ndim == 3 else None
+
+    return before
 
 
 def resolve(model: nn.Module, name: str) -> Site:
-    """Find a site in a model.
+    """Find a site in a model, and check that it is what its name says.
+
+    A check takes about ten forward passes of eight tokens; its verdict is kept with the model. A
+    plain path is not checked.
 
     Args:
-        model: a causal language model of `transformers`, or any module for a plain path.
+        model: a model of `transformers`, or any module for a plain path.
         name: a site as described at the top of this file.
 
     Raises:
-        ValueError: the model has no such site; the message lists what it has.
+        ValueError: the model has no such site, or what it has under this name is something else;
+            the message says what.
     """
-    match = re.fullmatch(r"(\w+)\.(\d+)", name)
-    if match and match[1] in KINDS:
-        kind, layer = match[1], int(match[2])
-        path, blocks = find_blocks(model)
-        if layer >= len(blocks):
-            raise ValueError(
-                f"site {name}: expected a layer in 0..{len(blocks) - 1}, got {layer} "
-                f"({type(model).__name__} has {len(blocks)} layers in {path})"
-            )
-        block = blocks[layer]
-        if kind == "resid_post":
-            return Site(name, block, "out")
-        if kind in ("mlp_in", "mlp_out"):
-            return Site(name, _child(block, MLP_NAMES, name, "an MLP"), kind.removeprefix("mlp_"))
-        attention = _child(block, ATTN_NAMES, name, "an attention module")
-        return Site(name, _child(attention, ATTN_OUT_NAMES, name, "an output projection"), "in")
-    path, _, side = name.partition(":")
-    if side not in ("", "in", "out"):
-        raise ValueError(f"site {name}: expected PATH:in or PATH:out, got :{side}")
-    return Site(name, _walk(model, path, name), side or "out")
+    if not is_named(name):
+        return _by_path(model, name)
+    from fastsae.models.check import checked
+
+    return checked(model, name)
+
+
+def is_named(name: str) -> bool:
+    """Return whether a site has one of the names above; else it is a path."""
+    return name in MODEL_KINDS or parse(name) is not None
+
+
+def parse(name: str) -> tuple[str, int, int | None] | None:
+    """Return kind, layer and head of a site of a block; None for another site."""
+    match = re.fullmatch(r"(\w+)\.(\d+)(?:\.(\d+))?", name)
+    if match is None:
+        return None
+    kind, layer, head = match[1], int(match[2]), match[3]
+    if kind == "head" and head is not None:
+        return kind, layer, int(head)
+    return (kind, layer, None) if kind in BLOCK_KINDS and head is None else None
 
 
 def describe(name: str) -> str:
     """Return a site in words, e.g. "the residual stream after block 15"."""
-    kind, _, layer = name.partition(".")
-    words = {
-        "resid_post": "the residual stream after block",
-        "mlp_in": "the input of the MLP of block",
-        "mlp_out": "the output of the MLP of block",
-        "attn_z": "the attention heads of block",
-    }
-    if kind in words and layer.isdigit():
-        return f"{words[kind]} {layer}"
+    if name in MODEL_KINDS:
+        return MODEL_KINDS[name]
+    if (parsed := parse(name)) is not None:
+        kind, layer, head = parsed
+        return f"head {head} of block {layer}" if kind == "head" else f"{BLOCK_KINDS[kind]} {layer}"
     path, _, side = name.partition(":")
     return f"the {side or 'out'}put of {path}"
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the path and the list of the transformer blocks of a model.
+def locate(model: nn.Module, name: str) -> Site:
+    """Return where a named site should be; unlike `resolve`, nothing is checked.
 
-    It is the longest ModuleList of the text decoder (`model.get_decoder()`, where the model has
-    towers for images or sound besides) that lies in no other ModuleList (experts do) and whose
-    entries are all of one class.
-
-    Raises:
-        ValueError: there is none, or several are equally long.
+    Kinds that are made of others (resid_mid, mlp_write, attn_write) are not located here.
     """
-    decoder = _text_decoder(model)
-    inside = {id(module) for module in decoder.modules()}
-    found: list[tuple[str, nn.ModuleList]] = []
-    for path, module in model.named_modules():
-        nested = any(path.startswith(outer + ".") for outer, _ in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not nested:
-            found.append((path, module))
-    found = [
-        (path, blocks)
-        for path, blocks in found
-        if id(blocks) in inside and len({type(b) for b in blocks}) == 1
-    ]
-    if not found:
-        raise ValueError(
-            f"expected {type(model).__name__} to keep its blocks in a ModuleList, found none; "
-            "give the site as a module path, e.g. model.layers.3.mlp:in"
-        )
-    longest = max(len(blocks) for _, blocks in found)
-    paths = [path for path, blocks in found if len(blocks) == longest]
-    if len(paths) > 1:
-        raise ValueError(
-            f"expected {type(model).__name__} to have one list of text blocks, found "
-            f"{', '.join(paths)}; give the site as a module path, e.g. {paths[0]}.0.mlp:in"
-        )
-    return next((path, blocks) for path, blocks in found if path == paths[0])
+    if name in MODEL_KINDS:
+        return _of_model(model, name)
+    parsed = parse(name)
+    assert parsed is not None
+    kind, layer, head = parsed
+    block = block_of(model, name, layer)
+    if kind == "resid_pre":
+        return Site(name, block, "in")
+    if kind == "resid_post":
+        return Site(name, block, "out")
+    if kind in ("mlp_in", "mlp_out"):
+        first, last = mlp_of(block, name)
+        side = kind.removeprefix("mlp_")
+        if first is not last:
+            module = first if side == "in" else last
+            return Site(name, module, side, block)
+        return Site(name, first, side, block)
+    if kind == "router":
+        mlp, _ = mlp_of(block, name)
+        return Site(name, _child(mlp, ROUTER_NAMES, name, "a router"), "out", block)
+    attention = _child(block, ATTN_NAMES, name, "an attention module")
+    if kind == "attn_out":
+        return Site(name, attention, "out", block)
+    children = dict(attention.named_children())
+    if not any(x in children for x in ATTN_OUT_NAMES) and "attention" in children:
+        attention = children["attention"]
+    out = _child(attention, ATTN_OUT_NAMES, name, "an output projection")
+    if head is None:
+        return Site(name, out, "in", block)
+    return Site(name, out, "in", block, _columns(model, attention, out, name, head))
 
 
-def _text_decoder(model: nn.Module) -> nn.Module:
-    """Return the part of a model of several towers that predicts text; else the model."""
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else None
-    return decoder if isinstance(decoder, nn.Module) else model
+def block_of(model: nn.Module, name: str, layer: int) -> nn.Module:
+    """Return block `layer`, if there is one that takes part in a forward pass."""
+    path, blocks, ran = look_up(model)
+    if layer >= len(blocks):
+        raise ValueError(
+            f"site {name}: expected a layer in 0..{len(blocks) - 1}, got {layer} "
+            f"({type(model).__name__} has {len(blocks)} layers in {path})"
+        )
+    if not ran[layer]:
+        raise ValueError(
+            f"site {name}: expected a block that takes part in a forward pass, got {path}.{layer} "
+            f"({type(blocks[layer]).__name__}), which does not run on tokens alone"
+        )
+    return blocks[layer]
+
+
+def mlp_of(block: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:
+    """Return the first and the last module of the MLP of a block; mostly the same."""
+    children = dict(block.named_children())
+    if not any(x in children for x in MLP_NAMES) and all(x in children for x in MLP_LINEAR):
+        return children[MLP_LINEAR[0]], children[MLP_LINEAR[1]]
+    mlp = _child(block, MLP_NAMES, name, "an MLP")
+    return mlp, mlp
+
+
+def _of_model(model: nn.Module, name: str) -> Site:
+    method = {"embed": "get_input_embeddings", "final": "get_output_embeddings"}[name]
+    module = getattr(model, method, lambda: None)()
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"site {name}: expected {type(model).__name__}.{method}() to give a module, got "
+            f"{type(module).__name__}; give the site as a module path"
+        )
+    return Site(name, module, "in" if name == "final" else "out")
+
+
+def _columns(model: nn.Module, attention: nn.Module, out: nn.Module, name: str, head: int) -> slice:
+    """Return the columns of a head in the input of the output projection."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    of = (attention, getattr(attention, "config", None), text)
+    names = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+    counts = (getattr(x, key, None) for x in of for key in names)
+    heads = next((n for n in counts if isinstance(n, int) and n > 0), None)
+    width = getattr(out, "in_features", None)
+    if width is None and getattr(out, "weight", None) is not None:
+        width = out.weight.shape[0]  # type: ignore[index]  # Conv1D: [in, out]
+    if heads is None or not isinstance(width, int) or width % heads:
+        raise ValueError(
+            f"site {name}: expected the number of heads and a width that it divides, got {heads} "
+            f"heads and a width of {width}"
+        )
+    if head >= heads:
+        raise ValueError(f"site {name}: expected a head in 0..{heads - 1}, got {head}")
+    size = width // heads
+    return slice(head * size, (head + 1) * size)
 
 
 def _child(parent: nn.Module, names: tuple[str, ...], site: str, what: str) -> nn.Module:
     children = dict(parent.named_children())
     for name in names:
-        if name in children:
-            return children[name]
+        first, _, rest = name.partition(".")
+        if first in children and (not rest or hasattr(children[first], rest)):
+            return children[first].get_submodule(rest) if rest else children[first]
     raise ValueError(
         f"site {site}: expected {what} named {', '.join(names)} in {type(parent).__name__}, "
         f"which has {', '.join(children) or 'no children'}; give the site as a module path"
     )
 
 
-def _walk(model: nn.Module, path: str, site: str) -> nn.Module:
+def _by_path(model: nn.Module, name: str) -> Site:
+    path, _, side = name.partition(":")
+    if side not in ("", "in", "out"):
+        raise ValueError(f"site {name}: expected PATH:in or PATH:out, got :{side}")
     module, done = model, type(model).__name__
     for part in path.split("."):
         children = dict(module.named_children())
         if part not in children:
             listed = ", ".join(list(children)[:12]) + (", ..." if len(children) > 12 else "")
+            kinds = [f"{kind}.L" for kind in BLOCK_KINDS] + ["head.L.H", *MODEL_KINDS]
             raise ValueError(
-                f"site {site}: expected {', '.join(k + '.L' for k in KINDS)} or a module path; "
-                f"{done} has no {part!r}, it has {listed or 'no children'}"
+                f"site {name}: expected {', '.join(kinds)} or a module path; {done} has no "
+                f"{part!r}, it has {listed or 'no children'}"
             )
         module, done = children[part], part if module is model else f"{done}.{part}"
-    return module
-
-
-def read_gradients(
-    model: nn.Module, sites: Sequence[Site], tokens: Tensor, real: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Run the model on `tokens`; return activations at `sites` and the loss's gradients there.
-
-        g_t = d (sum of the next-token cross entropies of the text) / d x_t
-
-    The sum, not the mean, so that g does not shrink with the batch; what x_t does to all later
-    predictions of its text is part of it. Costs a whole forward pass, and a backward pass down to
-    the first site.
-
-    Args:
-        model: a causal language model of `transformers`.
-        sites: from `resolve`; their names differ.
-        tokens: `[n, t]`, int64, on the model's device.
-        real: bool `[n, t]`, False where padding is.
-
-    Returns:
-        Two dicts by `site.name` of `[n, t, d]`, in the model's dtype and on its device.
-
-    Raises:
-        RuntimeError: a site is not reached by the forward pass, or the loss does not depend on it.
-    """
-    got: dict[str, Tensor] = {}
-
-    def reader(name: str) -> Callable[[Tensor], Tensor]:
-        def take(x: Tensor) -> Tensor:
-            got[name] = x if x.requires_grad else x.detach().requires_grad_()
-            return got[name]
-
-        return take
-
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    handles = [site.hook(reader(site.name)) for site in sites]
-    try:
-        for p in trainable:
-            p.requires_grad_(False)
-        with torch.enable_grad():
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-            scored = real[:, 1:]
-            loss = nn.functional.cross_entropy(
-                logits[scored].float(), tokens[:, 1:][scored], reduction="sum"
-            )
-            missing = ", ".join(site.name for site in sites if site.name not in got)
-            if missing:
-                raise RuntimeError(
-                    f"site {missing}: its module is not reached by the model's forward pass"
-                )
-            grads = torch.autograd.grad(loss, [got[site.name] for site in sites])
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p in trainable:
-            p.requires_grad_(True)
-    by_name = dict(zip([site.name for site in sites], grads, strict=True))
-    return {name: x.detach() for name, x in got.items()}, by_name
-
-
-class _Stop(Exception):
-    """Leaves a forward pass once every requested activation is in hand."""
-
-
-@torch.no_grad()
-def read(model: nn.Module, sites: Sequence[Site], tokens: Tensor) -> dict[str, Tensor]:
-    """Run the model on `tokens` and return its activations at `sites`.
-
-    The forward pass ends as soon as the last site has fired: a site in the middle of the model
-    costs half a pass, and the unembedding is never computed.
-
-    Args:
-        model: a causal language model of `transformers`.
-        sites: from `resolve`; their names differ.
-        tokens: `[n, t]`, int64, on the model's device.
-
-    Returns:
-        `{site.name: [n, t, d]}` in the model's dtype and on its device.
-
-    Raises:
-        RuntimeError: a site was not reached by the forward pass.
-    """
-    got: dict[str, Tensor] = {}
-
-    def reader(name: str) -> Callable[[Tensor], None]:
-        def take(x: Tensor) -> None:
-            got[name] = x
-            if len(got) == len(sites):
-                raise _Stop
-
-        return take
-
-    handles = [site.hook(reader(site.name)) for site in sites]
-    try:
-        model(input_ids=tokens, use_cache=False)
-    except _Stop:
-        return got
-    finally:
-        for handle in handles:
-            handle.remove()
-    missing = ", ".join(site.name for site in sites if site.name not in got)
-    raise RuntimeError(f"site {missing}: its module is not reached by the model's forward pass")
+    return Site(name, module, side or "out")
