@@ -172,3 +172,23 @@ def test_jumprelu_starts_with_k_latents_a_token() -> None:
     with torch.no_grad():
         l0 = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc > sae.threshold).sum(1).float().mean()
     assert l0 == pytest.approx(4, rel=0.02)
+
+
+def test_what_comes_last_in_the_data_does_not_say_how_long_encoder_rows_are() -> None:
+    """First a half in which few directions explain all, then one of noise: of both the length."""
+    torch.manual_seed(3)
+    low = torch.randn(4000, 3) @ torch.randn(3, 16)
+    x = torch.cat([low / low.std(), torch.randn(4000, 16)])
+    sae = fastsae.TopKSAE(16, 64, 4)
+    trainer = Trainer(sae, x, TrainConfig(steps=2, batch_size=100, progress=False))
+    trainer.prepare()
+
+    def best_factor(rows: torch.Tensor) -> float:
+        rows = trainer.scaler.scale(rows)
+        with torch.no_grad():
+            part = sae(rows) - sae.b_dec
+            return float((part * (rows - sae.b_dec)).sum() / part.square().sum())
+
+    assert best_factor(x) == pytest.approx(1, abs=0.03)
+    assert best_factor(x[:4000]) < 0.95
+    assert best_factor(x[4000:]) > 1.05

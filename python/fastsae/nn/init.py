@@ -26,6 +26,14 @@ CHUNK = 4096
 """Rows that are made at a time."""
 
 
+def some_rows(x: Tensor, n: int, seed: int = 0) -> Tensor:
+    """Return `n` different rows of `x: [m, d]`, drawn at random and in order; all if m <= n."""
+    if len(x) <= n:
+        return x
+    generator = torch.Generator().manual_seed(seed)
+    return x[torch.randperm(len(x), generator=generator)[:n].sort().values.to(x.device)]
+
+
 def center(x: Tensor, method: str) -> Tensor:
     """Return the center `[d]` of the rows of `x: [n, d]`, in float32 (float64 for float64).
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.nn.auxk import LatentRows
 from fastsae.nn.context import STEP, StepContext
-from fastsae.nn.init import center, directions, one_thread
+from fastsae.nn.init import center, directions, one_thread, some_rows
 from fastsae.nn.loss import SAEOutput, upcast
 from fastsae.nn.objective import dead_rows, total_loss
 from fastsae.nn.parameters import Parameters, plain
@@ -207,7 +207,7 @@ class SAE(Parameters, ABC):
 
     def _directions(self, x: Tensor, seed: int) -> Tensor:
         x = upcast(x)
-        middle = center(x[:: -(-len(x) // CENTER_ROWS)], "geometric_median")
+        middle = center(some_rows(x, CENTER_ROWS, seed), "geometric_median")
         return directions(x - middle, self.d_sae, seed)
 
     @torch.no_grad()

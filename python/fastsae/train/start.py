@@ -7,6 +7,7 @@ from torch import Tensor
 from fastsae._log import logger
 from fastsae.interop.saelens import OWN
 from fastsae.nn import SAE, ActivationScaler
+from fastsae.nn.init import some_rows
 from fastsae.train.config import TrainConfig
 from fastsae.train.outliers import inlier_mask, norm_limits
 
@@ -24,7 +25,7 @@ def start_rows(sae: SAE, config: TrainConfig) -> int:
 
 
 def start_(
-    sae: SAE, sample: Tensor, config: TrainConfig, every: int = 1
+    sae: SAE, sample: Tensor, config: TrainConfig, few_rows: int | None = None
 ) -> tuple[ActivationScaler, list[float]]:
     """Start `sae` from a sample, and return the scale of its data and the limits of their norm.
 
@@ -35,7 +36,7 @@ def start_(
         sae: the module.
         sample: raw rows `[n, columns]`, all finite.
         config: of the run.
-        every: everything but new matrices is made from one row in that many.
+        few_rows: everything but new matrices is made from so many of them; None: from all.
 
     Raises:
         ValueError: rows are all equal.
@@ -43,13 +44,13 @@ def start_(
     fresh = not (bool(sae.b_enc.any()) or bool(sae.b_dec.any()))
     takes_rows = _takes_rows(sae, config)
     many = sample[inlier_mask(sae.columns.split(sample).x, config.outlier_norm)]
+    few = many if few_rows is None else some_rows(many, few_rows, config.seed)
     scaler = ActivationScaler(sae.columns)
     if config.normalize:
-        scaler = ActivationScaler.estimate(sae.columns, many[::every])
+        scaler = ActivationScaler.estimate(sae.columns, few)
         if not fresh:
             scaler.unfold_(sae)
-    many = scaler.scale(many)
-    few = many[::every]
+    many, few = scaler.scale(many), scaler.scale(few)
     limits = norm_limits(sae.columns, few, config.outlier_norm)
     sae.train()
     if takes_rows:
@@ -57,7 +58,7 @@ def start_(
     if fresh and config.b_dec_init != "zeros":
         sae.initialize_from_data_(few, config.b_dec_init)
     if takes_rows:
-        sae.fit_encoder_scale_(few[-SCALE_ROWS:])
+        sae.fit_encoder_scale_(some_rows(few, SCALE_ROWS, config.seed))
     if scaler.scales != [1.0] * len(scaler.scales):
         _mention_units(sae)
     return scaler, limits

@@ -207,11 +207,10 @@ class Trainer:
         self._count_from_zero()
         self.steps_done, self._tokens_done = 0, 0
         self._position = None
-        every = 1
+        few = None
         if sample is None:
-            sample = self._sample(start_rows(self.sae, self.config))
-            every = -(-len(sample) // self.config.sample_rows)
-        self.scaler, self.limits = start_(self.sae, self._checked(sample), self.config, every)
+            sample, few = self._sample(start_rows(self.sae, self.config)), self.config.sample_rows
+        self.scaler, self.limits = start_(self.sae, self._checked(sample), self.config, few)
         logger.info("Trainer: %s", self.plan)
         self._update = update
 
