@@ -115,7 +115,7 @@ def test_a_module_that_adds_the_residual_itself_is_refused(models, family):
     [
         ("jamba", "model.layers"),
         ("zamba", "model.layers"),
-        ("gemma3:vl", "model.language_model.layers"),
+        ("gemma3", "model.language_model.layers"),
         ("bart", "model.decoder.layers"),
         ("vit:vision", "layers"),
     ],
@@ -133,13 +133,13 @@ def test_what_has_no_one_list_of_blocks_is_refused(models, family):
 
 
 def test_blocks_that_text_alone_does_not_reach_are_refused(models):
-    path, blocks = find_blocks(models("mllama"))
+    path, blocks = find_blocks(models("mllama:vlm"))
     (cross,) = (i for i, block in enumerate(blocks) if "Cross" in type(block).__name__)
     with pytest.raises(
         ValueError, match=rf"{path}\.{cross} .*, which does not run on tokens alone"
     ):
-        resolve(models("mllama"), f"resid_post.{cross}")
-    assert check_sites(models("mllama"), "resid_post.0")["resid_post.0"].ok
+        resolve(models("mllama:vlm"), f"resid_post.{cross}")
+    assert check_sites(models("mllama:vlm"), "resid_post.0")["resid_post.0"].ok
 
 
 @pytest.mark.parametrize(

@@ -124,12 +124,19 @@ def test_blocks_of_a_vision_language_model_are_those_of_its_text():
             assert not torch.equal(model(input_ids=PROMPT).logits, clean)
 
 
-def test_two_lists_of_one_length_are_refused():
+def test_two_lists_that_take_part_are_refused():
     class Towers(torch.nn.Module):
         def __init__(self):
             super().__init__()
+            self.embed = torch.nn.Embedding(64, 2)
             self.left = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
-            self.right = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
+            self.right = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(4))
+
+        def forward(self, input_ids):
+            x = self.embed(input_ids)
+            for layer in [*self.left, *self.right]:
+                x = layer(x)
+            return (x,)
 
     with pytest.raises(ValueError, match=r"expected Towers to have one list .* left, right"):
         find_blocks(Towers())
@@ -148,6 +155,64 @@ def test_a_mask_given_by_position_counts_too():
 def test_a_mask_that_does_not_say_where_contexts_start_is_refused():
     model = tiny_model()
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
-    message = r"expected an attention mask \[batch, t\] or none, got \[1, 1, 5, 5\]"
+    message = r"expected an attention mask \[batch, t\] or none, .* got \[1, 1, 5, 5\]"
     with pytest.raises(TypeError, match=message), replace(model, SITE, halve):
         model(input_ids=PROMPT, attention_mask=mask)
+
+
+PADDED = torch.tensor([[0, 0, 1, 9, 8, 7, 22], [1, 2, 3, 4, 5, 6, 7]])
+WAYS = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "chunked": {"prefill_chunk_size": 3},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "qwen2", "mistral", "mixtral", "olmo2"])
+def test_generated_logits_are_those_of_a_pass_without_a_cache(family, way):
+    """A TopK SAE with a bias, the prefix left out, contexts of two lengths padded on the left."""
+    from bench.tiny_models import build
+    from fastsae import TopKSAE
+    from fastsae.models import splice
+
+    model = tiny_model(family) if family in FAMILIES else build(family)
+    torch.manual_seed(1)
+    sae = TopKSAE(model.config.hidden_size, 64, k=4)
+    with torch.no_grad():
+        sae.b_dec.normal_()
+        sae.b_enc.normal_()
+    mask = (PADDED > 0).long()
+    with torch.no_grad(), splice(model, SITE, sae, drop_prefix=2):
+        out = model.generate(
+            PADDED, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False,
+            pad_token_id=0, output_logits=True, return_dict_in_generate=True, **WAYS[way],
+        )  # fmt: skip
+        got = torch.stack(out.logits, 1)
+        whole = torch.cat([mask, torch.ones(2, 5, dtype=torch.long)], 1)
+        places = (whole.cumsum(1) - 1).clamp_min(0)
+        inputs = {"input_ids": out.sequences, "attention_mask": whole, "position_ids": places}
+        wanted = model(**inputs, use_cache=False).logits[:, 6:-1]
+    with torch.no_grad():
+        clean = model(**inputs, use_cache=False).logits[:, 6:-1]
+    error = ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max()
+    assert error <= 1e-4
+    assert ((clean - wanted).norm(dim=-1) / wanted.norm(dim=-1)).min() > 1e-2
+
+
+def test_every_beam_keeps_what_its_prompt_keeps():
+    model = tiny_model()
+    keep = torch.zeros(2, 9, dtype=torch.bool)
+    keep[0, :8] = True
+    seen = []
+    with torch.no_grad(), replace(model, SITE, lambda x: seen.append(len(x)) or x, keep=keep):
+        prompts = torch.stack([PADDED[1], PADDED[1] + 1])
+        model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), num_beams=3, max_new_tokens=3,
+            min_new_tokens=3, do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+    assert seen == [18, 3, 6]  # 3 beams of 6 tokens; position 7, kept for one prompt; position 8
+    message = r"expected keep \[1, t\], got \[2, 9\]"
+    with pytest.raises(ValueError, match=message), replace(model, SITE, halve, keep=keep):
+        model(input_ids=PROMPT)

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import fastsae
 from fastsae.eval import CrossEntropy, ablate, cross_entropy, replace, splice
-from fastsae.models.sites import read, resolve
+from fastsae.models import read, resolve
 from tests.models.tiny import FAMILIES, VOCAB, D, tiny_model
 
 SITES = ("resid_post.1", "mlp_in.0", "mlp_out.2", "attn_z.1")
@@ -178,3 +179,85 @@ def test_fractions():
 def test_contexts_too_short_to_predict_are_an_error():
     with pytest.raises(ValueError, match="a context of at least 3 tokens, got none"):
         cross_entropy(tiny_model(), "resid_post.1", Scale(), [[1, 2], [1]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_transcoder_replaces_the_mlp(family):
+    """What two hooks set by hand do: the MLP's output is the transcoder of its input."""
+    model = tiny_model(family)
+    torch.manual_seed(1)
+    coder = fastsae.Transcoder(16, 16, 64, k=4, skip=True).eval()
+    with torch.no_grad():
+        for p in coder.parameters():
+            p.normal_()
+    mlp = resolve(model, "mlp_out.1").module
+
+    def by_hand(module, args, output):
+        new = output.clone()
+        new[:, 1:] = coder(args[0][:, 1:])
+        return new
+
+    with torch.no_grad():
+        clean = model(input_ids=TOKENS).logits
+        handle = mlp.register_forward_hook(by_hand)
+        wanted = model(input_ids=TOKENS).logits
+        handle.remove()
+        with splice(model, ("mlp_in.1", "mlp_out.1"), coder):
+            got = model(input_ids=TOKENS).logits
+    torch.testing.assert_close(got, wanted)
+    assert not torch.allclose(got, clean)
+
+
+def test_what_cannot_be_spliced_is_refused():
+    model, coder = tiny_model(), fastsae.Transcoder(16, 16, 64, k=4)
+    message = r"expected \(SITE_READ, SITE_REPLACED\) for Transcoder, got mlp_out.1"
+    with pytest.raises(ValueError, match=message), splice(model, "mlp_out.1", coder):
+        pass
+    sae = fastsae.TopKSAE(16, 64, k=4)
+    two = ("mlp_in.1", "mlp_out.1")
+    with pytest.raises(ValueError, match="expected one site for TopKSAE"), splice(model, two, sae):
+        pass
+    crosscoder = fastsae.TopKCrossCoder(16, 2, 64, 4)
+    message = "expected an SAE that reads one site, got TopKCrossCoder, which reads 2"
+    with pytest.raises(ValueError, match=message), splice(model, two, crosscoder):
+        pass
+    narrow = fastsae.Transcoder(16, 8, 64, k=4)
+    message = r"expected \[22, 16\] for the rows of mlp_out.1, got \[22, 8\]"
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=message),
+        splice(model, two, narrow),
+    ):
+        model(input_ids=TOKENS)
+    message = "expected mlp_in.2 to be reached before mlp_out.1"
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=message),
+        splice(model, ("mlp_in.2", "mlp_out.1"), coder),
+    ):
+        model(input_ids=TOKENS)
+
+
+def test_cross_entropy_of_a_transcoder_is_that_of_hooks_set_by_hand():
+    model = tiny_model()
+    torch.manual_seed(1)
+    coder = fastsae.Transcoder(16, 16, 64, k=4).eval()
+    sites = ("mlp_in.1", "mlp_out.1")
+    result = cross_entropy(model, sites, coder, TOKENS.tolist(), drop_prefix=1)
+    mlp = resolve(model, "mlp_out.1").module
+    rows = read(model, [resolve(model, "mlp_out.1")], TOKENS)["mlp_out.1"][:, 1:]
+    mean = rows.reshape(-1, 16).mean(0)
+
+    def loss(change):
+        handle = mlp.register_forward_hook(
+            lambda module, args, out: torch.cat([out[:, :1], change(args[0], out)[:, 1:]], 1)
+        )
+        with torch.no_grad():
+            logits = model(input_ids=TOKENS).logits[:, 1:-1]
+        handle.remove()
+        return float(F.cross_entropy(logits.flatten(0, 1), TOKENS[:, 2:].flatten()))
+
+    assert result.sae == pytest.approx(loss(lambda x, out: coder(x)), rel=1e-5)
+    assert result.mean == pytest.approx(loss(lambda x, out: mean.expand_as(out)), rel=1e-5)
+    assert result.zero == pytest.approx(loss(lambda x, out: 0 * out), rel=1e-5)
+    assert result.clean == pytest.approx(loss(lambda x, out: out), rel=1e-5)

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         with progress("cross entropy", 4 * len(contexts), "context") as advance:
             numbers |= cross_entropy(
                 model.to(device),
-                store.site,
+                store.site if len(store.sites) == 1 else store.sites,
                 sae,
                 contexts,
                 drop_prefix=manifest.drop_prefix,

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from fastsae.eval.metrics import FVU
 from fastsae.models.chunks import pad
+from fastsae.models.probe import device_of, options
 from fastsae.models.sites import resolve
-from fastsae.models.splice import ablate, replace, splice
+from fastsae.models.splice import ablate, intervene, splice
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class CrossEntropy:
 @torch.no_grad()
 def cross_entropy(
     model: nn.Module,
-    site: str,
+    site: str | tuple[str, ...],
     sae: nn.Module,
     contexts: Sequence[Sequence[int]],
     *,
@@ -77,7 +78,8 @@ def cross_entropy(
 
     Args:
         model: a causal language model of `transformers`.
-        site: where the SAE belongs, see `fastsae.models.sites`.
+        site: where the SAE belongs, see `fastsae.models.sites`; of a transcoder the site that it
+            reads and the one that it replaces.
         sae: reconstructs `[n, d]`; in eval mode meanwhile.
         contexts: token lists, each with its prefix token first, e.g. `Chunk.ids`.
         mean: `[d]`, for the mean ablation; None takes the mean over these contexts.
@@ -87,19 +89,27 @@ def cross_entropy(
         progress: called with the number of contexts done, after every forward pass.
 
     Raises:
-        ValueError: no context is long enough to predict anything, or max_norm leaves no row.
+        ValueError: no context is long enough to predict anything, max_norm leaves no row, or what
+            is given cannot be spliced in there.
     """
     if not any(len(ids) > drop_prefix + 1 for ids in contexts):
         raise ValueError(
             f"cross_entropy: expected a context of at least {drop_prefix + 2} tokens, got none"
         )
-    found = resolve(model, site)
+    names = (site,) if isinstance(site, str) else site
+    if len(names) > 2:
+        raise ValueError(
+            f"cross_entropy: expected one site, or the two of a transcoder, got {', '.join(names)}"
+        )
+    sites = [resolve(model, name) for name in names]
+    found = sites[0] if len(sites) == 1 else (sites[0], sites[1])
+    source = None if len(sites) == 1 else sites[0]
     rules: dict[str, Any] = {"drop_prefix": drop_prefix, "max_norm": max_norm}
     seen = FVU()
 
-    def watch(x: Tensor) -> Tensor:
-        seen.update(x.float(), x.float())
-        return x
+    def watch(read: Tensor, own: Tensor) -> Tensor:
+        seen.update(own.float(), own.float())
+        return own
 
     def run(intervention: Callable[[Tensor], AbstractContextManager[None]]) -> tuple[float, int]:
         total, tokens = 0.0, 0
@@ -116,7 +126,9 @@ def cross_entropy(
     model.eval()
     try:
         if mean is None:
-            clean, tokens = run(lambda pads: replace(model, found, watch, keep=pads, **rules))
+            clean, tokens = run(
+                lambda pads: intervene(model, sites[-1], watch, source, pads, drop_prefix, max_norm)
+            )
             if not seen.rows:
                 raise ValueError(
                     f"cross_entropy: expected rows of a norm of at most max_norm = {max_norm} at "
@@ -135,8 +147,8 @@ def cross_entropy(
 
 def _losses(model: nn.Module, ids: Tensor, real: Tensor, drop_prefix: int) -> tuple[float, int]:
     """Return the summed loss and the number of the predictions made from `drop_prefix` on."""
-    device = next(model.parameters()).device
-    logits = model(input_ids=ids.to(device), use_cache=False).logits[:, drop_prefix:-1]
+    device = device_of(model)
+    logits = model(input_ids=ids.to(device), **options(model)).logits[:, drop_prefix:-1]
     scored = real[:, drop_prefix + 1 :].to(device)
     targets = ids[:, drop_prefix + 1 :].to(device)
     losses = F.cross_entropy(logits[scored].float(), targets[scored], reduction="sum")

@@ -84,7 +84,8 @@ def check_sites(
     names = [names] if isinstance(names, str) else list(names)
     if inputs is not None:
         look_up(model, inputs)
-    return {name: _report(model, name, inputs)[1] for name in names}
+    probe = Probe(model, inputs)
+    return {name: _report(model, name, probe, inputs is not None)[1] for name in names}
 
 
 _kept: WeakKeyDictionary[nn.Module, dict[str, tuple[tuple[int, ...], Site, SiteReport]]]
@@ -97,23 +98,23 @@ def checked(model: nn.Module, name: str) -> Site:
     Raises:
         ValueError: there is none, or it is something else.
     """
-    site, report = _report(model, name, None)
+    site, report = _report(model, name)
     if site is None or not report.ok:
         raise ValueError(report.why)
     return site
 
 
 def _report(
-    model: nn.Module, name: str, inputs: dict[str, Any] | None
+    model: nn.Module, name: str, probe: Probe | None = None, anew: bool = False
 ) -> tuple[Site | None, SiteReport]:
     """Return a site and its report, as they were found before, if the model has not changed."""
     known = _kept.setdefault(model, {})
-    if name in known and inputs is None:
+    if name in known and not anew:
         modules, site, report = known[name]
         if modules == _modules(model):
             return site, report
     try:
-        site, report = _examine(model, name, inputs)
+        site, report = _examine(model, probe or Probe(model), name)
     except ValueError as error:
         return None, _nothing(name, str(error))
     known[name] = _modules(model), site, report
@@ -128,8 +129,7 @@ def _nothing(name: str, why: str) -> SiteReport:
     return SiteReport(name, "", 0, (), False, False, False, False, False, ok=False, why=why)
 
 
-def _examine(model: nn.Module, name: str, inputs: dict[str, Any] | None) -> tuple[Site, SiteReport]:
-    probe = Probe(model, inputs)
+def _examine(model: nn.Module, probe: Probe, name: str) -> tuple[Site, SiteReport]:
     parsed = parse(name)
     kind = name if parsed is None else parsed[0]
     if kind in MADE:
@@ -168,8 +168,8 @@ class _Seen:
 def _basics(model: nn.Module, probe: Probe, site: Site) -> SiteReport:
     """Return what can be said of any site."""
     seen, seen_again = _Seen(), _Seen()
-    clean = probe.run([lambda: site.hook(seen.take)])
-    if not torch.equal(clean, probe.run()):
+    clean = probe.clean
+    if not torch.equal(clean, probe.run([lambda: site.hook(seen.take)])):
         return _nothing(
             site.name,
             f"site {site.name}: expected a model that gives the same output for the same tokens "

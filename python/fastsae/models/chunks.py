@@ -8,7 +8,7 @@ role, so that position can be dropped and no real token is lost.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ class Chunk:
 
     ids: list[int]
     doc: int
+    keep: list[bool] | None = None
+    """Which of them are wanted; None: all."""
 
 
 def prefix_token(tokenizer: Any) -> int:
@@ -38,32 +40,74 @@ def prefix_token(tokenizer: Any) -> int:
 
 
 def chunks(
-    tokenizer: Any, texts: Iterable[str], context: int, prefix: int | None = None
+    tokenizer: Any, texts: Iterable[Any], context: int, prefix: int | None = None
 ) -> Iterator[Chunk]:
     """Tokenize documents and cut each into chunks of at most `context` tokens.
 
     The last chunk of a document may be shorter; no token is lost and no chunk spans two documents.
 
     Args:
-        tokenizer: called as `tokenizer(text, add_special_tokens=False)["input_ids"]`.
-        texts: one string per document; an empty document gives no chunk.
+        tokenizer: called as `tokenizer(text, add_special_tokens=False)["input_ids"]`; not needed
+            for documents of tokens.
+        texts: a document each: a string; token ids, as a list, array or tensor `[t]`; or a mapping
+            with "text" or "input_ids", as rows of a dataset are. A mapping of ids may have "keep",
+            a truth value for each of them, which says what is wanted, such as the tokens of a
+            user's turns. A prefix token that the ids begin with is not doubled. An empty document
+            gives no chunk.
         context: tokens per chunk, the prefix included; at least 2.
         prefix: token put first; None takes `prefix_token(tokenizer)`.
 
     Raises:
-        TypeError: `texts` is one string, or a document is not a string.
+        TypeError: `texts` is one string, or a document is something else.
+        ValueError: "keep" is of another length than the ids.
     """
     if isinstance(texts, str):
         raise TypeError("harvest: expected texts to be an iterable of documents, got one str")
     prefix = prefix_token(tokenizer) if prefix is None else prefix
     for doc, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(
-                f"harvest: expected document {doc} to be a str, got {type(text).__name__}"
-            )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        ids, keep = _tokens(tokenizer, text, doc)
+        if ids and ids[0] == prefix and not isinstance(text, str):
+            ids, keep = ids[1:], keep and keep[1:]
         for start in range(0, len(ids), context - 1):
-            yield Chunk([prefix, *ids[start : start + context - 1]], doc)
+            part = slice(start, start + context - 1)
+            wanted = None if keep is None else [False, *keep[part]]
+            yield Chunk([prefix, *ids[part]], doc, wanted)
+
+
+def _tokens(tokenizer: Any, document: Any, number: int) -> tuple[list[int], list[bool] | None]:
+    """Return the token ids of a document, and which of them are wanted."""
+    keep = None
+    if isinstance(document, Mapping):
+        keep = document.get("keep")
+        document = document.get("input_ids", document.get("text"))
+    if isinstance(document, str):
+        if keep is not None:
+            raise TypeError(f"harvest: expected input_ids with keep in document {number}, got text")
+        return (
+            tokenizer(document, add_special_tokens=False)["input_ids"] if document else []
+        ), None
+    ids = _integers(document)
+    if ids is None:
+        raise TypeError(
+            f"harvest: expected document {number} to be a str or token ids [t], got "
+            f"{type(document).__name__}"
+        )
+    if keep is None:
+        return ids, None
+    keep = [bool(x) for x in keep]
+    if len(keep) != len(ids):
+        raise ValueError(
+            f"harvest: expected keep of {len(ids)} values in document {number}, got {len(keep)}"
+        )
+    return ids, keep
+
+
+def _integers(x: Any) -> list[int] | None:
+    """Return a list of ints out of a list, array or tensor of them; None for anything else."""
+    values = x.tolist() if hasattr(x, "tolist") else x
+    if not isinstance(values, list | tuple):
+        return None
+    return list(values) if all(type(value) is int for value in values) else None
 
 
 def held_out(doc: int, fraction: float) -> bool:

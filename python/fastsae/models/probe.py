@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -56,6 +57,11 @@ class Probe:
         self.inputs = example_inputs(self.model) if inputs is None else inputs
         self._kwargs = options(self.model)
         self._runs = 0
+
+    @cached_property
+    def clean(self) -> Tensor:
+        """The output of the model as it is."""
+        return self.run()
 
     def run(self, hooks: Sequence[Hook] = (), **changed: Any) -> Tensor:
         """Return the output of the model, with hooks set meanwhile.

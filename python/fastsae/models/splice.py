@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsae.models.probe import Handle
 from fastsae.models.sites import Site, resolve
 
 
@@ -32,39 +33,82 @@ def replace(
     """Replace the rows of an activation by `fn(rows)` in every forward pass inside the block.
 
     Positions are those in the context, not in one call: with a cache of keys and values
-    (`generate`) a call continues where the one before ended, and with padding on the left (an
-    attention mask) a context starts at its first real token.
+    (`generate`, dynamic or static, prefilled at once or in chunks) a call continues where the one
+    before ended, and with padding on the left (an attention mask) a context starts at its first
+    real token.
 
     Args:
         model: a causal language model of `transformers`; calls go through it.
         site: see `fastsae.models.sites`.
         fn: takes the rows to replace, `[n, d]`, and returns theirs, in any floating dtype.
         keep: bool `[batch, t]`, True where the activation passes through untouched; positions past
-            t are replaced.
+            t are replaced. Of several beams or samples of a prompt each has its row.
         drop_prefix: positions at the start of each context that pass through.
         max_norm: rows of a larger norm pass through; None means that none does.
 
     Raises:
+        ValueError: the model has no such site, or does not use what is there.
         RuntimeError: the site is not reached by a forward pass of the model, or is reached by one
             that does not go through `model`.
     """
+    with intervene(model, site, lambda read, own: fn(own), None, keep, drop_prefix, max_norm):
+        yield
+
+
+@contextmanager
+def intervene(
+    model: nn.Module,
+    site: str | Site,
+    fn: Callable[[Tensor, Tensor], Tensor],
+    source: str | Site | None,
+    keep: Tensor | None,
+    drop_prefix: int,
+    max_norm: float | None,
+) -> Iterator[None]:
+    """Replace rows as `replace` does, by what `fn` makes of them and of rows of another site.
+
+    Args:
+        model: as in `replace`, like all that is not said here.
+        site: where rows are replaced.
+        fn: takes the rows of the source and those to replace.
+        source: a site that is reached before; None: `site`. Its norms are what max_norm is about.
+        keep: as in `replace`.
+        drop_prefix: as in `replace`.
+        max_norm: as in `replace`.
+    """
     site = resolve(model, site) if isinstance(site, str) else site
+    source = resolve(model, source) if isinstance(source, str) else source
+    if site.read_only:
+        raise ValueError(f"site {site.name}: expected one that can be replaced; {site.read_only}")
     call = _Call()
 
     def hook(x: Tensor) -> Tensor:
         call.fired = True
         touched = call.positions(x) >= drop_prefix
         if keep is not None:
-            now = keep[:, call.start : call.start + x.shape[1]].to(x.device)
+            now = _of_samples(keep, len(x))[:, call.start : call.start + x.shape[1]].to(x.device)
             touched[:, : now.shape[1]] &= ~now
+        given = x if source is None else call.source
+        if given is None or given.shape[:2] != x.shape[:2]:
+            raise RuntimeError(
+                f"replace: expected {source.name if source else ''} to be reached before "
+                f"{site.name}, with as many rows"
+            )
         if max_norm is not None:
-            touched &= x.float().norm(dim=-1) <= max_norm
+            touched &= given.float().norm(dim=-1) <= max_norm
         out = x.clone()
-        out[touched] = fn(x[touched]).to(x.dtype)
+        rows = fn(given[touched], x[touched])
+        if rows.shape != x[touched].shape:
+            raise ValueError(
+                f"replace: expected {[*x[touched].shape]} for the rows of {site.name}, got "
+                f"{[*rows.shape]}"
+            )
+        out[touched] = rows.to(x)
         return out
 
-    handles = [
+    handles: list[Handle] = [
         model.register_forward_pre_hook(call.begin, with_kwargs=True),
+        *([] if source is None else [source.hook(call.take)]),
         site.hook(hook),
         model.register_forward_hook(call.end, always_call=True),
     ]
@@ -80,6 +124,13 @@ def replace(
         )
 
 
+def _of_samples(keep: Tensor, rows: int) -> Tensor:
+    """Return `keep: [batch, t]` for a pass with several rows for each, such as beams."""
+    if rows % len(keep):
+        raise ValueError(f"replace: expected keep [{rows}, t], got {[*keep.shape]}")
+    return keep.repeat_interleave(rows // len(keep), 0)
+
+
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """Arguments that hold earlier keys and values; transformers 5.24 calls them `cache`, and warns of
 the name that it had before."""
@@ -93,8 +144,15 @@ class _Call:
         self.fired = False
         self.start = 0
         """Positions before those of this call."""
+        self.source: Tensor | None = None
+        """What the site that is read gave."""
         self._running = False
         self._mask: Tensor | None = None
+        self._places: Tensor | None = None
+
+    def take(self, x: Tensor) -> None:
+        """Remember what the site that is read gave."""
+        self.source = x.clone()
 
     def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Note the cache and the attention mask of a call."""
@@ -105,28 +163,49 @@ class _Call:
         caches = [kwargs.get(name) for name in CACHE_NAMES]
         self.start = _cached(next((cache for cache in caches if cache is not None), None))
         mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim != 2:
-            raise TypeError(
-                f"replace: expected an attention mask [batch, t] or none, got {[*mask.shape]}, "
-                "which does not say where contexts start; a static cache makes such masks"
-            )
-        self._mask = mask if isinstance(mask, Tensor) else None
+        mask = next(iter(mask.values()), None) if isinstance(mask, dict) else mask
+        self._mask = self._places = None
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self._mask = mask
+        elif isinstance(mask, Tensor):
+            self._places = _places(mask, kwargs.get("position_ids"))
 
     def end(self, *_: Any) -> None:
         """Note that the call is over."""
-        self._running = False
+        self._running, self.source = False, None
 
     def positions(self, x: Tensor) -> Tensor:
         """Return the place of every row of `x: [batch, t, d]` in its context; -1 for padding."""
         if not self._running:
             raise RuntimeError("replace: expected calls of the model that was given, got another")
         t = x.shape[1]
+        if self._places is not None:
+            return self._places.to(x.device).expand(x.shape[0], t)
         if self._mask is not None and self._mask.shape[1] >= t:
             real = self._mask.to(x.device).bool()
             places = (real.long().cumsum(1) - 1).masked_fill(~real, -1)
             return places[:, -t:].expand(x.shape[0], t)
         places = torch.arange(self.start, self.start + t, device=x.device)
         return places.expand(x.shape[0], t)
+
+
+def _places(mask: Tensor, positions: Any) -> Tensor:
+    """Return the place of every token in its context, -1 for padding, out of a mask of pairs.
+
+    Args:
+        mask: `[batch, heads, t, T]`, bool, or floating point with large negative numbers where a
+            token does not see another; such as a static cache needs.
+        positions: `[batch, t]`.
+    """
+    if mask.ndim != 4 or not isinstance(positions, Tensor) or positions.ndim != 2:
+        got = [*positions.shape] if isinstance(positions, Tensor) else positions
+        raise TypeError(
+            "replace: expected an attention mask [batch, t] or none, or one of [batch, heads, t, "
+            f"T] with position_ids [batch, t], got {[*mask.shape]} with {got}, which does not say "
+            "where contexts start"
+        )
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return positions.masked_fill(~seen.any(-1).any(1), -1)
 
 
 def _cached(cache: Any) -> int:
@@ -146,7 +225,7 @@ def _cached(cache: Any) -> int:
 @contextmanager
 def splice(
     model: nn.Module,
-    site: str | Site,
+    site: str | Site | tuple[str | Site, str | Site],
     sae: nn.Module,
     *,
     keep: Tensor | None = None,
@@ -160,19 +239,44 @@ def splice(
 
     The SAE is in eval mode inside the block, so a batch-wise selection uses its thresholds and one
     token does not see another. See `replace` for the other arguments.
+
+        with fastsae.models.splice(model, ("mlp_in.15", "mlp_out.15"), transcoder):
+            ...
+
+    Args:
+        model: as in `replace`.
+        site: where the SAE belongs; of a transcoder the site that it reads, and the one that it
+            replaces.
+        sae: maps rows `[n, d_in]` to rows `[n, d]`; what reads several sites, as crosscoders do,
+            is not for this.
+        keep: as in `replace`, like the two below. Rows are those that the SAE reads.
+        drop_prefix: positions at the start of each context that pass through.
+        max_norm: rows of a larger norm pass through.
+
+    Raises:
+        ValueError: one site for a transcoder, two for an SAE, or an SAE that reads several.
     """
+    source, target = (None, site) if isinstance(site, str | Site) else site
+    columns: Any = getattr(sae, "columns", None)
+    if columns is not None:
+        if len(columns.inputs) != 1 or len(columns.targets) > 1:
+            raise ValueError(
+                f"splice: expected an SAE that reads one site, got {type(sae).__name__}, which "
+                f"reads {len(columns.inputs)}"
+            )
+        if (source is None) == bool(columns.targets):
+            wanted = "(SITE_READ, SITE_REPLACED)" if columns.targets else "one site"
+            raise ValueError(f"splice: expected {wanted} for {type(sae).__name__}, got {site}")
     dtype = next(sae.parameters()).dtype
     training = sae.training
+
+    def reconstruct(read: Tensor, own: Tensor) -> Tensor:
+        rows: Tensor = sae(read.to(dtype))
+        return rows
+
     sae.eval()
     try:
-        with replace(
-            model,
-            site,
-            lambda x: sae(x.to(dtype)),
-            keep=keep,
-            drop_prefix=drop_prefix,
-            max_norm=max_norm,
-        ):
+        with intervene(model, target, reconstruct, source, keep, drop_prefix, max_norm):
             yield
     finally:
         sae.train(training)
@@ -181,7 +285,7 @@ def splice(
 @contextmanager
 def ablate(
     model: nn.Module,
-    site: str | Site,
+    site: str | Site | tuple[str | Site, str | Site],
     how: str,
     *,
     mean: Tensor | None = None,
@@ -193,7 +297,8 @@ def ablate(
 
     Args:
         model: a causal language model of `transformers`.
-        site: see `fastsae.models.sites`.
+        site: see `fastsae.models.sites`; of two the second, while max_norm is about the first, as
+            where a transcoder is spliced in.
         how: "mean" | "zero".
         mean: `[d]`, what "mean" puts in every row.
         keep: as in `replace`, like the two below.
@@ -208,10 +313,11 @@ def ablate(
     if how == "mean" and mean is None:
         raise ValueError("ablate: expected mean [d] for 'mean', got None")
 
-    def value(x: Tensor) -> Tensor:
+    def value(read: Tensor, own: Tensor) -> Tensor:
         if how == "zero" or mean is None:
-            return torch.zeros_like(x)
-        return mean.to(x).expand_as(x)
+            return torch.zeros_like(own)
+        return mean.to(own).expand_as(own)
 
-    with replace(model, site, value, keep=keep, drop_prefix=drop_prefix, max_norm=max_norm):
+    source, target = (None, site) if isinstance(site, str | Site) else site
+    with intervene(model, target, value, source, keep, drop_prefix, max_norm):
         yield
