@@ -12,7 +12,7 @@ import torch
 
 from fastsae.data import ActivationStore, harvest
 from fastsae.data.shards import Manifest, ShardWriter
-from fastsae.models import read_gradients, resolve
+from fastsae.models import read, read_gradients, resolve
 from fastsae.models.chunks import chunks, held_out, pad
 from tests.models.tiny import DOCUMENTS, CharTokenizer, D, tiny_model
 
@@ -102,6 +102,57 @@ def test_outliers_are_dropped_and_counted(model, tmp_path):
     assert store.manifest.dropped["norm"] == int((~kept).sum())
     expected = [row[2] for row, keep in zip(rows, kept.tolist(), strict=True) if keep]
     assert store.token_ids().tolist() == expected
+
+
+def test_the_usual_norm_is_that_of_many_rows_not_of_the_first_batch(tmp_path, caplog):
+    """The first document is of one token, whose rows are longer than all others."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[60] *= 30
+    documents = [{"input_ids": [60] * 19}, *({"input_ids": list(range(3, 22))} for _ in range(9))]
+    rows = {"context": 20, "batch_size": 1, "dtype": torch.float32, "val_fraction": 0}
+    site = "resid_pre.0"
+    manifest = harvest(model, TOKENIZER, documents, site, tmp_path, max_norm_ratio=3.0, **rows)
+    norm = model.model.embed_tokens.weight.detach().norm(dim=1)
+    everything = torch.cat([norm[60].expand(19), norm[3:22].repeat(9)])
+    assert manifest.max_norm[site] == pytest.approx(3 * float(everything.median()), rel=1e-5)
+    assert manifest.dropped["norm"] == 19
+    assert "19 of 190 rows were dropped for their norm" in caplog.text
+
+
+def test_tokens_and_masks_leave_rows_out(model, tmp_path):
+    ids = list(range(3, 30))
+    keep = [i % 3 == 0 for i in ids]
+    documents = [
+        "as text",
+        ids,
+        torch.tensor(ids),
+        {"input_ids": ids, "keep": keep, "other": 1},
+        {"text": "as text"},
+        [TOKENIZER.bos_token_id, *ids],
+    ]
+    rows = {"context": 20, "batch_size": 2, "dtype": torch.float32, "val_fraction": 0}
+    manifest = harvest(
+        model, TOKENIZER, documents, SITE, tmp_path, skip_token_ids=[5, 6, 7], **rows
+    )
+    store = ActivationStore(tmp_path)
+    text = TOKENIZER("as text", add_special_tokens=False)["input_ids"]
+    masked = [i for i, kept in zip(ids, keep, strict=True) if kept]
+    wanted = [*text, *ids, *ids, *masked, *text, *ids]
+    assert store.token_ids().tolist() == [i for i in wanted if i not in (5, 6, 7)]
+    everything = 2 * len(text) + 4 * len(ids)
+    assert manifest.dropped["skipped"] == everything - len(store)
+    site = resolve(model, SITE)
+    x = read(model, [site], torch.tensor([[1, *ids[:19]]]))[SITE][0]
+    first = len([i for i in text if i not in (5, 6, 7)])
+    rows_of_ids = store.rows()[first : first + 3]  # of tokens 3, 4 and 8
+    torch.testing.assert_close(rows_of_ids, x[[1, 2, 6]], rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_of_another_length_is_refused(model, tmp_path):
+    document = {"input_ids": [3, 4, 5], "keep": [True]}
+    with pytest.raises(ValueError, match="expected keep of 3 values in document 0, got 1"):
+        harvest(model, TOKENIZER, [document], SITE, tmp_path)
 
 
 def test_max_tokens_is_exact(model, tmp_path):
@@ -335,7 +386,7 @@ def test_bad_arguments(model, tmp_path, arguments, message):
 def test_texts_are_documents(model, tmp_path):
     with pytest.raises(TypeError, match="iterable of documents, got one str"):
         harvest(model, TOKENIZER, "one string", SITE, tmp_path)
-    with pytest.raises(TypeError, match="document 1 to be a str, got int"):
+    with pytest.raises(TypeError, match=r"document 1 to be a str or token ids \[t\], got int"):
         harvest(model, TOKENIZER, ["a", 3], SITE, tmp_path)
 
 

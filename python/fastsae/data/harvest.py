@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fastsae._files.read import field
 from fastsae._files.write import sweep
 from fastsae._log import logger
 from fastsae._signals import StopSignals
+from fastsae.data.contexts import ContextBatches, ContextReader, Rows
 from fastsae.data.shards import (
     COLUMNS,
     MANIFEST,
@@ -35,17 +36,16 @@ from fastsae.data.shards import (
     shard_from,
     shard_number,
 )
-from fastsae.models.check import check_sites
-from fastsae.models.chunks import Chunk, chunks, held_out, pad, prefix_token
-from fastsae.models.probe import device_of
-from fastsae.models.read import read, read_gradients
-from fastsae.models.sites import Site, resolve
+from fastsae.models.chunks import chunks, held_out, prefix_token
+
+MANY = 0.01
+"""Share of rows above which those dropped for their norm are no rare outliers."""
 
 
 def harvest(
     model: nn.Module,
     tokenizer: Any,
-    texts: Iterable[str],
+    texts: Iterable[Any],
     sites: str | Sequence[str],
     out: str | os.PathLike[str],
     *,
@@ -53,6 +53,7 @@ def harvest(
     batch_size: int = 8,
     drop_prefix: int = 1,
     prefix_id: int | None = None,
+    skip_token_ids: Sequence[int] = (),
     max_tokens: int | None = None,
     dtype: torch.dtype = torch.float16,
     max_norm_ratio: float | None = None,
@@ -70,9 +71,12 @@ def harvest(
     with `val_fraction = 0.1` every tenth document is for validation.
 
     Args:
-        model: a causal language model of `transformers`; put into eval mode meanwhile.
+        model: a language model of `transformers`; put into eval mode meanwhile. Where a row depends
+            on tokens to its right, as in encoders, padding is masked.
         tokenizer: its tokenizer.
-        texts: one string per document; may be a generator, is read once.
+        texts: one document each: a string, token ids `[t]`, or a mapping with "text" or "input_ids"
+            (rows of a dataset, also a streaming one), where "keep" says which tokens are stored.
+            May be a generator, is read once.
         sites: one site or several, see `fastsae.models.sites`.
         out: folder to write; created if missing.
         context: tokens per chunk, the prefix included.
@@ -80,11 +84,13 @@ def harvest(
         drop_prefix: positions at the start of a chunk that are not stored. The first position is an
             attention sink, whose norm is about 100 times the usual one; it would dominate the loss.
         prefix_id: token put in front of every chunk; None takes the tokenizer's BOS, else its EOS.
+        skip_token_ids: tokens whose rows are not stored, such as those of a chat template.
         max_tokens: stop once this many rows are stored, train and validation together.
         dtype: float16 | bfloat16 | float32, of the stored activations.
         max_norm_ratio: drop a token whose norm at some site is above this many times the median of
-            the first batch. Some models grow a second attention sink on an early token: a few rows
-            in 100,000 that carry 20 % of the variance. 3 drops those and nothing else.
+            the first 4,096 rows or more. Some models grow a second attention sink on an early
+            token: a few rows in 100,000 that carry 20 % of the variance. 3 drops those and nothing
+            else. More than a hundredth dropped is a warning.
         gradients: also store, as site `grad.NAME`, the gradient of the summed next-token loss of a
             chunk in each activation: what `GradientSAE` trains on. Needs bfloat16 or float32, since
             float16 flushes small gradients to zero, and a whole forward and backward pass.
@@ -114,9 +120,15 @@ def harvest(
     _check_rest(model, context, max_norm_ratio, dtype, meta)
     if gradients and dtype == torch.float16:
         raise ValueError("harvest: expected dtype bfloat16 or float32 with gradients, got float16")
-    found = [resolve(model, name) for name in names]
-    checks = _checks(model, names)
     prefix = prefix_token(tokenizer) if prefix_id is None else prefix_id
+    reader = ContextReader(
+        model,
+        names,
+        prefix_id=prefix,
+        drop_prefix=drop_prefix,
+        skip_token_ids=skip_token_ids,
+        gradients=gradients,
+    )
     config = getattr(model, "config", None)
     manifest = Manifest(
         model=getattr(config, "_name_or_path", "") or type(model).__name__,
@@ -124,23 +136,24 @@ def harvest(
         context=context,
         prefix_id=prefix,
         drop_prefix=drop_prefix,
-        dropped={"prefix": 0, "norm": 0},
+        dropped={"prefix": 0, "skipped": 0, "norm": 0},
         documents=dict.fromkeys(SPLITS, 0),
         settings={
             "sites": names,
             "batch_size": batch_size,
             "max_tokens": max_tokens,
             "max_norm_ratio": max_norm_ratio,
+            **({"skip_token_ids": reader.skip_token_ids} if reader.skip_token_ids else {}),
             "gradients": gradients,
             "val_fraction": val_fraction,
             "shard_rows": shard_rows,
             "weights": _weights(model),
         },
-        checks=checks,
+        checks=reader.checks,
         meta=json.loads(json.dumps(meta or {})),
     )
     folder = Path(out)
-    batches = _Batches(chunks(tokenizer, texts, context, prefix), batch_size)
+    batches = ContextBatches(chunks(tokenizer, texts, context, prefix), batch_size)
     training = model.training
     with locked(folder, "harvest"):
         sweep(folder)
@@ -151,11 +164,15 @@ def harvest(
         try:
             if progress and run.rows:
                 progress(run.rows)
+            if max_norm_ratio is not None and not manifest.max_norm:
+                reader.limit_norms(batches, max_norm_ratio)
+                manifest.max_norm = reader.max_norm
+            reader.max_norm = manifest.max_norm
             with StopSignals() as stop:
                 for batch in batches:
                     if run.left == 0:
                         break
-                    columns = _rows(model, found, batch, manifest, max_norm_ratio, dtype, gradients)
+                    columns = _columns(reader.read(batch), manifest, dtype)
                     rows = run.add(columns, batches)
                     if progress:
                         progress(rows)
@@ -172,28 +189,10 @@ def harvest(
                 "harvest: expected at least one token of text, the documents gave none"
             )
         run.close()
+        _warn_of_drops(manifest)
     if stop.received:
         raise KeyboardInterrupt(f"{stop.received}; the harvest in {folder} is complete")
     return manifest
-
-
-class _Batches:
-    """Contexts in batches, with a count and a checksum of those that were taken."""
-
-    def __init__(self, chunks: Iterator[Chunk], size: int) -> None:
-        self._chunks, self._size = chunks, size
-        self.count = 0
-        self._sum = xxhash.xxh3_128()
-
-    def __iter__(self) -> Iterator[list[Chunk]]:
-        while batch := list(islice(self._chunks, self._size)):
-            self.count += 1
-            self._sum.update(json.dumps([[chunk.doc, chunk.ids] for chunk in batch]).encode())
-            yield batch
-
-    def checksum(self) -> str:
-        """Return what stands for the documents so far."""
-        return self._sum.hexdigest()
 
 
 class _Harvest:
@@ -233,7 +232,7 @@ class _Harvest:
             number = field(self._resumed, "number", int, part, "harvest", least=0)
             self._writer.restore([shard_from(s, WAITING, part) for s in waiting], number)
 
-    def skip(self, batches: _Batches) -> None:
+    def skip(self, batches: ContextBatches) -> None:
         """Pass over the batches that an interrupted harvest has stored."""
         if self._resumed is None:
             return
@@ -248,7 +247,7 @@ class _Harvest:
                 "others; overwrite=True (--overwrite) begins anew"
             )
 
-    def add(self, columns: dict[str, Tensor], batches: _Batches) -> int:
+    def add(self, columns: dict[str, Tensor], batches: ContextBatches) -> int:
         """Store the rows of the batch just taken; return how many."""
         columns = {name: column[: self.left] for name, column in columns.items()}
         docs = columns["doc_ids"].tolist()
@@ -266,7 +265,7 @@ class _Harvest:
             self.save(batches)
         return len(docs)
 
-    def save(self, batches: _Batches) -> None:
+    def save(self, batches: ContextBatches) -> None:
         """Put everything up to the batch just taken on the disk."""
         self._writer.save(
             {
@@ -328,26 +327,6 @@ class _Harvest:
         return about
 
 
-def _checks(model: nn.Module, names: list[str]) -> dict[str, Any]:
-    """Return what is known of the sites, for the manifest, and log what one should know.
-
-    Raises:
-        ValueError: padding changes rows, with an attention mask too.
-    """
-    reports = check_sites(model, names)
-    for name, report in reports.items():
-        if not report.ok:
-            raise ValueError(f"harvest: {report.why}")
-        if not report.masked:
-            raise ValueError(
-                f"harvest: expected rows of {name} that do not depend on padding, got those of "
-                f"{type(model).__name__}, which do, with an attention mask too"
-            )
-        if report.why:
-            logger.info("harvest: %s: %s", name, report.why)
-    return {name: report.to_dict() for name, report in reports.items()}
-
-
 def _weights(model: nn.Module) -> str:
     """Return a checksum of some numbers of every parameter: another model has another one."""
     total = xxhash.xxh3_128()
@@ -359,55 +338,35 @@ def _weights(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def _rows(
-    model: nn.Module,
-    sites: list[Site],
-    batch: list[Chunk],
-    manifest: Manifest,
-    max_norm_ratio: float | None,
-    dtype: torch.dtype,
-    gradients: bool,
-) -> dict[str, Tensor]:
-    """Return the columns of one batch of chunks on the CPU: real, kept tokens, chunk by chunk."""
-    tokens, real = pad([chunk.ids for chunk in batch], manifest.prefix_id)
-    keep = real.clone()
-    keep[:, : manifest.drop_prefix] = False
-    manifest.dropped["prefix"] += int((real & ~keep).sum())
-    device = device_of(model)
-    tokens_there, real_there = tokens.to(device), real.to(device)
-    causal = all(check["causal"] for check in manifest.checks.values())
-    mask = None if causal else real_there.long()
-    if gradients:
-        read_acts, grads = read_gradients(
-            model, sites, tokens_there, real_there, attention_mask=mask
+def _warn_of_drops(manifest: Manifest) -> None:
+    """Log a warning if many rows had a large norm: then they are no rare outliers."""
+    stored = sum(manifest.rows(split) for split in SPLITS)
+    dropped = manifest.dropped["norm"]
+    if dropped > MANY * (stored + dropped):
+        logger.warning(
+            "harvest: %d of %d rows were dropped for their norm (max_norm_ratio = %s), more than "
+            "rare outliers are; what was stored does not stand for the model's activations",
+            dropped,
+            stored + dropped,
+            manifest.settings["max_norm_ratio"],
         )
-        read_acts |= {f"grad.{name}": g for name, g in grads.items()}
-    else:
-        read_acts = read(model, sites, tokens_there, attention_mask=mask)
-    acts = {name: x[keep.to(x.device)].cpu() for name, x in read_acts.items()}
-    position = torch.arange(tokens.shape[1]).expand(tokens.shape)
-    doc = torch.tensor([chunk.doc for chunk in batch]).unsqueeze(1).expand(tokens.shape)
-    columns = dict(zip(COLUMNS, (tokens[keep], doc[keep], position[keep]), strict=True))
-    columns = {name: column.int() for name, column in columns.items()}
-    kept = torch.ones(len(columns["token_ids"]), dtype=torch.bool)
-    for name, x in acts.items():
+
+
+def _columns(rows: Rows, manifest: Manifest, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the columns of a batch as they are stored, and count what was dropped."""
+    for reason, count in rows.dropped.items():
+        manifest.dropped[reason] = manifest.dropped.get(reason, 0) + count
+    numbers = (rows.tokens, rows.documents, rows.positions)
+    columns = {name: x.int() for name, x in zip(COLUMNS, numbers, strict=True)}
+    for name, x in rows.acts.items():
         manifest.sites.setdefault(name, x.shape[1])
-        norm = x.float().norm(dim=1)
-        if not norm.isfinite().all():
-            raise ValueError(f"harvest: site {name} gave an activation that is not finite")
-        if max_norm_ratio is not None and len(norm) and not name.startswith("grad."):
-            limit = manifest.max_norm.setdefault(name, max_norm_ratio * float(norm.median()))
-            kept &= norm <= limit
-    manifest.dropped["norm"] += int((~kept).sum())
-    for name, x in acts.items():
-        x = x[kept]
         if x.numel() and (largest := float(x.abs().max())) > torch.finfo(dtype).max:
             raise ValueError(
                 f"harvest: site {name} holds {largest:.0f}, more than the {manifest.dtype} maximum "
                 f"{torch.finfo(dtype).max:.0f}; use dtype bfloat16 or float32"
             )
         columns[f"acts.{name}"] = x.to(dtype)
-    return {name: c if name.startswith("acts.") else c[kept] for name, c in columns.items()}
+    return columns
 
 
 def _check(
