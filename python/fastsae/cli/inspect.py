@@ -1,4 +1,4 @@
-"""`fastsae inspect PATH`: what a trained SAE, or a folder of activations, holds."""
+"""`fastsae inspect`: what an SAE or a folder of activations holds, or what a model's sites are."""
 
 from __future__ import annotations
 
@@ -8,23 +8,41 @@ from typing import Any
 
 from fastsae.cli.console import emit, subcommand, table
 
+EXAMPLE = """
+fastsae inspect fastsae-demo/sae
+fastsae inspect fastsae-demo/activations --json
+fastsae inspect --model ./my-llama --site mlp_out.3
+"""
+
 
 def add_to(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = subcommand(
         subparsers,
         "inspect",
-        "show what an SAE or a folder of activations holds",
-        "fastsae inspect fastsae-demo/sae\nfastsae inspect fastsae-demo/activations --json",
+        "show what an SAE or a folder of activations holds, or what a model's sites are",
+        EXAMPLE,
         run,
     )
-    parser.add_argument("path", help="folder of an SAE, or of a harvest")
+    parser.add_argument("path", nargs="?", help="folder of an SAE, or of a harvest")
+    parser.add_argument("--model", help="a model instead, as in `fastsae harvest`")
+    parser.add_argument(
+        "--site", action="append",
+        help="which sites of the model (default: all kinds, in the block in the middle)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the facts of a folder."""
     from fastsae._files.read import printable
 
+    if (args.path is None) == (args.model is None):
+        raise ValueError("inspect: expected a folder or --model, and not both")
+    if args.site and args.model is None:
+        raise ValueError("inspect: expected --site together with --model")
+    if args.model is not None:
+        _sites(args)
+        return
     path = Path(args.path)
     if any((path / name).exists() for name in ("manifest.json", "manifest.partial.json")):
         facts = _store(path)
@@ -34,6 +52,29 @@ def run(args: argparse.Namespace) -> None:
         what = "no manifest.json or cfg.json in it" if path.is_dir() else "no such folder"
         raise FileNotFoundError(f"inspect: expected an SAE or a harvest, got {path}: {what}")
     emit(facts, args.json, table([(name, printable(str(value))) for name, value in facts.items()]))
+
+
+def _sites(args: argparse.Namespace) -> None:
+    """Print what the sites of a model are."""
+    from fastsae.models import check_sites, find_blocks, load_model
+    from fastsae.models.sites import BLOCK_KINDS, MODEL_KINDS
+
+    model, _ = load_model(args.model)
+    names = args.site
+    if not names:
+        layer = len(find_blocks(model)[1]) // 2
+        names = [f"{kind}.{layer}" for kind in BLOCK_KINDS] + [f"head.{layer}.0", *MODEL_KINDS]
+    reports = check_sites(model, names)
+    if not args.site:  # what there is; dense models have no router
+        reports = {name: report for name, report in reports.items() if report.path}
+    rows = []
+    for name, report in reports.items():
+        told = [report.why] if report.why else []
+        if report.ok:
+            told = [report.path, f"{report.shape[-1]} wide", *filter(None, [report.written]), *told]
+        rows.append((name, ", ".join(told)))
+    found = {name: report.to_dict() for name, report in reports.items()}
+    emit(found, args.json, table(rows))
 
 
 def _store(path: Path) -> dict[str, Any]:
@@ -52,8 +93,15 @@ def _store(path: Path) -> dict[str, Any]:
         "bytes": sum(open_shard(path, s).path.stat().st_size for s in manifest.shards),
         "context": manifest.context,
         "dropped": manifest.dropped,
+        **({"notes": notes} if (notes := _notes(manifest.checks)) else {}),
         "max_norm": manifest.max_norm,
     }
+
+
+def _notes(checks: dict[str, Any]) -> dict[str, str]:
+    """Return what one should know about the sites of a store."""
+    told = {name: check.get("why") for name, check in checks.items() if isinstance(check, dict)}
+    return {name: str(why) for name, why in told.items() if why}
 
 
 def _sae(path: Path) -> dict[str, Any]:
