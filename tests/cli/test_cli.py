@@ -77,6 +77,41 @@ def test_harvest_train_eval_inspect(tiny, corpus, tmp_path, capsys) -> None:
     assert "fit(resume=True)" in again
 
 
+def test_inspect_a_model(tiny, tmp_path, capsys) -> None:
+    found = succeeds(capsys, "inspect", "--model", "tiny")
+    assert found["mlp_out.1"]["written"] == "exact"
+    assert found["resid_post.1"]["shape"] == [2, 8, D]
+    assert "router.1" not in found  # there is none
+    one = succeeds(capsys, "inspect", "--model", "tiny", "--site", "resid_post.9")
+    assert list(one) == ["resid_post.9"]
+    assert "expected a layer in 0..2" in one["resid_post.9"]["why"]
+    assert cli.main(["inspect", "--model", "tiny", "--site", "mlp_out.1"]) == 0
+    assert capsys.readouterr().out.split() == [
+        "mlp_out.1", "model.layers.1.mlp:out,", str(D), "wide,", "exact",
+    ]  # fmt: skip
+    assert "a folder or --model" in fails(capsys, 1, "inspect")
+    assert "a folder or --model" in fails(capsys, 1, "inspect", tmp_path, "--model", "tiny")
+    assert "--site together with --model" in fails(capsys, 1, "inspect", tmp_path, "--site", "x")
+
+
+def test_a_transcoder_is_spliced_and_a_crosscoder_refused(
+    several, tiny, corpus, tmp_path, capsys
+) -> None:
+    for arch, sites in (("transcoder", ("resid_post.0", "mlp_out.1")),
+                        ("crosscoder", ("resid_post.0", "resid_post.1"))):  # fmt: skip
+        succeeds(
+            capsys, "train", several, "--out", tmp_path / arch, "--arch", arch, "--k", 4,
+            "--batch-size", 64, "--steps", 12, "--expansion", 2,
+            *(part for site in sites for part in ("--site", site)),
+        )  # fmt: skip
+    model = ("--model", "tiny", "--text", corpus)
+    found = succeeds(capsys, "eval", tmp_path / "transcoder", several, *model)
+    assert found["clean"] > 0
+    assert found["sae"] != found["clean"]
+    refused = fails(capsys, 1, "eval", tmp_path / "crosscoder", several, *model)
+    assert "expected an SAE that reads one site, got CrossCoder, which reads 2" in refused
+
+
 @pytest.fixture
 def several(tiny, corpus, tmp_path, capsys):
     """A harvest of three sites with gradients."""

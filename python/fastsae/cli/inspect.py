@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _sites(args: argparse.Namespace) -> None:
     """Print what the sites of a model are."""
-    from fastsae.models import check_sites, find_blocks, load_model
+    from fastsae.models import check_sites, find_blocks
+    from fastsae.models.load import load_model
     from fastsae.models.sites import BLOCK_KINDS, MODEL_KINDS
 
     model, _ = load_model(args.model)
