@@ -3,5 +3,14 @@
 from fastsae.data.harvest import harvest
 from fastsae.data.source import ActivationSource, IterableSource, TensorSource
 from fastsae.data.store import ActivationStore
+from fastsae.data.stream import Stream, stream
 
-__all__ = ["ActivationSource", "ActivationStore", "IterableSource", "TensorSource", "harvest"]
+__all__ = [
+    "ActivationSource",
+    "ActivationStore",
+    "IterableSource",
+    "Stream",
+    "TensorSource",
+    "harvest",
+    "stream",
+]

@@ -12,6 +12,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from fastsae._files.checksum import as_bytes
 from fastsae._log import logger
 from fastsae.models.check import check_sites
 from fastsae.models.chunks import Chunk, pad
@@ -192,3 +193,14 @@ class ContextReader:
         else:
             got = read(self.model, self.sites, there, attention_mask=mask)
         return {name: x[keep.to(x.device)].cpu() for name, x in got.items()}
+
+
+def weights_checksum(model: nn.Module) -> str:
+    """Return a checksum of some numbers of every parameter: another model has another one."""
+    total = xxhash.xxh3_128()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // 256)][:512].cpu().contiguous()
+        total.update(f"{name} {parameter.dtype} {[*parameter.shape]}".encode())
+        total.update(as_bytes(some))
+    return total.hexdigest()

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 
-from fastsae._files.checksum import as_bytes
 from fastsae._files.lock import locked
 from fastsae._files.read import field
 from fastsae._files.write import sweep
 from fastsae._log import logger
 from fastsae._signals import StopSignals
-from fastsae.data.contexts import ContextBatches, ContextReader, Rows
+from fastsae.data.contexts import ContextBatches, ContextReader, Rows, weights_checksum
 from fastsae.data.shards import (
     COLUMNS,
     MANIFEST,
@@ -147,7 +145,7 @@ def harvest(
             "gradients": gradients,
             "val_fraction": val_fraction,
             "shard_rows": shard_rows,
-            "weights": _weights(model),
+            "weights": weights_checksum(model),
         },
         checks=reader.checks,
         meta=json.loads(json.dumps(meta or {})),
@@ -325,17 +323,6 @@ class _Harvest:
         values = {name: getattr(manifest, name) for name in names} | manifest.settings
         about: dict[str, Any] = json.loads(json.dumps(values))
         return about
-
-
-def _weights(model: nn.Module) -> str:
-    """Return a checksum of some numbers of every parameter: another model has another one."""
-    total = xxhash.xxh3_128()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // 256)][:512].cpu().contiguous()
-        total.update(f"{name} {parameter.dtype} {[*parameter.shape]}".encode())
-        total.update(as_bytes(some))
-    return total.hexdigest()
 
 
 def _warn_of_drops(manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae.models.probe import Call, Probe, first_tensor, with_first
+from fastsae.models.threads import only_here
 
 
 class Blocks(NamedTuple):
@@ -145,6 +146,7 @@ def is_scaled(x: Tensor, y: Tensor) -> bool:
 def _reaches(probe: Probe, call: Call, clean: Tensor) -> bool:
     """Return whether the output of the model changes with what one module gives."""
 
+    @only_here
     def change(module: nn.Module, args: Any, output: Any) -> Any:
         x = first_tensor(output)
         return None if x is None else with_first(output, x + noise_like(x))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastsae.models.blocks import look_up, noise_like
 from fastsae.models.probe import Call, Hook, Probe
 from fastsae.models.sites import Base, Site, block_of, is_named, locate, mlp_of, parse, resolve
+from fastsae.models.threads import only_here
 
 WRITES = {"mlp_out": "mlp_write", "attn_out": "attn_write"}
 """Sites whose value is added to the stream, and the name of what is really added."""
@@ -400,8 +401,8 @@ class _Write:
         hooks += [_holding(call) for call in self.held(own, way)]
         calls, _ = self.probe.record({"block": self.block}, hooks)
         out, before = calls[0].output, self.stream.output
-        if out is None or before is None or not added:
-            return False, None
+        if out is None or before is None or not added or added[0].numel() != out.numel():
+            return False, None  # several streams, in some families
         moved, step = (out - before).double(), added[0].double().reshape(out.shape)
         if self.equal(moved, step, out):
             return True, 1.0
@@ -471,6 +472,7 @@ def _holding(call: Call) -> Hook:
     """
     key, held = next(iter(call.inputs.items()))
 
+    @only_here
     def hold(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if isinstance(key, int):
             return (*args[:key], held, *args[key + 1 :]), kwargs

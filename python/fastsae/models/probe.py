@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastsae.models.threads import only_here
+
 ROWS, TOKENS = 2, 8
 """Contexts of a probe, and tokens of each."""
 
@@ -104,6 +106,7 @@ class Probe:
         clock = iter(range(1 << 62))
 
         def begin(name: str) -> Callable[..., None]:
+            @only_here
             def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
                 given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
                 inputs = {key: x.clone() for key, x in given if _is_float(x)}
@@ -112,6 +115,7 @@ class Probe:
 
             return hook
 
+        @only_here
         def end(module: nn.Module, args: Any, output: Any) -> None:
             call = open_calls.pop()
             first = first_tensor(output)

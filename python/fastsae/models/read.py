@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastsae.models.probe import options
 from fastsae.models.sites import Site
+from fastsae.models.threads import only_here
 
 
 def read_gradients(
@@ -43,6 +44,7 @@ def read_gradients(
     got: dict[str, Tensor] = {}
 
     def reader(name: str) -> Callable[[Tensor], Tensor]:
+        @only_here
         def take(x: Tensor) -> Tensor:
             got[name] = x if x.requires_grad else x.detach().requires_grad_()
             return got[name].clone()  # some models change it in place
@@ -123,6 +125,7 @@ def _read(
     versions: dict[str, int] = {}
 
     def reader(name: str, copies: bool) -> Callable[[Tensor], None]:
+        @only_here
         def take(x: Tensor) -> None:
             copies_now = copies or x.is_inference()  # those have no versions
             got[name] = x.clone() if copies_now else x

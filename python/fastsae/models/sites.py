@@ -24,6 +24,7 @@ Blocks are found by `find_blocks`, and what is found is checked by running the m
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastsae.models.blocks import look_up
 from fastsae.models.probe import first_tensor, with_first
+from fastsae.models.threads import not_elsewhere
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block", "shared_mlp")
 MLP_LINEAR = ("fc1", "fc2")
@@ -108,7 +110,7 @@ class Site:
         Returns:
             A handle; `handle.remove()` takes the hook off.
         """
-        seen: dict[str, Any] = {}
+        seen = threading.local()  # what this pass has seen; another thread may run another one
         handles: list[RemovableHandle] = []
         if self.block is not None and self.block is not self.module:
             handles.append(self.block.register_forward_pre_hook(_note(seen), with_kwargs=True))
@@ -118,13 +120,13 @@ class Site:
 
         def change(x: Tensor) -> Tensor | None:
             rows = x
-            lead = seen.get("lead")
+            lead = getattr(seen, "lead", None)
             if lead is not None and x.ndim == 2 and x.shape[0] == lead[0] * lead[1]:
                 rows = x.view(*lead, -1)
             value = rows if self.columns is None else rows[..., self.columns]
             value = value if self.scale == 1 else value * self.scale
             if self.base is not None:
-                added = self.base.sign * seen["base"].reshape(value.shape)
+                added = self.base.sign * seen.base.reshape(value.shape)
                 value = value + added
             new = fn(value)
             if new is None:
@@ -139,6 +141,7 @@ class Site:
 
         if self.side == "out":
 
+            @not_elsewhere
             def after(module: nn.Module, args: Any, output: Any) -> Any:
                 x = first_tensor(output)
                 if x is None:
@@ -152,6 +155,7 @@ class Site:
             handles.append(self.module.register_forward_hook(after))
             return Handles(handles)
 
+        @not_elsewhere
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
             key = first_key(args, kwargs)
             if isinstance(key, int):
@@ -185,16 +189,17 @@ def first_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
     return next((name for name, x in kwargs.items() if isinstance(x, Tensor)), next(iter(kwargs)))
 
 
-def _note(seen: dict[str, Any], key: int | str | None = None) -> Callable[..., None]:
+def _note(seen: threading.local, key: int | str | None = None) -> Callable[..., None]:
     """Return a hook that remembers an argument of a module; without a key, the shape of rows."""
 
+    @not_elsewhere
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if key is not None:
-            seen["base"] = args[key] if isinstance(key, int) else kwargs[key]
+            seen.base = args[key] if isinstance(key, int) else kwargs[key]
             return
         where = first_key(args, kwargs)
         x = args[where] if isinstance(where, int) else kwargs[where]
-        seen["lead"] = x.shape[:2] if isinstance(x, Tensor) and x.ndim == 3 else None
+        seen.lead = x.shape[:2] if isinstance(x, Tensor) and x.ndim == 3 else None
 
     return before
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastsae.models.probe import Handle
 from fastsae.models.sites import Site, resolve
+from fastsae.models.threads import not_elsewhere
 
 
 @contextmanager
@@ -107,10 +108,10 @@ def intervene(
         return out
 
     handles: list[Handle] = [
-        model.register_forward_pre_hook(call.begin, with_kwargs=True),
+        model.register_forward_pre_hook(not_elsewhere(call.begin), with_kwargs=True),
         *([] if source is None else [source.hook(call.take)]),
         site.hook(hook),
-        model.register_forward_hook(call.end, always_call=True),
+        model.register_forward_hook(not_elsewhere(call.end), always_call=True),
     ]
     try:
         yield
