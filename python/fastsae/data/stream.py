@@ -18,6 +18,9 @@ from fastsae.models.threads import alone
 
 HELD_OUT = 0.05
 """Share of the documents that `hold_back` keeps from training."""
+WAITING = 2048
+"""Contexts that wait to be drawn at random: half a buffer of rows may be three long documents, and
+the tokens of many contexts take little memory."""
 
 
 def stream(
@@ -41,15 +44,16 @@ def stream(
         Trainer(sae, source, TrainConfig(total_tokens=10_000_000)).fit()
 
     While rows of one half of the buffer are trained on, in random order, a thread fills the other
-    half. Documents are cut into contexts as in `harvest`. A run that is resumed continues with the
-    same rows, if `texts` gives the same documents again: those before are skipped without running
-    the model, and compared by their checksum.
+    half. Documents are cut into contexts as in `harvest`, and these come in random order. A run
+    that is resumed continues with the same rows, if `texts` gives the same documents again: those
+    before are skipped without running the model, and compared by their checksum.
 
     Args:
         model: a language model of `transformers`, in eval mode; its weights must stay as they are.
         tokenizer: as in `harvest`, like all that is not said here.
         texts: documents as in `harvest`. A list, a dataset, or anything that can be iterated again
-            is, for further passes; an iterator ends where it ends.
+            is, for further passes; an iterator ends where it ends. What can be indexed is trained
+            on in random order, which differs from pass to pass; of others 2,048 contexts are mixed.
         sites: one site or several; rows hold their activations next to each other, in this order.
         buffer_rows: rows of both halves together, so what is in memory; half of them are mixed.
         context: tokens of a context, its prefix included.
@@ -124,8 +128,14 @@ class _Documents:
         """Whether they can be iterated again and again."""
         return self._once is None
 
-    def batches(self, *, training: bool) -> ContextBatches:
-        """Return their contexts in batches, from the first one on."""
+    def batches(self, order: int | None = None, *, training: bool = False) -> ContextBatches:
+        """Return their contexts in batches, from the first one on.
+
+        Args:
+            order: a seed of the order in which contexts come, and documents that can be indexed;
+                None: as they are.
+            training: whether this is what an iterator is kept for.
+        """
         if training and self._once is not None:
             if self._once.used:
                 raise RuntimeError(
@@ -133,11 +143,23 @@ class _Documents:
                     "been; give a list, a dataset, or an object whose __iter__ begins anew"
                 )
             self._once.used = True
-        every = chunks(self._tokenizer, self._texts, self._context, self._prefix)
-        return ContextBatches(filter(self._wanted, every), self._size)
+        texts = self._in_order() if order is None else self._mixed(order)
+        every = chunks(self._tokenizer, texts, self._context, self._prefix)
+        return ContextBatches(every if order is None else _shuffled(every, order), self._size)
 
-    def _wanted(self, chunk: Chunk) -> bool:
-        return self.held is None or held_out(chunk.doc, HELD_OUT) == self.held
+    def _wanted(self, number: int) -> bool:
+        return self.held is None or held_out(number, HELD_OUT) == self.held
+
+    def _in_order(self) -> Iterator[Any]:
+        return (text for i, text in enumerate(self._texts) if self._wanted(i))
+
+    def _mixed(self, seed: int) -> Iterator[Any]:
+        texts: Any = self._texts
+        if not (hasattr(texts, "__getitem__") and hasattr(texts, "__len__")):
+            return self._in_order()
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(texts), generator=generator).tolist()
+        return (texts[i] for i in order if self._wanted(i))
 
 
 class Stream:
@@ -164,15 +186,15 @@ class Stream:
         return self.reader.max_norm.get(self.sites[0])
 
     def batches(self, batch_size: int, *, seed: int | None = 0) -> Iterator[Tensor]:
-        """See `ActivationSource.batches`; rows are mixed within half a buffer."""
+        """See `ActivationSource.batches`: of a seed, contexts are mixed, and rows of a half."""
         if seed is None:
-            rows = self._rows(self._documents.batches(training=False))
+            rows = self._rows(self._documents.batches())
             return _cut(rows if self._limit is None else _first(rows, self._limit), batch_size)
         return StreamBatches(self, batch_size, seed)
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """Return at most `n` rows, drawn at random from the first 2 n; they come again later."""
-        rows = torch.cat(list(_first(self._rows(self._documents.batches(training=False)), 2 * n)))
+        rows = torch.cat(list(_first(self._rows(self._documents.batches(seed)), 2 * n)))
         generator = torch.Generator().manual_seed(seed)
         return rows[torch.randperm(len(rows), generator=generator)[:n].sort().values]
 
@@ -208,9 +230,9 @@ class Stream:
         parts = [acts[name] for name in self.sites]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def documents(self) -> ContextBatches:
-        """Return the contexts to train on, from the first document on."""
-        return self._documents.batches(training=True)
+    def documents(self, seed: int) -> ContextBatches:
+        """Return the contexts to train on, from the first document on, in an order of this seed."""
+        return self._documents.batches(seed, training=True)
 
     @property
     def endless(self) -> bool:
@@ -324,7 +346,7 @@ class _Filler:
         self._place = self._here()
 
     def _open(self) -> None:
-        self._contexts = self._source.documents()
+        self._contexts = self._source.documents((self._seed << 24) + self._pass)
         self._source.limit_norms(self._contexts)
         self._batches = iter(self._contexts)
 
@@ -373,6 +395,24 @@ class _Filler:
             self._open()
             self._rows, self._used = None, 0
         return True
+
+
+def _shuffled(contexts: Iterator[Chunk], seed: int) -> Iterator[Chunk]:
+    """Yield contexts in random order: one of those that wait, whose place the next one takes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def place(n: int) -> int:
+        return int(torch.randint(n, (), generator=generator))
+
+    waiting = list(islice(contexts, WAITING))
+    for context in contexts:
+        at = place(len(waiting))
+        waiting[at], drawn = context, waiting[at]
+        yield drawn
+    while waiting:
+        at = place(len(waiting))
+        waiting[at], waiting[-1] = waiting[-1], waiting[at]
+        yield waiting.pop()
 
 
 def _first(parts: Iterator[Tensor], n: int) -> Iterator[Tensor]:

@@ -204,7 +204,10 @@ def with_first(output: Any, new: Tensor) -> Any:
     """Return `output` with its first tensor replaced."""
     if isinstance(output, list):
         return [new, *output[1:]]
-    return (new, *output[1:]) if isinstance(output, tuple) else new
+    if isinstance(output, tuple):
+        named = hasattr(output, "_fields")
+        return type(output)(new, *output[1:]) if named else (new, *output[1:])
+    return new
 
 
 def final_tensor(output: Any, name: str) -> Tensor:

@@ -277,7 +277,7 @@ def locate(model: nn.Module, name: str) -> Site:
     if kind == "router":
         mlp, _ = mlp_of(block, name)
         return Site(name, _child(mlp, ROUTER_NAMES, name, "a router"), "out", block)
-    attention = _child(block, ATTN_NAMES, name, "an attention module")
+    attention = _attention(block, name)
     if kind == "attn_out":
         return Site(name, attention, "out", block)
     children = dict(attention.named_children())
@@ -312,6 +312,14 @@ def mlp_of(block: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:
         return children[MLP_LINEAR[0]], children[MLP_LINEAR[1]]
     mlp = _child(block, MLP_NAMES, name, "an MLP")
     return mlp, mlp
+
+
+def _attention(block: nn.Module, name: str) -> nn.Module:
+    """Return the attention of a block; some families mix such blocks with recurrent ones."""
+    mixed = getattr(block, "temporal_block", None)  # recurrent_gemma
+    if isinstance(mixed, nn.Module) and hasattr(mixed, "o_proj"):
+        return mixed
+    return _child(block, ATTN_NAMES, name, "an attention module")
 
 
 def _of_model(model: nn.Module, name: str) -> Site:
