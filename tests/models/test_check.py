@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from bench.tiny_models import build
 from fastsae.data import harvest
-from fastsae.models import check_sites, find_blocks, read, read_gradients, replace, resolve
+from fastsae.models import check_sites, find_blocks, read, read_gradients, replace, resolve, splice
 from tests.models.tiny import CharTokenizer
 
 TOKENS = torch.arange(5, 19).view(2, 7)
@@ -186,6 +186,37 @@ def test_rows_of_an_encoder_do_not_depend_on_padding(models, family, tmp_path):
     alone, padded = (ActivationStore(tmp_path / str(size)) for size in (1, 3))
     assert_close(padded.rows(), alone.rows(), rtol=1e-4, atol=1e-4)
     assert alone.manifest.checks["resid_post.1"]["causal"] is False
+
+
+def test_an_sae_of_a_vision_model(models, tmp_path):
+    """Class token and patches of images, read by the model's own inputs."""
+    import fastsae
+
+    model = models("vit:vision")
+    images = torch.randn(40, 3, model.config.image_size, model.config.image_size)
+    site = resolve(model, "resid_post.2")
+    x = read(model, [site], {"pixel_values": images})[site.name]
+    with torch.no_grad():
+        out = model(pixel_values=images, output_hidden_states=True)
+    assert torch.equal(x, out.hidden_states[3])
+    patches = x[:, 1:].flatten(0, 1)
+    sae = fastsae.TopKSAE(32, 128, k=8)
+    config = fastsae.TrainConfig(steps=150, batch_size=64, progress=False)
+    final = fastsae.Trainer(sae, patches, config).fit().final
+    assert final["fvu"] < 0.5
+    with torch.no_grad(), splice(model, "resid_post.2", sae, drop_prefix=1):
+        spliced = model(pixel_values=images, output_hidden_states=True)
+    got = spliced.last_hidden_state
+    by_hand = x.clone()
+    by_hand[:, 1:] = sae(x[:, 1:])
+    with torch.no_grad():
+        for block in find_blocks(model)[1][3:]:
+            out = block(by_hand)
+            by_hand = out[0] if isinstance(out, tuple) else out
+        wanted = model.layernorm(by_hand)
+    assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="takes tokens, got ViTModel, which takes pixel_values"):
+        harvest(model, CharTokenizer(), ["text"], "resid_post.2", tmp_path)
 
 
 def test_heads_are_columns_of_what_is_projected(models):

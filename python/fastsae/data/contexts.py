@@ -101,6 +101,13 @@ class ContextReader:
         owner: str = "harvest",
     ) -> None:
         self.model, self.owner = model, owner
+        takes = getattr(model, "main_input_name", "input_ids")
+        if takes != "input_ids":
+            raise ValueError(
+                f"{owner}: expected a model that takes tokens, got {type(model).__name__}, which "
+                f"takes {takes}; fastsae.models.read takes its inputs by name, and a Trainer rows "
+                "of any origin"
+            )
         self.sites = [resolve(model, name) for name in sites]
         self.prefix_id, self.drop_prefix, self.gradients = prefix_id, drop_prefix, gradients
         self.skip_token_ids = sorted(set(map(int, skip_token_ids)))

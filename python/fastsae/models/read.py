@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,39 +86,41 @@ class _Stop(Exception):
 def read(
     model: nn.Module,
     sites: Sequence[Site],
-    tokens: Tensor,
+    inputs: Tensor | Mapping[str, Tensor],
     *,
     attention_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Run the model on `tokens` and return its activations at `sites`.
+    """Run the model on some inputs and return its activations at `sites`.
 
     The forward pass ends as soon as the last site has fired: a site in the middle of the model
     costs half a pass, and the unembedding is never computed. Activations are those that the site
     had, also where the model changes them in place later.
 
+        read(vit, [resolve(vit, "resid_post.5")], {"pixel_values": images})
+
     Args:
-        model: a language model of `transformers`.
+        model: a model of `transformers`.
         sites: from `resolve`; their names differ.
-        tokens: `[n, t]`, int64, on the model's device.
+        inputs: tokens `[n, t]`, int64; or arguments of the forward pass by name, as a processor
+            gives them. On the model's device.
         attention_mask: `[n, t]`, 0 at padding; needed where a row depends on what is right of it.
 
     Returns:
-        `{site.name: [n, t, d]}` in the model's dtype and on its device.
+        `{site.name: [n, t, d]}` in the model's dtype and on its device; t counts patches and class
+        tokens in models of images.
 
     Raises:
         RuntimeError: a site was not reached by the forward pass.
     """
-    got, kept = _read(model, sites, tokens, attention_mask, set())
+    given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    given |= {} if attention_mask is None else {"attention_mask": attention_mask}
+    got, kept = _read(model, sites, given, set())
     changed = {name for name, version in kept.items() if got[name]._version != version}
-    return _read(model, sites, tokens, attention_mask, changed)[0] if changed else got
+    return _read(model, sites, given, changed)[0] if changed else got
 
 
 def _read(
-    model: nn.Module,
-    sites: Sequence[Site],
-    tokens: Tensor,
-    mask: Tensor | None,
-    copied: set[str],
+    model: nn.Module, sites: Sequence[Site], inputs: dict[str, Tensor], copied: set[str]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Return the activations, copies of some of them, and the versions that the others had."""
     got: dict[str, Tensor] = {}
@@ -138,7 +140,7 @@ def _read(
 
     handles = [site.hook(reader(site.name, site.in_place or site.name in copied)) for site in sites]
     try:
-        model(input_ids=tokens, **_masked(mask), **options(model))
+        model(**inputs, **options(model))
     except _Stop:
         return got, versions
     finally:
