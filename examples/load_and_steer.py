@@ -13,8 +13,7 @@ import torch
 import transformers
 
 import fastsae
-from fastsae.models.sites import read, resolve
-from fastsae.models.splice import replace, splice
+from fastsae.models import read, replace, resolve, splice
 
 SITE = "resid_post.0"
 

@@ -11,9 +11,10 @@ import fastsae
 ROOT = Path(fastsae.__file__).parent
 
 # Part of the package -> the parts it may import from. What everything may import is BASE.
-BASE = {"types"}
+BASE = {"types", "_log"}
 LAYERS: dict[str, set[str]] = {
     "types": set(),
+    "_log": set(),
     "_files": set(),
     "_signals": set(),
     "_library": set(),

@@ -18,7 +18,7 @@ from fastsae.models.check import check_sites
 from fastsae.models.chunks import Chunk, pad
 from fastsae.models.probe import device_of
 from fastsae.models.read import read, read_gradients
-from fastsae.models.sites import resolve
+from fastsae.models.resolve import resolve
 
 NORM_ROWS = 4096
 """Rows that say which norm is usual; the first batch may be one document."""

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from fastsae.eval.metrics import FVU
 from fastsae.models.chunks import pad
 from fastsae.models.probe import device_of, options
-from fastsae.models.sites import resolve
+from fastsae.models.resolve import resolve
 from fastsae.models.splice import ablate, intervene, splice
 
 

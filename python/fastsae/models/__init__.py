@@ -4,7 +4,8 @@ from fastsae.models.blocks import find_blocks
 from fastsae.models.check import SiteReport, check_sites
 from fastsae.models.load import load_model
 from fastsae.models.read import read, read_gradients
-from fastsae.models.sites import Site, describe, resolve
+from fastsae.models.resolve import resolve
+from fastsae.models.sites import Site, describe
 from fastsae.models.splice import ablate, replace, splice
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastsae.models.blocks import look_up, noise_like
 from fastsae.models.probe import Call, Hook, Probe
-from fastsae.models.sites import Base, Site, block_of, is_named, locate, mlp_of, parse, resolve
+from fastsae.models.sites import Base, Site, block_of, by_path, is_named, locate, mlp_of, parse
 from fastsae.models.threads import only_here
 
 WRITES = {"mlp_out": "mlp_write", "attn_out": "attn_write"}
@@ -136,7 +136,7 @@ def _examine(model: nn.Module, probe: Probe, name: str) -> tuple[Site, SiteRepor
     if kind in MADE:
         assert parsed is not None
         return _made(model, probe, name, kind, parsed[1])
-    site = locate(model, name) if is_named(name) else resolve(model, name)
+    site = locate(model, name) if is_named(name) else by_path(model, name)
     report = _basics(model, probe, site)
     site = replace(site, in_place=report.in_place)
     if report.ok and not report.reaches:

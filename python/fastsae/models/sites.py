@@ -204,27 +204,6 @@ def _note(seen: threading.local, key: int | str | None = None) -> Callable[..., 
     return before
 
 
-def resolve(model: nn.Module, name: str) -> Site:
-    """Find a site in a model, and check that it is what its name says.
-
-    A check takes about ten forward passes of eight tokens; its verdict is kept with the model. A
-    plain path is not checked.
-
-    Args:
-        model: a model of `transformers`, or any module for a plain path.
-        name: a site as described at the top of this file.
-
-    Raises:
-        ValueError: the model has no such site, or what it has under this name is something else;
-            the message says what.
-    """
-    if not is_named(name):
-        return _by_path(model, name)
-    from fastsae.models.check import checked
-
-    return checked(model, name)
-
-
 def is_named(name: str) -> bool:
     """Return whether a site has one of the names above; else it is a path."""
     return name in MODEL_KINDS or parse(name) is not None
@@ -367,7 +346,8 @@ def _child(parent: nn.Module, names: tuple[str, ...], site: str, what: str) -> n
     )
 
 
-def _by_path(model: nn.Module, name: str) -> Site:
+def by_path(model: nn.Module, name: str) -> Site:
+    """Return the site of a plain path; nothing is checked but that there is such a module."""
     path, _, side = name.partition(":")
     if side not in ("", "in", "out"):
         raise ValueError(f"site {name}: expected PATH:in or PATH:out, got :{side}")

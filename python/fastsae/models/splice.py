@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsae.models.probe import Handle
-from fastsae.models.sites import Site, resolve
+from fastsae.models.resolve import resolve
+from fastsae.models.sites import Site
 from fastsae.models.threads import not_elsewhere
 
 
