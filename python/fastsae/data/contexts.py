@@ -206,6 +206,9 @@ def weights_checksum(model: nn.Module) -> str:
     """Return a checksum of some numbers of every parameter: another model has another one."""
     total = xxhash.xxh3_128()
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:  # kept elsewhere, by accelerate
+            total.update(f"{name} {parameter.dtype} {[*parameter.shape]}".encode())
+            continue
         flat = parameter.detach().reshape(-1)
         some = flat[:: max(1, flat.numel() // 256)][:512].cpu().contiguous()
         total.update(f"{name} {parameter.dtype} {[*parameter.shape]}".encode())

@@ -35,6 +35,7 @@ from fastsae.data.shards import (
     shard_number,
 )
 from fastsae.models.chunks import chunks, held_out, prefix_token
+from fastsae.models.probe import evaluating
 
 MANY = 0.01
 """Share of rows above which those dropped for their norm are no rare outliers."""
@@ -152,14 +153,12 @@ def harvest(
     )
     folder = Path(out)
     batches = ContextBatches(chunks(tokenizer, texts, context, prefix), batch_size)
-    training = model.training
     with locked(folder, "harvest"):
         sweep(folder)
         clean_up(folder)
         run = _Harvest(folder, manifest, max_tokens, overwrite)
         run.skip(batches)
-        model.eval()
-        try:
+        with evaluating(model):
             if progress and run.rows:
                 progress(run.rows)
             if max_norm_ratio is not None and not manifest.max_norm:
@@ -180,8 +179,6 @@ def harvest(
                             f"{stop.received} after {run.rows} rows; they are in {folder}, and the "
                             "same call continues"
                         )
-        finally:
-            model.train(training)
         if not run.rows:
             raise ValueError(
                 "harvest: expected at least one token of text, the documents gave none"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import islice
 from typing import Any, Self
 
@@ -194,7 +196,10 @@ class Stream:
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """Return at most `n` rows, drawn at random from the first 2 n; they come again later."""
-        rows = torch.cat(list(_first(self._rows(self._documents.batches(seed)), 2 * n)))
+        parts = list(_first(self._rows(self._documents.batches(seed)), 2 * n))
+        if not parts:
+            raise ValueError("stream: expected at least one token of text, got none")
+        rows = torch.cat(parts)
         generator = torch.Generator().manual_seed(seed)
         return rows[torch.randperm(len(rows), generator=generator)[:n].sort().values]
 
@@ -225,6 +230,11 @@ class Stream:
 
     def read(self, batch: list[Chunk]) -> Tensor:
         """Return the rows `[m, d_in]` of a batch of contexts."""
+        if self.reader.model.training:
+            raise RuntimeError(
+                f"stream: expected {type(self.reader.model).__name__} in eval mode, got it in "
+                "training mode; call model.eval()"
+            )
         with alone():
             acts = self.reader.read(batch).acts
         parts = [acts[name] for name in self.sites]
@@ -254,7 +264,9 @@ class StreamBatches:
     """
 
     def __init__(self, source: Stream, batch_size: int, seed: int) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fastsae-stream")
+        self._stopping = threading.Event()
+        self._threads: list[threading.Thread] = []
+        weakref.finalize(self, _end, self._stopping, self._threads)
         half = source.buffer_rows // 2
         if half < batch_size:
             raise ValueError(
@@ -282,7 +294,7 @@ class StreamBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position; see `ActivationSource.batches`."""
-        return {**self._begin, "batch": self._batch}
+        return {**self._begin, "batch": self._batch, "max_norm": dict(self._source.reader.max_norm)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a position that `state_dict` returned.
@@ -293,12 +305,13 @@ class StreamBatches:
         self._stop()
         self._begin = {name: state[name] for name in self._begin}
         self._batch = state["batch"]
+        self._source.reader.max_norm = dict(state["max_norm"])
 
     def _advance(self) -> bool:
         """Read the next half, and have the one after it filled; False at the end."""
         if self._filler is None:
             self._filler = _Filler(self._source, self._per_half, self._seed, self._begin)
-            self._next = self._pool.submit(self._filler.fill)
+            self._next = self._start(self._filler)
         elif self._half is not None:
             self._batch = 0
         assert self._next is not None
@@ -307,17 +320,39 @@ class StreamBatches:
         if half is None:
             return False
         self._half, self._begin = half, half.begin
-        self._next = self._pool.submit(self._filler.fill)
+        self._next = self._start(self._filler)
         return True
 
     def _stop(self) -> None:
         """Leave the thread's work."""
         if self._next is not None:
-            self._next.cancel()
+            self._stopping.set()
+            self._threads[-1].join()
+            self._stopping.clear()
         self._filler = self._next = self._half = None
 
-    def __del__(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    def _start(self, filler: _Filler) -> Future[_Half | None]:
+        """Fill the next half in a thread, which the process does not wait for at its end."""
+        future: Future[_Half | None] = Future()
+        stopping = self._stopping
+
+        def fill() -> None:
+            try:
+                future.set_result(filler.fill(stopping))
+            except BaseException as error:  # raised by who waits for it
+                future.set_exception(error)
+
+        self._threads[:] = [threading.Thread(target=fill, name="fastsae-stream", daemon=True)]
+        self._threads[0].start()
+        return future
+
+
+def _end(stopping: threading.Event, threads: list[threading.Thread]) -> None:
+    """Have the thread stop after the batch of contexts that it is at."""
+    stopping.set()
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(60)
 
 
 class _Half:
@@ -355,14 +390,14 @@ class _Filler:
         place = {"pass": self._pass, "contexts": self._contexts.count}
         return {**place, "checksum": self._contexts.checksum()}
 
-    def fill(self) -> _Half | None:
-        """Return the next half; None if the documents have ended."""
+    def fill(self, stopping: threading.Event) -> _Half | None:
+        """Return the next half; None if the documents have ended, or nobody wants it."""
         if self._source.threads is not None:
             torch.set_num_threads(self._source.threads)
         begin: dict[str, Any] | None = None
         half: Tensor | None = None
         filled = 0
-        while filled < self._count and self._more():
+        while filled < self._count and not stopping.is_set() and self._more():
             assert self._rows is not None
             if begin is None or half is None:
                 begin = {**self._place, "half": self._half, "skip": self._used}

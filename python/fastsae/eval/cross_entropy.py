@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from fastsae.eval.metrics import FVU
 from fastsae.models.chunks import pad
-from fastsae.models.probe import device_of, options
+from fastsae.models.probe import device_of, evaluating, options
 from fastsae.models.resolve import resolve
 from fastsae.models.splice import ablate, intervene, splice
 
@@ -122,9 +122,7 @@ def cross_entropy(
                 progress(len(ids))
         return total / tokens, tokens
 
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if mean is None:
             clean, tokens = run(
                 lambda pads: intervene(model, sites[-1], watch, source, pads, drop_prefix, max_norm)
@@ -140,8 +138,6 @@ def cross_entropy(
         through, _ = run(lambda pads: splice(model, found, sae, keep=pads, **rules))
         by_mean, _ = run(lambda pads: ablate(model, found, "mean", mean=mean, keep=pads, **rules))
         by_zero, _ = run(lambda pads: ablate(model, found, "zero", keep=pads, **rules))
-    finally:
-        model.train(training)
     return CrossEntropy(clean, through, by_mean, by_zero, tokens)
 
 

@@ -19,8 +19,13 @@ WRITES = {"mlp_out": "mlp_write", "attn_out": "attn_write"}
 """Sites whose value is added to the stream, and the name of what is really added."""
 MADE = {"mlp_write": "mlp_out", "attn_write": "attn_out", "resid_mid": "attn_out"}
 """Sites that are made of others."""
-ROUNDINGS = 32
-"""Two sums of a few terms differ by less than so many times the resolution of their type."""
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return by what share two sums of a few terms may differ: 32 times the resolution of their
+    type, but 4 times where that is coarse, or else a quarter would be nothing in bfloat16."""
+    resolution = torch.finfo(dtype).eps
+    return resolution * (32 if resolution < 1e-6 else 4)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,8 @@ def _report(
         site, report = _examine(model, probe or Probe(model), name)
     except ValueError as error:
         return None, _nothing(name, str(error))
-    known[name] = _modules(model), site, report
+    if report.ok:
+        known[name] = _modules(model), site, report
     return site, report
 
 
@@ -261,7 +267,7 @@ def _close(x: Tensor, y: Tensor) -> bool:
     """Return whether rows are equal up to rounding."""
     size = torch.maximum(x.double().norm(dim=-1), y.double().norm(dim=-1)).clamp_min(1e-30)
     error = (x.double() - y.double()).norm(dim=-1) / size
-    return bool((error <= ROUNDINGS * torch.finfo(x.dtype).eps).all())
+    return bool((error <= tolerance(x.dtype)).all())
 
 
 class _Write:
@@ -404,21 +410,58 @@ class _Write:
         if out is None or before is None or not added or added[0].numel() != out.numel():
             return False, None  # several streams, in some families
         moved, step = (out - before).double(), added[0].double().reshape(out.shape)
-        if self.equal(moved, step, out):
-            return True, 1.0
         factor = float((moved * step).sum() / step.square().sum())
-        if abs(factor) > 1e-6 and self.equal(moved, factor * step, out):
-            return True, factor
         columns = (moved * step).sum((0, 1)) / step.square().sum((0, 1))
-        if float(columns.abs().max()) > 1e-6 and self.equal(moved, columns * step, out):
+        if float(columns.abs().max()) <= 1e-6 or not self.equal(moved, columns * step, out):
+            return False, None
+        # The averages over rows are known better than single numbers.
+        share = tolerance(out.dtype)
+        if not self.equal(moved, factor * step, out) or bool(
+            ((columns - factor).abs() > share * abs(factor)).any()
+        ):
             return True, None
-        return False, None
+        return True, 1.0 if abs(factor - 1) <= max(share / 4, 1e-5) else factor
 
     def equal(self, moved: Tensor, wanted: Tensor, out: Tensor) -> bool:
         """Return whether a change of the output is the one expected, up to its rounding."""
         size = out.double().norm(dim=-1) + wanted.double().norm(dim=-1)
         error = (moved.double() - wanted.double()).norm(dim=-1)
-        return bool((error <= ROUNDINGS * torch.finfo(out.dtype).eps * size).all())
+        return bool((error <= tolerance(out.dtype) * size).all())
+
+    def value_of(self, site: Site) -> Tensor:
+        """Return the value of a site of the block."""
+        seen: list[Tensor] = []
+        self.probe.run([lambda: site.hook(lambda x: seen.append(x.clone()))])
+        return seen[0]
+
+    def is_same(self, x: Tensor, y: Tensor) -> bool:
+        """Return whether two tensors hold the same rows, up to rounding."""
+        if x.numel() != y.numel() or x.shape[-1] != y.shape[-1]:
+            return False
+        return self.equal(x - y.reshape(x.shape).to(x), torch.zeros_like(x), x)
+
+    def adds_up(self, written: Site) -> bool:
+        """Return whether a value and the stream give the block's output, or what a later module
+        takes, perhaps with what one other module of the block gives."""
+        value, out, begin = self.value_of(written), self.stream.output, self.own.began
+        assert out is not None
+        before = [next(iter(self.stream.inputs.values()))]
+        before += [x for call in self.calls for x in call.inputs.values()]
+        others = [call.output for call in self.calls if call.output is not None]
+        after = [out]
+        after += [x for call in self.calls if call.began > begin for x in call.inputs.values()]
+        shaped = [
+            x for x in before if x.numel() == value.numel() and x.shape[-1] == value.shape[-1]
+        ]
+        if any(self.is_same(x.reshape(value.shape) + value, y) for x in shaped for y in after):
+            return True
+        start = before[0].reshape(value.shape) if before[0].numel() == value.numel() else None
+        return start is not None and any(
+            self.is_same(start + value + x.reshape(value.shape), y)
+            for x in others
+            if x.numel() == value.numel() and x.shape[-1] == value.shape[-1]
+            for y in after
+        )
 
     def later(self, way: Sequence[Call]) -> tuple[str, ...]:
         """Return children of the block that run later and take something that the site changes."""
@@ -515,6 +558,11 @@ def _made(
         found = _middle(model, write, found, name)
         return found, _basics(model, probe, found)
     report = _basics(model, probe, found)
+    if not write.adds_up(found):
+        raise ValueError(
+            f"site {name}: expected what is added to the residual stream as it is, got "
+            f"{report.path}, which does not add up with what else the block adds or scales"
+        )
     own = next(call for call in write.calls if call.module is found.module)
     way = write.way(own) if found.base is None else []  # the stream itself is read by others
     if write.moves(found, own, way) != (True, 1.0):
@@ -558,4 +606,14 @@ def _middle(model: nn.Module, write: _Write, added: Site, name: str) -> Site:
             "does not read what attention adds"
         )
     key = next(iter(write.stream.inputs))
-    return replace(added, name=name, base=Base(write.block, key, 1))
+    site = replace(added, name=name, base=Base(write.block, key, 1))
+    value = write.value_of(site)
+    after = [
+        x for call in write.calls if call.began > write.own.ended for x in call.inputs.values()
+    ]
+    if not any(write.is_same(value, x) for x in after):
+        raise ValueError(
+            f"site {name}: expected a stream of the block's input and what attention adds, got "
+            "another one: something else is added or scaled in between"
+        )
+    return site

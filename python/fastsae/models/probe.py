@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastsae.models.threads import only_here
+from fastsae.models.threads import only_here, probing
 
 ROWS, TOKENS = 2, 8
 """Contexts of a probe, and tokens of each."""
@@ -72,13 +73,21 @@ class Probe:
             hooks: each sets one.
             changed: inputs that replace those of the probe.
         """
+        with probing(), evaluating(self.model):
+            return self._run(hooks, changed)
+
+    def _run(self, hooks: Sequence[Hook], changed: dict[str, Any]) -> Tensor:
         handles = [hook() for hook in hooks]
-        training = [module for module in self.model.modules() if module.training]
-        cuda = range(torch.cuda.device_count()) if device_of(self.model).type == "cuda" else []
+        device = device_of(self.model)
+        cuda = range(torch.cuda.device_count()) if device.type == "cuda" else []
         self._runs += 1
         try:
-            self.model.eval()
-            with torch.no_grad(), torch.random.fork_rng(cuda):
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch.autocast(device.type, enabled=False),
+                torch.random.fork_rng(cuda),
+            ):
                 torch.manual_seed(self._runs)  # what is random shall differ
                 output = self.model(**{**self.inputs, **self._kwargs, **changed})
         except Exception as error:
@@ -88,8 +97,6 @@ class Probe:
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             ) from error
         finally:
-            for module in training:
-                module.training = True
             for handle in handles:
                 handle.remove()
         return final_tensor(output, type(self.model).__name__)
@@ -191,6 +198,18 @@ def device_of(model: nn.Module) -> torch.device:
             return torch.device(device)
     kept = (p.device for p in model.parameters() if not p.is_meta)
     return next(kept, torch.device("cpu"))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode meanwhile, and each of its modules back into its own."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -44,7 +44,6 @@ def read_gradients(
     got: dict[str, Tensor] = {}
 
     def reader(name: str) -> Callable[[Tensor], Tensor]:
-        @only_here
         def take(x: Tensor) -> Tensor:
             got[name] = x if x.requires_grad else x.detach().requires_grad_()
             return got[name].clone()  # some models change it in place
@@ -52,7 +51,7 @@ def read_gradients(
         return take
 
     trainable = [p for p in model.parameters() if p.requires_grad]
-    handles = [site.hook(reader(site.name)) for site in sites]
+    handles = [site.hook(reader(site.name), only_here) for site in sites]
     try:
         for p in trainable:
             p.requires_grad_(False)
@@ -127,7 +126,6 @@ def _read(
     versions: dict[str, int] = {}
 
     def reader(name: str, copies: bool) -> Callable[[Tensor], None]:
-        @only_here
         def take(x: Tensor) -> None:
             copies_now = copies or x.is_inference()  # those have no versions
             got[name] = x.clone() if copies_now else x
@@ -138,7 +136,10 @@ def _read(
 
         return take
 
-    handles = [site.hook(reader(site.name, site.in_place or site.name in copied)) for site in sites]
+    handles = [
+        site.hook(reader(site.name, site.in_place or site.name in copied), only_here)
+        for site in sites
+    ]
     try:
         model(**inputs, **options(model))
     except _Stop:

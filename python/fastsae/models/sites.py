@@ -62,6 +62,9 @@ MODEL_KINDS = {
 }
 
 
+Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
 class Base(NamedTuple):
     """An input of a module that is added to what a site's module gives."""
 
@@ -101,11 +104,12 @@ class Site:
     in_place: bool = False
     read_only: str = ""
 
-    def hook(self, fn: Callable[[Tensor], Tensor | None]) -> Handles:
+    def hook(self, fn: Callable[[Tensor], Tensor | None], guard: Guard = not_elsewhere) -> Handles:
         """Call `fn` on the activation at every forward pass; what it returns replaces it.
 
         Args:
             fn: takes the activation `[..., d]`; returns its replacement, or None to leave it.
+            guard: in which threads, see `models.threads`.
 
         Returns:
             A handle; `handle.remove()` takes the hook off.
@@ -113,10 +117,14 @@ class Site:
         seen = threading.local()  # what this pass has seen; another thread may run another one
         handles: list[RemovableHandle] = []
         if self.block is not None and self.block is not self.module:
-            handles.append(self.block.register_forward_pre_hook(_note(seen), with_kwargs=True))
+            handles.append(
+                self.block.register_forward_pre_hook(_note(seen, guard), with_kwargs=True)
+            )
         if self.base is not None:
             base, key = self.base.module, self.base.key
-            handles.append(base.register_forward_pre_hook(_note(seen, key), with_kwargs=True))
+            handles.append(
+                base.register_forward_pre_hook(_note(seen, guard, key), with_kwargs=True)
+            )
 
         def change(x: Tensor) -> Tensor | None:
             rows = x
@@ -141,7 +149,7 @@ class Site:
 
         if self.side == "out":
 
-            @not_elsewhere
+            @guard
             def after(module: nn.Module, args: Any, output: Any) -> Any:
                 x = first_tensor(output)
                 if x is None:
@@ -155,7 +163,7 @@ class Site:
             handles.append(self.module.register_forward_hook(after))
             return Handles(handles)
 
-        @not_elsewhere
+        @guard
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
             key = first_key(args, kwargs)
             if isinstance(key, int):
@@ -189,10 +197,10 @@ def first_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
     return next((name for name, x in kwargs.items() if isinstance(x, Tensor)), next(iter(kwargs)))
 
 
-def _note(seen: threading.local, key: int | str | None = None) -> Callable[..., None]:
+def _note(seen: threading.local, guard: Guard, key: int | str | None = None) -> Callable[..., None]:
     """Return a hook that remembers an argument of a module; without a key, the shape of rows."""
 
-    @not_elsewhere
+    @guard
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if key is not None:
             seen.base = args[key] if isinstance(key, int) else kwargs[key]

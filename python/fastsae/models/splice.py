@@ -86,6 +86,10 @@ def intervene(
 
     def hook(x: Tensor) -> Tensor:
         call.fired = True
+        if x.ndim != 3:
+            raise ValueError(
+                f"replace: expected an activation [n, t, d] at {site.name}, got {[*x.shape]}"
+            )
         touched = call.positions(x) >= drop_prefix
         if keep is not None:
             now = _of_samples(keep, len(x))[:, call.start : call.start + x.shape[1]].to(x.device)
@@ -160,6 +164,12 @@ class _Call:
         """Note the cache and the attention mask of a call."""
         self.count += 1
         self._running = True
+        takes = inspect.signature(model.forward).parameters.values()
+        if len(args) > 1 and any(p.kind is p.VAR_POSITIONAL for p in takes):
+            raise TypeError(
+                f"replace: expected {type(model).__name__} to be called with arguments by name, "
+                f"got {len(args)} by position, of which it does not say what they are"
+            )
         with suppress(TypeError):  # the call itself says what is wrong with it
             kwargs = inspect.signature(model.forward).bind(*args, **kwargs).arguments | kwargs
         caches = [kwargs.get(name) for name in CACHE_NAMES]

@@ -25,13 +25,28 @@ def alone() -> Iterator[None]:
         _local.alone = before
 
 
+@contextmanager
+def probing() -> Iterator[None]:
+    """Keep hooks that were set before out of what this thread runs meanwhile."""
+    before = getattr(_local, "probe", None)
+    _local.probe = object()
+    try:
+        yield
+    finally:
+        _local.probe = before
+
+
 def not_elsewhere(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a hook that does nothing in a thread that runs alone, unless that one made it."""
-    owner = threading.get_ident()
+    """Return a hook that does nothing in a thread that runs alone, unless that one made it, nor
+    while a model is probed, unless it is the probe's."""
+    owner, probe = threading.get_ident(), getattr(_local, "probe", None)
 
     @wraps(hook)
     def checked(*args: Any, **kwargs: Any) -> Any:
         if getattr(_local, "alone", False) and threading.get_ident() != owner:
+            return None
+        now = getattr(_local, "probe", None)
+        if now is not None and now is not probe:
             return None
         return hook(*args, **kwargs)
 
