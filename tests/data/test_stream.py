@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
+import time
 
 import pytest
 import torch
@@ -249,3 +251,43 @@ def test_neither_the_stream_nor_others_see_each_others_hooks(model, harvested, m
 def test_no_text_is_an_error(model):
     with pytest.raises(ValueError, match="expected at least one token of text"):
         next(source(model, ["", ""]).batches(10))
+
+
+def test_the_limit_of_norms_is_part_of_the_state(model):
+    def limited():
+        return source(model, buffer_rows=300, max_norm_ratio=1.05)
+
+    first = limited()
+    first.sample(20, seed=5)  # which finds a limit in another order
+    batches = first.batches(50, seed=1)
+    for _ in range(4):
+        next(batches)
+    state = batches.state_dict()
+    wanted = torch.cat([next(batches) for _ in range(6)])
+    second = limited()
+    later = second.batches(50, seed=1)
+    later.load_state_dict(state)
+    assert torch.equal(torch.cat([next(later) for _ in range(6)]), wanted)
+    assert second.max_norm == first.max_norm
+
+
+def test_a_model_in_training_mode_is_refused():
+    model = tiny_model().train()
+    with pytest.raises(RuntimeError, match="expected LlamaForCausalLM in eval mode"):
+        next(source(model).batches(50))
+
+
+def test_the_thread_ends_with_the_batches(model):
+    """It stops after the batch of contexts that it is at; no process waits for half a buffer."""
+    slow = tiny_model()
+    slow.model.layers[0].register_forward_hook(lambda *_: time.sleep(0.02))
+    batches = source(slow, TEXTS * 50, buffer_rows=800, batch_size=1).batches(50)
+    next(batches)
+    (thread,) = batches._threads
+    assert thread.is_alive()
+    assert thread.daemon
+    start = time.monotonic()
+    del batches
+    gc.collect()
+    assert not thread.is_alive()
+    assert time.monotonic() - start < 20

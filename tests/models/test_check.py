@@ -271,3 +271,79 @@ def test_a_model_that_is_not_deterministic_is_refused():
     with pytest.raises(ValueError, match="gives the same output for the same tokens"):
         resolve(model, "resid_post.1")
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_verdicts_are_those_of_float32(dtype):
+    """Padding matters in an encoder, and scales of columns are not 1, at any resolution."""
+    for family, site in (
+        ("bert:masked", "resid_post.1"),
+        ("dinov2:vision", "mlp_out.1"),
+        ("gemma2", "mlp_out.1"),
+        ("llama", "attn_out.1"),
+    ):
+        exact = check_sites(build(family), site)[site]
+        coarse = check_sites(build(family).to(dtype), site)[site]
+        for name in ("ok", "causal", "masked", "written", "between", "path"):
+            assert getattr(coarse, name) == getattr(exact, name), (family, name)
+
+
+@pytest.mark.parametrize(
+    ("family", "site"),
+    [
+        ("gemma4_text", "resid_mid.1"),  # the output of the block is scaled as a whole
+        ("gemma4_text", "attn_write.1"),
+        ("beam", "resid_mid.1"),
+        ("falcon_h1", "resid_mid.1"),  # a second branch is added beside attention
+        ("gpt_neox_japanese", "resid_mid.3"),  # a bias is added with the residual
+    ],
+)
+def test_what_does_not_add_up_is_refused(models, family, site):
+    report = check_sites(models(family), site)[site]
+    assert not report.ok
+    assert f"site {site}: expected" in report.why
+
+
+def test_a_probe_does_not_see_the_hooks_of_others():
+    model = build("llama")
+    seen = []
+    with replace(model, "resid_post.1", lambda x: seen.append(len(x)) or 0 * x, drop_prefix=0):
+        assert check_sites(model, "mlp_out.2")["mlp_out.2"].written == "exact"
+        resolve(model, "resid_post.0")
+        assert not seen
+        with torch.no_grad():
+            model(input_ids=TOKENS)
+    assert seen == [TOKENS.numel()]
+    with torch.inference_mode():
+        assert resolve(build("llama"), "mlp_write.1")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert resolve(build("llama"), "mlp_write.1")
+
+
+def test_modes_of_modules_come_back_each_as_it_was(tmp_path):
+    model = build("llama").train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    check_sites(model, "mlp_out.1")
+    harvest(model, CharTokenizer(), ["some text"], "mlp_out.1", tmp_path, context=32)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_rows_without_positions_and_calls_by_position_are_refused():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.fc = nn.Embedding(64, 16), nn.Linear(16, 16)
+
+        def forward(self, input_ids):
+            x = self.embed(input_ids)
+            return self.fc(x.reshape(-1, 16)).reshape(x.shape)
+
+    model = Flat()
+    message = r"expected an activation \[n, t, d\] at fc, got \[14, 16\]"
+    with pytest.raises(ValueError, match=message), replace(model, "fc", lambda x: x):
+        model(TOKENS)
+    wrapped = nn.DataParallel(build("llama"))
+    message = "expected DataParallel to be called with arguments by name, got 2 by position"
+    with pytest.raises(TypeError, match=message), replace(wrapped, "resid_post.1", lambda x: x):
+        wrapped(TOKENS, torch.ones_like(TOKENS))

@@ -213,8 +213,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """Return what a module gives: a floating-point tensor, or the first entry of its tuple."""
-    if isinstance(output, tuple | list) and len(output):
+    """Return what a module gives: a floating-point tensor, or the first entry of its tuple.
+
+    None of a named tuple: reformer has two streams in one.
+    """
+    if isinstance(output, tuple | list) and len(output) and not hasattr(output, "_fields"):
         output = output[0]
     return output if _is_float(output) else None
 
@@ -223,10 +226,7 @@ def with_first(output: Any, new: Tensor) -> Any:
     """Return `output` with its first tensor replaced."""
     if isinstance(output, list):
         return [new, *output[1:]]
-    if isinstance(output, tuple):
-        named = hasattr(output, "_fields")
-        return type(output)(new, *output[1:]) if named else (new, *output[1:])
-    return new
+    return (new, *output[1:]) if isinstance(output, tuple) else new
 
 
 def final_tensor(output: Any, name: str) -> Tensor:
