@@ -30,8 +30,8 @@ def count_calls(monkeypatch, module, name):
     return calls
 
 
-def harvest_module():
-    return importlib.import_module("fastsae.data.harvest")
+def contexts_module():
+    return importlib.import_module("fastsae.data.contexts")
 
 
 def test_the_demo_writes_everything_and_a_second_run_reuses_it(argv, capsys, monkeypatch):
@@ -50,7 +50,7 @@ def test_the_demo_writes_everything_and_a_second_run_reuses_it(argv, capsys, mon
     assert "Trainer: " in said.pop(2)  # the plan of the run
     assert [line[:14].strip() for line in said] == phases
 
-    forwards = count_calls(monkeypatch, harvest_module(), "read")
+    forwards = count_calls(monkeypatch, contexts_module(), "read")
     steps = count_calls(monkeypatch, fastsae.train.Trainer, "_step")
     assert main(argv) == 0
     again = json.loads(capsys.readouterr().out)
@@ -89,7 +89,7 @@ def test_an_interrupted_demo_continues(argv, capsys, monkeypatch, phase):
 
     with monkeypatch.context() as patch:
         if phase == "harvest":
-            module = harvest_module()
+            module = contexts_module()
             patch.setattr(module, "read", interrupting(module.read))
         else:
             patch.setattr(fastsae.train.Trainer, "_step", interrupting(fastsae.train.Trainer._step))
