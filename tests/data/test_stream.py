@@ -210,6 +210,9 @@ def test_rows_of_huge_norm_are_left_out(model, harvested):
     [
         ({"buffer_rows": 0}, "expected buffer_rows >= 1, got 0"),
         ({"context": 1}, "expected context >= 2"),
+        ({"context": 10_000}, "stream: expected context <= 256, the positions of the model"),
+        ({"drop_prefix": 20}, "expected 0 <= drop_prefix < context = 20, got 20"),
+        ({"max_norm_ratio": 0.0}, "expected max_norm_ratio > 0 or None, got 0.0"),
         ({"sites": ["resid_post.1", "resid_post.1"]}, "one or more different sites"),
         ({"sites": "resid_post.7"}, "expected a layer in 0..2"),
     ],

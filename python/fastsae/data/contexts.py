@@ -24,6 +24,37 @@ NORM_ROWS = 4096
 """Rows that say which norm is usual; the first batch may be one document."""
 
 
+def check_reading(
+    owner: str,
+    model: nn.Module,
+    sites: Sequence[str],
+    context: int,
+    drop_prefix: int,
+    batch_size: int,
+    max_norm_ratio: float | None,
+) -> None:
+    """Raise ValueError, in the name of `owner`, for what contexts cannot be read with."""
+    if not sites or len(set(sites)) != len(sites):
+        raise ValueError(f"{owner}: expected one or more different sites, got {sites}")
+    if context < 2:
+        raise ValueError(f"{owner}: expected context >= 2, got {context}")
+    if not 0 <= drop_prefix < context:
+        raise ValueError(
+            f"{owner}: expected 0 <= drop_prefix < context = {context}, got {drop_prefix}"
+        )
+    if batch_size < 1:
+        raise ValueError(f"{owner}: expected batch_size >= 1, got {batch_size}")
+    if max_norm_ratio is not None and not 0 < max_norm_ratio < float("inf"):
+        raise ValueError(f"{owner}: expected max_norm_ratio > 0 or None, got {max_norm_ratio}")
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(text, "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < context:
+        raise ValueError(
+            f"{owner}: expected context <= {longest}, the positions of the model, got {context}"
+        )
+
+
 class ContextBatches:
     """Contexts in batches, with a count and a checksum of those that were taken."""
 

@@ -17,7 +17,13 @@ from fastsae._files.read import field
 from fastsae._files.write import sweep
 from fastsae._log import logger
 from fastsae._signals import StopSignals
-from fastsae.data.contexts import ContextBatches, ContextReader, Rows, weights_checksum
+from fastsae.data.contexts import (
+    ContextBatches,
+    ContextReader,
+    Rows,
+    check_reading,
+    weights_checksum,
+)
 from fastsae.data.shards import (
     COLUMNS,
     MANIFEST,
@@ -115,8 +121,8 @@ def harvest(
         KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP, after all rows so far are on the disk.
     """
     names = [sites] if isinstance(sites, str) else list(sites)
-    _check(names, context, drop_prefix, val_fraction, shard_rows, batch_size, max_tokens)
-    _check_rest(model, context, max_norm_ratio, dtype, meta)
+    check_reading("harvest", model, names, context, drop_prefix, batch_size, max_norm_ratio)
+    _check(val_fraction, shard_rows, max_tokens, dtype, meta)
     if gradients and dtype == torch.float16:
         raise ValueError("harvest: expected dtype bfloat16 or float32 with gradients, got float16")
     prefix = prefix_token(tokenizer) if prefix_id is None else prefix_id
@@ -354,48 +360,19 @@ def _columns(rows: Rows, manifest: Manifest, dtype: torch.dtype) -> dict[str, Te
 
 
 def _check(
-    sites: list[str],
-    context: int,
-    drop_prefix: int,
     val_fraction: float,
     shard_rows: int,
-    batch_size: int,
     max_tokens: int | None,
-) -> None:
-    if not sites or len(set(sites)) != len(sites):
-        raise ValueError(f"harvest: expected one or more different sites, got {sites}")
-    if context < 2:
-        raise ValueError(f"harvest: expected context >= 2, got {context}")
-    if not 0 <= drop_prefix < context:
-        raise ValueError(
-            f"harvest: expected 0 <= drop_prefix < context = {context}, got {drop_prefix}"
-        )
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"harvest: expected val_fraction in [0, 1), got {val_fraction}")
-    numbers = {"shard_rows": shard_rows, "batch_size": batch_size, "max_tokens": max_tokens}
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise ValueError(f"harvest: expected {name} >= 1, got {value}")
-
-
-def _check_rest(
-    model: nn.Module,
-    context: int,
-    max_norm_ratio: float | None,
     dtype: torch.dtype,
     meta: dict[str, Any] | None,
 ) -> None:
-    if max_norm_ratio is not None and not 0 < max_norm_ratio < float("inf"):
-        raise ValueError(f"harvest: expected max_norm_ratio > 0 or None, got {max_norm_ratio}")
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"harvest: expected val_fraction in [0, 1), got {val_fraction}")
+    for name, value in {"shard_rows": shard_rows, "max_tokens": max_tokens}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"harvest: expected {name} >= 1, got {value}")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"harvest: expected dtype float16, bfloat16 or float32, got {dtype}")
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(text, "max_position_embeddings", None)
-    if isinstance(longest, int) and 0 < longest < context:
-        raise ValueError(
-            f"harvest: expected context <= {longest}, the positions of the model, got {context}"
-        )
     try:
         json.dumps(meta or {}, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsae._files import checksum
-from fastsae.data.contexts import ContextBatches, ContextReader, weights_checksum
+from fastsae.data.contexts import ContextBatches, ContextReader, check_reading, weights_checksum
+from fastsae.data.source import TensorSource
 from fastsae.models.chunks import Chunk, chunks, held_out, prefix_token
 from fastsae.models.threads import alone
 
@@ -71,12 +72,9 @@ def stream(
         ValueError: a site that is not what its name says, or sizes below 1.
     """
     names = [sites] if isinstance(sites, str) else list(sites)
-    numbers = {"buffer_rows": buffer_rows, "batch_size": batch_size, "context": context - 1}
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"stream: expected {name} >= {1 + (name == 'context')}, got {value}")
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"stream: expected one or more different sites, got {names}")
+    check_reading("stream", model, names, context, drop_prefix, batch_size, max_norm_ratio)
+    if buffer_rows < 1:
+        raise ValueError(f"stream: expected buffer_rows >= 1, got {buffer_rows}")
     prefix = prefix_token(tokenizer) if prefix_id is None else prefix_id
     reader = ContextReader(
         model,
@@ -199,9 +197,7 @@ class Stream:
         parts = list(_first(self._rows(self._documents.batches(seed)), 2 * n))
         if not parts:
             raise ValueError("stream: expected at least one token of text, got none")
-        rows = torch.cat(parts)
-        generator = torch.Generator().manual_seed(seed)
-        return rows[torch.randperm(len(rows), generator=generator)[:n].sort().values]
+        return TensorSource(torch.cat(parts)).sample(n, seed)
 
     def fingerprint(self) -> str:
         """Return what stands for the model and the sites; the documents are checked on the way."""
