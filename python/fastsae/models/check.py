@@ -556,7 +556,7 @@ def _made(
             f"none after {report.path}"
         )
     if kind == "resid_mid":
-        found = _middle(model, write, found, name)
+        found = _middle(write, found, name)
         return found, _basics(model, probe, found)
     report = _basics(model, probe, found)
     if not write.adds_up(found):
@@ -590,7 +590,7 @@ def _added(write: _Write, inner: Site, name: str) -> Site | None:
     return None
 
 
-def _middle(model: nn.Module, write: _Write, added: Site, name: str) -> Site:
+def _middle(write: _Write, added: Site, name: str) -> Site:
     """Return the stream between attention and MLP, as block input plus what attention adds."""
     if added.base is not None:  # attention gives the stream itself
         return replace(added, base=None)

@@ -112,7 +112,7 @@ def read(
         RuntimeError: a site was not reached by the forward pass.
     """
     given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    given |= {} if attention_mask is None else {"attention_mask": attention_mask}
+    given |= _masked(attention_mask)
     got, kept = _read(model, sites, given, set())
     changed = {name for name, version in kept.items() if got[name]._version != version}
     return _read(model, sites, given, changed)[0] if changed else got

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsae.models.probe import Handle
+from fastsae.models.probe import Handle, evaluating
 from fastsae.models.resolve import resolve
 from fastsae.models.sites import Site
 from fastsae.models.threads import not_elsewhere
@@ -164,14 +164,15 @@ class _Call:
         """Note the cache and the attention mask of a call."""
         self.count += 1
         self._running = True
-        takes = inspect.signature(model.forward).parameters.values()
+        signature = inspect.signature(model.forward)
+        takes = signature.parameters.values()
         if len(args) > 1 and any(p.kind is p.VAR_POSITIONAL for p in takes):
             raise TypeError(
                 f"replace: expected {type(model).__name__} to be called with arguments by name, "
                 f"got {len(args)} by position, of which it does not say what they are"
             )
         with suppress(TypeError):  # the call itself says what is wrong with it
-            kwargs = inspect.signature(model.forward).bind(*args, **kwargs).arguments | kwargs
+            kwargs = signature.bind(*args, **kwargs).arguments | kwargs
         caches = [kwargs.get(name) for name in CACHE_NAMES]
         self.start = _cached(next((cache for cache in caches if cache is not None), None))
         mask = kwargs.get("attention_mask")
@@ -280,18 +281,14 @@ def splice(
             wanted = "(SITE_READ, SITE_REPLACED)" if columns.targets else "one site"
             raise ValueError(f"splice: expected {wanted} for {type(sae).__name__}, got {site}")
     dtype = next(sae.parameters()).dtype
-    training = sae.training
 
     def reconstruct(read: Tensor, own: Tensor) -> Tensor:
         rows: Tensor = sae(read.to(dtype))
         return rows
 
-    sae.eval()
-    try:
-        with intervene(model, target, reconstruct, source, keep, drop_prefix, max_norm):
-            yield
-    finally:
-        sae.train(training)
+    keeping = intervene(model, target, reconstruct, source, keep, drop_prefix, max_norm)
+    with evaluating(sae), keeping:
+        yield
 
 
 @contextmanager
