@@ -136,7 +136,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) 'pytest>=8' 'pytest-xdist[psutil]>=3.5' 'hypothesis>=6' 'tensorboard>=2.14'
+	$(PIP) 'pytest>=8' 'pytest-xdist[psutil]>=3.5' 'hypothesis>=6' 'tensorboard>=2.14' 'datasets>=3'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base

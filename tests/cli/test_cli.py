@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 
@@ -304,3 +305,17 @@ def test_full_disk_while_harvesting(tiny, corpus, tmp_path, monkeypatch, capsys)
         "--context", 32, "--out", tmp_path / "acts",
     )  # fmt: skip
     assert "harvest: disk full while writing shard-00000.safetensors; 0 complete shards" in line
+
+
+def test_vectors_of_another_program_are_trained_on(tmp_path, capsys) -> None:
+    rows = np.random.default_rng(0).standard_normal((4000, 16), dtype=np.float32)
+    np.save(tmp_path / "v.npy", rows)
+    out = tmp_path / "sae"
+    argv = [str(tmp_path / "v.npy"), "--k", "4", "--steps", "20", "--out", str(out), "--json"]
+    assert cli.main(["train", *argv]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["val_fvu"] < 1
+    assert found["step"] == 20
+    assert fastsae.load(out).d_sae == 128
+    assert cli.main(["train", *argv, "--site", "a", "--site", "b", "--arch", "transcoder"]) == 1
+    assert "train: expected --site once for" in capsys.readouterr().err

@@ -294,3 +294,9 @@ def test_the_thread_ends_with_the_batches(model):
     gc.collect()
     assert not thread.is_alive()
     assert time.monotonic() - start < 20
+
+
+def test_one_of_a_few_documents_is_held_back(model):
+    rest, held = source(model, [[5, 6, 7, 8]] * 3).hold_back(100)
+    counts = [sum(map(len, part.batches(16, seed=None))) for part in (rest, held)]
+    assert counts == [8, 4]

@@ -20,6 +20,7 @@ EXAMPLE = """
 fastsae train acts --out sae
 fastsae train acts --site mlp_out.3 --arch batchtopk --k 64 --expansion 16 --epochs 4 --out sae
 fastsae train acts --time-budget 10m --out sae
+fastsae train vectors.npy --out sae
 fastsae train acts --arch matryoshka --option groups=[512,1024,3072] --out sae
 fastsae train acts --arch transcoder --site mlp_in.3 --site mlp_out.3 --option skip=true --out sae
 fastsae train acts --out sae --resume
@@ -52,7 +53,11 @@ ARCHITECTURES = {
 def add_to(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = subcommand(subparsers, "train", "train an SAE on stored activations", EXAMPLE, run)
-    parser.add_argument("store", help="folder written by `fastsae harvest`")
+    parser.add_argument(
+        "store",
+        help="folder written by `fastsae harvest`, a .npy or .safetensors file, a "
+        "folder of `datasets.save_to_disk` (SAELens' cached activations); --site names a column",
+    )
     parser.add_argument("--out", required=True, help="folder for the SAE, metrics and checkpoints")
     parser.add_argument(
         "--site",
@@ -112,16 +117,13 @@ def run(args: argparse.Namespace) -> None:
     """Train and print the last metrics."""
     import torch
 
-    from fastsae.data import ActivationStore
     from fastsae.train import TrainConfig, Trainer, latest
 
-    sites = sites_of(args.arch, args.site)
-    data = ActivationStore(args.store, sites, partial=args.partial)
-    val = ActivationStore(args.store, sites, split="val", partial=args.partial)
+    data, held_out, widths, about = sources(args)
     device_named(args.device)
     torch.manual_seed(args.seed)
-    sae = build(args, [data.manifest.sites[site] for site in data.sites])
-    sae.metadata = {"model_name": data.manifest.model, "hook_name": data.site}
+    sae = build(args, widths)
+    sae.metadata = about
     config = TrainConfig(
         lr=args.lr,
         batch_size=args.batch_size,
@@ -135,7 +137,6 @@ def run(args: argparse.Namespace) -> None:
         tensorboard=args.tensorboard,
         out=args.out,
     )
-    held_out = val if len(val) else None
     if args.time_budget is not None:
         config = _of_length(args, sae, data, config, held_out)
     trainer = Trainer(sae, data, config, val=held_out)
@@ -149,6 +150,32 @@ def run(args: argparse.Namespace) -> None:
     if result.gap is not None:
         found["gap"] = asdict(result.gap)
     emit(found, args.json, text)
+
+
+def sources(
+    args: argparse.Namespace,
+) -> tuple[ActivationSource, ActivationSource | None, list[int], dict[str, Any]]:
+    """Return rows to train on and to validate on, widths of columns, and what an SAE says of them.
+
+    Of a file of another program, a twentieth of the rows is for validation, 2^15 at most.
+    """
+    from fastsae.data import ActivationStore, open_activations
+    from fastsae.data.source import hold_back, known_rows
+
+    sites, path = sites_of(args.arch, args.site), Path(args.store)
+    if path.suffix in (".npy", ".safetensors") or (path / "state.json").exists():
+        if len(sites or ()) > 1:
+            raise ValueError(f"train: expected --site once for {path}, got {len(sites or ())}")
+        column = sites[0] if sites else None
+        source = open_activations(path, column)
+        parts = hold_back(source, min((known_rows(source) or 0) // 20, 1 << 15))
+        data, val = parts or (source, None)
+        return data, val, [source.d_in], {"hook_name": column} if column else {}
+    store = ActivationStore(path, sites, partial=args.partial)
+    held = ActivationStore(path, sites, split="val", partial=args.partial)
+    about = {"model_name": store.manifest.model, "hook_name": store.site}
+    widths = [store.manifest.sites[site] for site in store.sites]
+    return store, held if len(held) else None, widths, about
 
 
 def _of_length(

@@ -1,5 +1,6 @@
 """Activations: sources of rows, and harvests of a language model on disk."""
 
+from fastsae.data.arrays import open_activations
 from fastsae.data.harvest import harvest
 from fastsae.data.source import ActivationSource, IterableSource, TensorSource
 from fastsae.data.store import ActivationStore
@@ -12,5 +13,6 @@ __all__ = [
     "Stream",
     "TensorSource",
     "harvest",
+    "open_activations",
     "stream",
 ]

@@ -125,13 +125,13 @@ class TensorSource:
         generator = torch.Generator().manual_seed((seed << 24) + epoch)
         order = self._places(torch.randperm(len(self), generator=generator))
         for i in range(start, len(self) // batch_size):
-            yield self.x[order[i * batch_size : (i + 1) * batch_size]]
+            yield self._take(order[i * batch_size : (i + 1) * batch_size])
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """Return `min(n, len(self))` different rows, drawn at random, in order."""
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(self), generator=generator)[:n].sort().values
-        return self.x[self._places(chosen)]
+        return self._take(self._places(chosen))
 
     def fingerprint(self) -> str:
         """Return a checksum of all rows of x."""
@@ -147,11 +147,14 @@ class TensorSource:
             part._spans = within(self._spans, spans)
         return parts
 
+    def _take(self, rows: Tensor) -> Tensor:
+        return self.x[rows.to(self.x.device)]
+
     def _places(self, chosen: Tensor) -> Tensor:
         """Return where in x the rows `chosen: [m]` of this source are."""
-        if self._spans != [(0, len(self.x))]:
+        if len(self._spans) > 1 or (self._spans and self._spans[0][0]):
             chosen = torch.cat([torch.arange(*span) for span in self._spans])[chosen]
-        return chosen.to(self.x.device)
+        return chosen
 
 
 class IterableSource:

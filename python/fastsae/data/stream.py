@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future
 from itertools import islice
 from typing import Any, Self
@@ -66,7 +66,8 @@ def stream(
         skip_token_ids: tokens that give no row.
         max_norm_ratio: a token whose norm is above this many times the median of the first 4,096
             rows or more gives no row.
-        threads: of the thread that runs the model on a CPU; None leaves it to torch.
+        threads: of the thread that runs the model on a CPU, and, as torch has it, of threads that
+            begin later; None leaves it to torch.
 
     Raises:
         ValueError: a site that is not what its name says, or sizes below 1.
@@ -122,6 +123,8 @@ class _Documents:
         self._size = size
         self.held: bool | None = None
         """Only documents that are held out, or only others; None: all."""
+        count = len(texts) if isinstance(texts, Sized) else 0
+        self._share = max(HELD_OUT, 1 / count) if count > 1 else HELD_OUT  # one at least
 
     @property
     def endless(self) -> bool:
@@ -148,7 +151,7 @@ class _Documents:
         return ContextBatches(every if order is None else _shuffled(every, order), self._size)
 
     def _wanted(self, number: int) -> bool:
-        return self.held is None or held_out(number, HELD_OUT) == self.held
+        return self.held is None or held_out(number, self._share) == self.held
 
     def _in_order(self) -> Iterator[Any]:
         return (text for i, text in enumerate(self._texts) if self._wanted(i))
@@ -204,7 +207,8 @@ class Stream:
         return checksum.of_json([weights_checksum(self.reader.model), self.sites])
 
     def hold_back(self, n: int) -> tuple[Self, Self]:
-        """Return a stream of all documents but every twentieth, and `n` rows of those."""
+        """Return a stream of all documents but every twentieth, or the last of fewer, and `n` rows
+        of those."""
         rest, held = copy.copy(self), copy.copy(self)
         for part, is_held in ((rest, False), (held, True)):
             part._documents = copy.copy(self._documents)

@@ -280,10 +280,10 @@ def splice(
         if (source is None) == bool(columns.targets):
             wanted = "(SITE_READ, SITE_REPLACED)" if columns.targets else "one site"
             raise ValueError(f"splice: expected {wanted} for {type(sae).__name__}, got {site}")
-    dtype = next(sae.parameters()).dtype
+    parameter = next(sae.parameters(), None)
 
     def reconstruct(read: Tensor, own: Tensor) -> Tensor:
-        rows: Tensor = sae(read.to(dtype))
+        rows: Tensor = sae(read if parameter is None else read.to(parameter.dtype))
         return rows
 
     keeping = intervene(model, target, reconstruct, source, keep, drop_prefix, max_norm)
