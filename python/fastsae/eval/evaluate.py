@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsae.data.source import ActivationSource, as_source, sample_rows, source_len
 from fastsae.eval.metrics import FVU, norm_limit
-from fastsae.nn import SAE
+from fastsae.nn import SAE, NormalizedSAE
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(
-    sae: SAE,
+    sae: SAE | NormalizedSAE,
     data: Tensor | ActivationSource,
     *,
     batch_size: int = 4096,
@@ -51,7 +51,7 @@ def evaluate(
     """Reconstruct rows with an SAE in eval mode and measure what is lost.
 
     Args:
-        sae: any `fastsae` SAE: `encode_sparse`, `decode`, `d_sae`.
+        sae: any `fastsae` SAE: `encode_sparse`, `reconstruct`, `d_sae`.
         data: `[n, d_in]`, an `ActivationStore` or another source; use rows that were not trained
             on. Columns as in training, see `SAE.columns`.
         batch_size: rows at a time.

@@ -11,7 +11,9 @@ from fastsae.nn.gradient_pursuit import gradient_pursuit
 from fastsae.nn.group_max import GroupMaxSAE
 from fastsae.nn.jumprelu import JumpReLUSAE
 from fastsae.nn.loss import SAEOutput
+from fastsae.nn.matching_pursuit import MatchingPursuitSAE
 from fastsae.nn.matryoshka import HierarchicalTopKSAE, MatryoshkaSAE
+from fastsae.nn.normalized import NormalizedSAE
 from fastsae.nn.relu import ReLUSAE
 from fastsae.nn.sae import SAE
 from fastsae.nn.sampled import SampledSAE
@@ -20,6 +22,7 @@ from fastsae.nn.supervised_head import SupervisedHead
 from fastsae.nn.topk import TopKSAE
 from fastsae.nn.transcoder import (
     BatchTopKTranscoder,
+    GroupMaxTranscoder,
     JumpReLUTranscoder,
     ReLUTranscoder,
     Transcoder,
@@ -36,11 +39,14 @@ __all__ = [
     "GatedSAE",
     "GradientSAE",
     "GroupMaxSAE",
+    "GroupMaxTranscoder",
     "HierarchicalTopKSAE",
     "JumpReLUSAE",
     "JumpReLUTranscoder",
+    "MatchingPursuitSAE",
     "MatryoshkaSAE",
     "MutualChoiceSAE",
+    "NormalizedSAE",
     "ReLUCrossCoder",
     "ReLUSAE",
     "ReLUTranscoder",

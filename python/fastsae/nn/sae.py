@@ -45,6 +45,8 @@ class SAE(Parameters, ABC):
         auxk_alpha: weight of that auxiliary loss; 0 turns it off.
         aux: which latents the auxiliary loss trains: `auxk`, the dead ones, or `zipf`, also those
             that fire far less often than a Zipf fit predicts (`train.UnderusedLatents`).
+        apply_b_dec_to_input: whether b_dec is subtracted from x before the encoder. Without, b_enc
+            does what it would have done; such SAEs come from elsewhere (Gemma Scope, Llama Scope).
 
     Raises:
         ValueError: a size below 1, k_aux above d_sae, a negative auxk_alpha, or another aux.
@@ -71,8 +73,10 @@ class SAE(Parameters, ABC):
         k_aux: int | None = None,
         auxk_alpha: float = 1 / 32,
         aux: str = "auxk",
+        apply_b_dec_to_input: bool = True,
     ) -> None:
         super().__init__(d_in, d_sae, dtype, device)
+        self.apply_b_dec_to_input = bool(apply_b_dec_to_input)
         if k_aux is None:
             k_aux = min(self.d_sae, 2 ** max(0, round(math.log2(self.d_in / 2))))
         if not 1 <= k_aux <= d_sae:
@@ -212,8 +216,12 @@ class SAE(Parameters, ABC):
 
     @torch.no_grad()
     def initialize_from_data_(self, batch: Tensor, method: str = "geometric_median") -> None:
-        """Set the biases from a training batch, before the first update."""
-        self.initialize_b_dec_(self.columns.split(batch).target, method)
+        """Set the biases from a training batch, before the first update: b_dec to the center of the
+        target, and b_enc to minus the center of x times W_enc where b_dec is not subtracted."""
+        x, target, _ = self.columns.split(batch)
+        self.initialize_b_dec_(target, method)
+        if not self.apply_b_dec_to_input:
+            self.b_enc.copy_(-(center(x, method).to(x.dtype) @ self.W_enc))
 
     @torch.no_grad()
     def fit_encoder_scale_(self, batch: Tensor) -> None:
@@ -253,7 +261,7 @@ class SAE(Parameters, ABC):
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
-        keys = ("d_in", "d_sae", "k_aux", "auxk_alpha", "aux")
+        keys = ("d_in", "d_sae", "k_aux", "auxk_alpha", "aux", "apply_b_dec_to_input")
         return {key: getattr(self, key) for key in keys}
 
     def extra_repr(self) -> str:
@@ -262,7 +270,7 @@ class SAE(Parameters, ABC):
 
     def _input_bias(self) -> Tensor | None:
         """Return what is subtracted from x before the encoder."""
-        return self.b_dec
+        return self.b_dec if self.apply_b_dec_to_input else None
 
     def _target_rows(self, target: Tensor) -> Tensor:
         """Check `target` and flatten its leading dimensions."""

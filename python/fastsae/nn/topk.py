@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastsae import ops
@@ -39,6 +40,9 @@ class TopKSAE(SAE):
             2025, arXiv 2510.00404), in which a latent stands for a direction and its opposite.
         multi_topk: whether 4 k latents (at most d_sae) have to reconstruct as well (Gao et al.
             2024, section 5.2); requires a second encode and decode.
+        select_by_decoder_norm: whether selection looks at z times the norm of the latent's decoder
+            row, which is how much it would write, while values stay z. Of rows of norm 1, as
+            training keeps them, it changes nothing; SAEs of llamascopium have others.
 
     Raises:
         ValueError: k is not an integer in 1..d_sae.
@@ -52,12 +56,16 @@ class TopKSAE(SAE):
         *,
         absolute: bool = False,
         multi_topk: bool = False,
+        select_by_decoder_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(d_in, d_sae, **kwargs)
         if not is_whole(k) or not 1 <= k <= d_sae:
             self._fail(f"k to be an integer in 1..d_sae = {d_sae}, got k = {k}")
         self.k, self.absolute, self.multi_topk = int(k), bool(absolute), bool(multi_topk)
+        self.select_by_decoder_norm = bool(select_by_decoder_norm)
+        if self.absolute and self.select_by_decoder_norm:
+            self._fail("absolute or select_by_decoder_norm, got both")
 
     def _encode(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
         return self._largest(x, self.k, context)
@@ -65,15 +73,16 @@ class TopKSAE(SAE):
     def _largest(self, x: Tensor, k: int, context: StepContext = STEP) -> SparseActs:
         if self.absolute:
             return self._largest_absolute(x, k)
-        top = ops.encode_topk(
-            x,
-            self.W_enc_rows,
-            self.b_enc,
-            k,
-            b_dec=self._input_bias(),
-            compute_dtype=context.compute_dtype,
+        W_enc, b_enc, norm = self.W_enc_rows, self.b_enc, None
+        if self.select_by_decoder_norm:  # z norm is what the encoder times the norm gives
+            norm = torch.linalg.vector_norm(self.W_dec.detach(), dim=1)
+            W_enc, b_enc = W_enc * norm.unsqueeze(1), b_enc * norm
+        values, indices = ops.encode_topk(
+            x, W_enc, b_enc, k, b_dec=self._input_bias(), compute_dtype=context.compute_dtype
         )
-        return SparseActs(*top, None, self.d_sae)
+        if norm is not None:
+            values = torch.where(values > 0, values / norm[indices.long()], 0)
+        return SparseActs(values, indices, None, self.d_sae)
 
     def _largest_absolute(self, x: Tensor, k: int) -> SparseActs:
         def select(z: Tensor, _: slice) -> tuple[Tensor, Tensor]:
@@ -100,5 +109,5 @@ class TopKSAE(SAE):
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
-        own = ("k", "absolute", "multi_topk")
+        own = ("k", "absolute", "multi_topk", "select_by_decoder_norm")
         return {**super().config(), **{key: getattr(self, key) for key in own}}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastsae.nn.batch_topk import BatchTopKSAE
 from fastsae.nn.check import check_rows
 from fastsae.nn.context import STEP, StepContext
-from fastsae.nn.init import center
+from fastsae.nn.group_max import GroupMaxSAE
 from fastsae.nn.jumprelu import JumpReLUSAE
 from fastsae.nn.loss import SAEOutput
 from fastsae.nn.parameters import plain
@@ -63,7 +63,10 @@ class TranscoderMixin(SAE, register=False):
         skip: bool = False,
         **kwargs: Any,
     ) -> None:
+        kwargs.setdefault("apply_b_dec_to_input", False)
         super().__init__(d_in, d_sae, k, **kwargs)  # type: ignore[call-arg,arg-type]
+        if self.apply_b_dec_to_input:
+            self._fail("apply_b_dec_to_input to be False, as b_dec is of the output, got True")
         if d_out < 1:
             self._fail(f"d_out >= 1, got {d_out}")
         self.d_out, self.skip = plain(d_out), bool(skip)
@@ -97,19 +100,8 @@ class TranscoderMixin(SAE, register=False):
             self._fail("a target, the layer's output y, got None")
         return super().loss(x, target, context=context)
 
-    def _input_bias(self) -> Tensor | None:
-        return None
-
     def _target_rows(self, target: Tensor) -> Tensor:
         return check_rows(type(self).__name__, target, "target", like=self.W_dec, width="d_out")
-
-    @torch.no_grad()
-    def initialize_from_data_(self, batch: Tensor, method: str = "geometric_median") -> None:
-        """Set b_dec to the center of y, and b_enc to minus the center of x times W_enc."""
-        x, y, _ = self.columns.split(batch)
-        self.initialize_b_dec_(y, method)
-        self.b_enc.copy_(-(center(x, method).to(x.dtype) @ self.W_enc))
-        super().initialize_from_data_(batch, method)
 
     @torch.no_grad()
     def rescale_code_(self, scaler: ActivationScaler) -> None:
@@ -129,6 +121,10 @@ class Transcoder(TranscoderMixin, TopKSAE):
 
 class BatchTopKTranscoder(TranscoderMixin, BatchTopKSAE):
     """BatchTopK transcoder; see `TranscoderMixin` and `BatchTopKSAE`."""
+
+
+class GroupMaxTranscoder(TranscoderMixin, GroupMaxSAE):
+    """GroupMax transcoder; see `TranscoderMixin` and `GroupMaxSAE`."""
 
 
 class JumpReLUTranscoder(TranscoderMixin, JumpReLUSAE):

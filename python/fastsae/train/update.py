@@ -106,6 +106,8 @@ def why_not_fused(sae: SAE, config: TrainConfig) -> str | None:
     base, cls = base_of(sae), type(sae)
     if config.optimizer not in ("adam", "adam_mini"):
         return f"optimizer is {config.optimizer}"
+    if not sae.apply_b_dec_to_input:
+        return "b_dec is not subtracted from the input"
     if base not in FUSED:
         return f"{base.__name__ if base else cls.__name__} has no fused update"
     if getattr(sae, "multi_topk", False):
