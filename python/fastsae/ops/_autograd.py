@@ -25,6 +25,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from fastsae.ops import _dense
+
 Rule = Callable[..., Any]
 
 _implementations = torch.library.Library("fastsae", "IMPL")
@@ -44,6 +46,8 @@ def register(op: str, *, setup_context: Rule, backward: Rule, jvp: Rule) -> None
 
     def below_autograd(keyset: Any, inputs: tuple[Any, ...]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
+            if (found := _dense.run(op, inputs)) is not None:
+                return found
             return native.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
     def forward(ctx: Any, *arguments: Any) -> Any:
@@ -118,6 +122,34 @@ def decode_entries(values: Tensor, indices: Tensor, offsets: Tensor | None, W: T
         offsets = torch.arange(n + 1, dtype=torch.int32, device=values.device) * k
     out, _ = native.sparse_weight_grad(values, offsets, indices.flatten(), slots, W)
     return out
+
+
+def weight_grad(
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    d_sae: int,
+    x: Tensor,
+    active: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `sparse_weight_grad` of the entries of a code.
+
+    Args:
+        values: of the entries.
+        indices: of the entries.
+        offsets: [n + 1] or None.
+        d_sae: number of latents.
+        x: [n, d].
+        active: an entry counts where it is not 0; None: where `values` are not.
+    """
+    if reverse_mode_alone() and not torch.is_grad_enabled():
+        found = _dense.weight_grads(indices, offsets, d_sae, [(values, x)])
+        if found is not None:
+            return found[0]
+    native = torch.ops.fastsae
+    lists = native.group_by_latent(values if active is None else active, indices, offsets, d_sae)
+    weight, bias = native.sparse_weight_grad(values, *lists, x)
+    return weight, bias
 
 
 def reverse_mode_alone() -> bool:

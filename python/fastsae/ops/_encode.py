@@ -105,9 +105,10 @@ def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_x:
         dx = _autograd.decode_entries(grad, indices, offsets, W_enc)
     if need_W or need_b_enc or need_b_dec:
-        lists = torch.ops.fastsae.group_by_latent(values, indices, offsets, W_enc.shape[0])
         centered = x if b_dec is None else x - b_dec
-        dW, db = torch.ops.fastsae.sparse_weight_grad(grad, *lists, centered)
+        dW, db = _autograd.weight_grad(
+            grad, indices, offsets, W_enc.shape[0], centered, active=values
+        )
         db_enc = db if need_b_enc and ctx.has_bias else None
         if need_b_dec and b_dec is not None:
             db_dec = -(db @ W_enc)

@@ -1,0 +1,180 @@
+"""Codes that are hardly sparse go through dense matmuls: the same numbers as from the kernels."""
+
+import math
+
+import pytest
+import torch
+
+from fastsae import TrainConfig, Trainer, nn, ops
+from fastsae.ops import _dense
+from fastsae.types import LatentGradients, SparseActs, StepTensors
+from tests.nn.randomized import rows
+
+N, D, F = 24, 10, 40
+
+
+@pytest.fixture(params=["fixed", "variable"])
+def acts(request):
+    torch.manual_seed(0)
+    dense = torch.rand(N, F, dtype=torch.float64)
+    if request.param == "fixed":
+        values, indices = dense.topk(20)
+        order = indices.argsort(1)
+        values = values.gather(1, order)
+        values[2, 3] = 0  # inactive
+        return SparseActs(values, indices.gather(1, order).int(), None, F)
+    acts = SparseActs.from_dense(torch.where(dense < 0.6, dense, 0))
+    padding = torch.zeros(7, dtype=torch.float64)
+    values = torch.cat([acts.values, padding])
+    values[5] = 0
+    return SparseActs(values, torch.cat([acts.indices, padding.int()]), acts.offsets, F)
+
+
+def always(monkeypatch):
+    monkeypatch.setattr(_dense, "LEAST", 1)
+    monkeypatch.setattr(_dense, "SHARE", dict.fromkeys(_dense.SHARE, 0.0))
+    monkeypatch.setattr(_dense, "CHUNK_BYTES", 7 * F * 8)  # several blocks, the last one smaller
+
+
+def never(monkeypatch):
+    monkeypatch.setattr(_dense, "LEAST", 1 << 60)
+
+
+@pytest.fixture
+def dense_calls(monkeypatch):
+    """Counts the blocks that went through dense matmuls."""
+    calls, filled = [], _dense._filled
+    monkeypatch.setattr(_dense, "_filled", lambda *a: calls.append(1) or filled(*a))
+    return calls
+
+
+def in_both_ways(compute, monkeypatch):
+    with monkeypatch.context() as patch:
+        never(patch)
+        sparse = compute()
+    always(monkeypatch)
+    return sparse, compute()
+
+
+def test_the_rule_is_a_share_of_a_large_code():
+    assert not _dense.pays("sparse_decode", 1024 * 1382, 1024, 9216)  # 15 %
+    assert _dense.pays("sparse_decode", 1024 * 1659, 1024, 9216)  # 18 %
+    assert not _dense.pays("sparse_weight_grad", 1024 * 2212, 1024, 9216)  # 24 %
+    assert _dense.pays("sparse_weight_grad", 1024 * 2396, 1024, 9216)  # 26 %
+    assert not _dense.pays("sparse_decode", 1000, 10, 100)  # full, but small
+
+
+def test_decode_and_its_gradients(acts, monkeypatch, dense_calls):
+    W, b, g = rows(F, D), rows(1, D)[0], rows(N, D)
+
+    def compute():
+        leaves = [t.clone().requires_grad_() for t in (acts.values, W, b)]
+        code = SparseActs(leaves[0], acts.indices, acts.offsets, F)
+        out = ops.sparse_decode(code, leaves[1], leaves[2])
+        first = torch.autograd.grad((out * g).sum() + out.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(
+            sum(t.square().sum() for t in first), leaves, retain_graph=True
+        )
+        plain = torch.autograd.grad((out * g).sum(), leaves)
+        return [out, *first, *second, *plain]
+
+    sparse, dense = in_both_ways(compute, monkeypatch)
+    assert dense_calls
+    torch.testing.assert_close(dense, sparse, rtol=1e-12, atol=1e-12)
+
+
+def test_values_grad(acts, monkeypatch):
+    W, g = rows(F, D), rows(N, D)
+    sparse, dense = in_both_ways(lambda: ops.sparse_decode_values_grad(g, acts, W), monkeypatch)
+    torch.testing.assert_close(dense, sparse, rtol=1e-12, atol=1e-12)
+    assert torch.equal(dense != 0, acts.values != 0)
+
+
+def test_encoders_and_their_gradients(monkeypatch, dense_calls):
+    x, W, b, c = rows(N, D), rows(F, D), rows(1, F)[0], rows(1, D)[0]
+    g = rows(N, F)
+
+    def compute():
+        leaves = [t.clone().requires_grad_() for t in (x, W, b, c)]
+        acts = ops.encode_threshold(*leaves[:3], torch.zeros(()), N * F, b_dec=leaves[3])
+        grads = torch.autograd.grad((acts.to_dense() * g).sum(), leaves)
+        return [acts.to_dense(), *grads]
+
+    sparse, dense = in_both_ways(compute, monkeypatch)
+    assert dense_calls
+    torch.testing.assert_close(dense, sparse, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_a_training_step(acts, extra, by_rows, clip, monkeypatch, dense_calls):
+    start = [rows(F, D), rows(F, D), rows(1, F)[0], rows(1, D)[0]]
+    more = None
+    if extra:
+        latents = torch.tensor([3, 17], dtype=torch.int32)
+        more = LatentGradients(latents, rows(2, D), rows(2, D), rows(1, 2)[0])
+    grad_values, x, grad_output = torch.randn_like(acts.values), rows(N, D), rows(N, D)
+
+    def compute():
+        p, m, v = (
+            StepTensors(*(f(t) for t in start)) for f in (torch.clone, *[torch.zeros_like] * 2)
+        )
+        if by_rows:
+            v = v._replace(W_enc=v.W_enc[:, 0].clone(), W_dec=v.W_dec[:, 0].clone())
+        for step in (1, 2):
+            ops.sparse_adam_step_(
+                p, m, v, acts, grad_values, x, grad_output, lr=0.01, step=step,
+                clip_grad_norm=clip, extra_grads=more,
+            )  # fmt: skip
+        return [*p, *m, *v]
+
+    sparse, dense = in_both_ways(compute, monkeypatch)
+    assert dense_calls
+    torch.testing.assert_close(dense, sparse, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_what_is_not_finite_does_not_spread(bad, monkeypatch):
+    """A row of the dictionary that nobody decodes, and a token that one latent sees."""
+    torch.manual_seed(0)
+    dense = torch.rand(N, F, dtype=torch.float64) + 0.1
+    dense[:, 5] = 0
+    acts, W = SparseActs.from_dense(dense), rows(F, D)
+    W[5] = bad
+    sparse, out = in_both_ways(lambda: ops.sparse_decode(acts, W), monkeypatch)
+    assert bool(out.isfinite().all())
+    torch.testing.assert_close(out, sparse)
+
+
+def test_entries_that_come_twice_or_in_disorder_are_added(monkeypatch, dense_calls):
+    always(monkeypatch)
+    values = rows(2, 3)
+    indices = torch.tensor([[1, 1, 2], [3, 0, 2]], dtype=torch.int32)
+    W = rows(4, D)
+    out = ops.sparse_decode(SparseActs(values, indices, None, 4), W)
+    torch.testing.assert_close(out, (values.unsqueeze(2) * W[indices.long()]).sum(1))
+    assert not dense_calls
+
+
+def test_an_index_out_of_range_is_an_error(monkeypatch):
+    always(monkeypatch)
+    acts = SparseActs(torch.ones(1, 2), torch.tensor([[0, 9]], dtype=torch.int32), None, 4)
+    with pytest.raises(RuntimeError):
+        ops.sparse_decode(acts, torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("cls", [nn.ReLUSAE, nn.GatedSAE, nn.JumpReLUSAE])
+def test_a_run_is_the_same(cls, monkeypatch, dense_calls):
+    torch.manual_seed(0)
+    x = torch.randn(256, 12, dtype=torch.float64)
+
+    def compute():
+        torch.manual_seed(1)
+        sae = cls(12, 32, dtype=torch.float64)
+        Trainer(sae, x, TrainConfig(steps=6, batch_size=64, progress=False)).fit()
+        return [p.detach() for p in sae.parameters()]
+
+    sparse, dense = in_both_ways(compute, monkeypatch)
+    assert dense_calls
+    torch.testing.assert_close(dense, sparse, rtol=1e-8, atol=1e-8)
