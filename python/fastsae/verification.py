@@ -13,7 +13,7 @@ from fastsae._files.read import TensorFile, check_seal, read_bytes, read_json
 from fastsae._log import logger
 from fastsae.data.shards import MANIFEST, PARTIAL, WAITING, open_shard, read_manifest, shard_from
 from fastsae.interop import load
-from fastsae.interop.saelens import CONFIG, WEIGHTS
+from fastsae.interop.folder import CONFIG, WEIGHTS
 from fastsae.train.checkpoint import STATE, checkpoints, load_checkpoint
 from fastsae.train.metrics import METRICS, is_marked
 from fastsae.train.trainer import RUN

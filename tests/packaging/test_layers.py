@@ -23,7 +23,7 @@ LAYERS: dict[str, set[str]] = {
     "nn": {"ops"},
     "models": set(),
     "data": {"models", "_files", "_signals"},
-    "interop": {"nn", "models", "_files"},
+    "interop": {"nn", "models", "ops", "_files"},
     "train": {"nn", "data", "ops", "interop", "_files", "_library", "_signals"},
     "eval": {"nn", "models", "data"},
     "analysis": {"nn", "models", "data", "train", "eval"},

@@ -5,16 +5,22 @@ Whatever is wrong is one ValueError (FileNotFoundError where nothing is) that na
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import pickle
 import stat
 import unicodedata
-from collections.abc import Collection
+import zipfile
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -22,6 +28,12 @@ from fastsae._files import checksum
 from fastsae._log import logger
 
 LARGEST_JSON = 1 << 28
+LARGEST_YAML = 1 << 17
+READ_AT_ONCE = 1 << 24
+NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 BIDI_CONTROLS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 
@@ -53,6 +65,43 @@ def read_json(path: Path, owner: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{owner}: expected {path} to be a JSON object, got {_kind(value)}")
     return value
+
+
+def read_yaml(path: Path, owner: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file of plain values.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `read_bytes`; also when it is no such mapping.
+        ModuleNotFoundError: PyYAML is not installed.
+    """
+    data = read_bytes(path, owner)
+    try:
+        yaml: Any = import_module("yaml")
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"{owner}: expected PyYAML to be installed for {path}: pip install pyyaml"
+        ) from None
+    try:
+        if len(data) > LARGEST_YAML:
+            raise ValueError(f"{len(data)} bytes")
+        value = yaml.safe_load(data)
+        _count(value, LARGEST_YAML)
+    except Exception as error:  # yaml raises what dates, numbers and encodings raise
+        raise ValueError(f"{owner}: expected {path} to be YAML, got {_short(error)}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{owner}: expected {path} to be a YAML mapping, got {_kind(value)}")
+    return {str(name): item for name, item in value.items()}
+
+
+def _count(value: Any, left: int) -> int:
+    """Return how much of `left` remains when values are counted as often as aliases repeat them."""
+    held = [*value, *value.values()] if isinstance(value, dict) else value
+    if isinstance(held, (list, tuple, set)):
+        for item in held:
+            left = _count(item, left - 1)
+    if left < 0:
+        raise ValueError("aliases that make more of it than there is")
+    return left
 
 
 def check_seal(value: dict[str, Any], path: Path, owner: str) -> None:
@@ -148,11 +197,7 @@ class TensorFile:
         """
         if name not in self.shapes:
             raise self._damaged(f"to hold {name}, got {', '.join(self.shapes) or 'nothing'}")
-        try:
-            with safe_open(self.path, "pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise self._damaged(f"to be a whole safetensors file, got {_short(error)}") from None
+        tensor = self._get([name])[name]
         if verify and self.seal is not None:
             self._compare(name, checksum.of_tensor(tensor))
         return tensor
@@ -187,7 +232,11 @@ class TensorFile:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors, checked."""
-        return {name: self.tensor(name) for name in self.shapes}
+        found = self._get(self.shapes)
+        if self.seal is not None:
+            for name, tensor in found.items():
+                self._compare(name, checksum.of_tensor(tensor))
+        return found
 
     def offset(self, name: str) -> int:
         """Return where in the file the numbers of a tensor begin, in bytes."""
@@ -195,6 +244,14 @@ class TensorFile:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         return int(8 + length + header[name]["data_offsets"][0])
+
+    def _get(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return tensors mapped from the file, whose header is read once."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                return {name: file.get_tensor(name) for name in names}
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(f"to be a whole safetensors file, got {_short(error)}") from None
 
     def _compare(self, name: str, got: list[str]) -> None:
         """Raise ValueError where checksums are not those that were written."""
@@ -266,3 +323,89 @@ def _kind(value: Any) -> str:
 def _short(value: Any) -> str:
     text = " ".join(printable(str(value)).split())
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def read_torch(
+    path: Path, owner: str, *, allow_pickle: bool = False, skip: int = 0
+) -> dict[str, Any]:
+    """Return the dictionary in a file of `torch.save`, its tensors on the CPU.
+
+    Args:
+        path: the file.
+        owner: in whose name errors speak.
+        allow_pickle: whether objects of any class are made, for which the file may run any code.
+        skip: bytes in front that are not torch's.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, holds something else, or needs `allow_pickle`.
+    """
+    os.close(_open(path, owner))
+    try:
+        file = io.BytesIO(read_bytes(path, owner)[skip:]) if skip else path
+        value = torch.load(file, map_location="cpu", weights_only=not allow_pickle)
+    except pickle.UnpicklingError as error:
+        text = str(error)
+        if "not an allowed global" in text or "is blocked" in text:
+            raise ValueError(
+                f"{owner}: expected {path} to hold tensors, lists and numbers only, got objects of "
+                "other classes, whose file may run any code when it is read; if you trust it, "
+                "give allow_pickle=True"
+            ) from None
+        cause = text.rpartition("WeightsUnpickler error:")[2].partition("Check the doc")[0]
+        raise ValueError(
+            f"{owner}: expected {path} to be a whole file of torch.save, got {_short(cause)}"
+        ) from None
+    except Exception as error:  # torch and pickle raise what they come across in damaged files
+        raise ValueError(
+            f"{owner}: expected {path} to be a whole file of torch.save, got "
+            f"{type(error).__name__}: {_short(error)}"
+        ) from None
+    if isinstance(value, torch.nn.Module):
+        return {"module": value}
+    if not isinstance(value, dict):
+        raise ValueError(f"{owner}: expected {path} to hold a dictionary, got {_kind(value)}")
+    return {str(name): item for name, item in value.items()}
+
+
+def read_npz(path: Path, owner: str) -> dict[str, Tensor]:
+    """Return the floating arrays in a file of `numpy.savez`, on the CPU; nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or holds something else.
+    """
+    os.close(_open(path, owner))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {
+                info.filename.removesuffix(".npy"): _read_npy(archive, info)
+                for info in archive.infolist()
+            }
+    except Exception as error:  # zipfile and numpy raise what they come across in damaged files
+        raise ValueError(
+            f"{owner}: expected {path} to be a whole file of numpy.savez, got "
+            f"{type(error).__name__}: {_short(error)}"
+        ) from None
+
+
+def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Tensor:
+    """Return one array; its header may not promise more bytes than there are."""
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in NPY_HEADERS:
+            raise ValueError(f"version {version} of {info.filename}")
+        shape, fortran_order, dtype = NPY_HEADERS[version](file)
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.kind != "f" or min(shape, default=0) < 0 or size > info.file_size:
+            raise ValueError(f"{dtype} {list(shape)} in {info.file_size} bytes as {info.filename}")
+        data = bytearray(size)
+        got = 0
+        while part := file.read(min(READ_AT_ONCE, size - got)):
+            data[got : got + len(part)] = part
+            got += len(part)
+    if got != size:
+        raise ValueError(f"{got} of {size} bytes of {info.filename}")
+    array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
+    native = np.ascontiguousarray(array, dtype.newbyteorder("="))
+    return torch.from_numpy(native).reshape(shape)

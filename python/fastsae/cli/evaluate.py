@@ -48,10 +48,11 @@ def run(args: argparse.Namespace) -> None:
     from fastsae.data.shards import Manifest
     from fastsae.eval import evaluate
     from fastsae.interop import load
+    from fastsae.interop.hooks import sites_in
 
     device = device_named(args.device)
     sae = load(args.sae, device=device)
-    trained_on = str(sae.metadata.get("hook_name", "")).split("+")
+    trained_on = sites_in(sae.metadata)
     manifest = Manifest.read(Path(args.store), partial=args.partial)
     known = set(trained_on) <= set(manifest.sites)
     sites = args.site or (trained_on if known else None)

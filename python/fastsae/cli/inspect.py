@@ -109,13 +109,19 @@ def _sae(path: Path) -> dict[str, Any]:
     import torch
 
     from fastsae.interop import load
+    from fastsae.nn import NormalizedSAE
 
     sae = load(path)
+    around: dict[str, Any] = {}
+    if isinstance(sae, NormalizedSAE):
+        keys = ("normalize_activations", "reshape_activations")
+        around, sae = {key: getattr(sae, key) for key in keys}, sae.sae
     encoder, decoder = sae.W_enc.detach().t().float(), sae.W_dec.detach().float()
     cosine = torch.cosine_similarity(encoder, decoder, dim=1)
     return {
         "kind": type(sae).__name__,
         **sae.config(),
+        **around,
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in sae.parameters()),
         "decoder_norm": _spread(decoder.norm(dim=1)),

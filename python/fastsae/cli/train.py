@@ -12,7 +12,7 @@ from fastsae.cli.budget import within
 from fastsae.cli.console import device_named, duration, emit, narrated, positive, say, subcommand
 
 if TYPE_CHECKING:
-    from fastsae.data import ActivationSource
+    from fastsae.data import ActivationSource, ActivationStore
     from fastsae.nn import SAE
     from fastsae.train import TrainConfig
 
@@ -161,6 +161,7 @@ def sources(
     """
     from fastsae.data import ActivationStore, open_activations
     from fastsae.data.source import hold_back, known_rows
+    from fastsae.interop.hooks import hook_name
 
     sites, path = sites_of(args.arch, args.site), Path(args.store)
     if path.suffix in (".npy", ".safetensors") or (path / "state.json").exists():
@@ -170,12 +171,25 @@ def sources(
         source = open_activations(path, column)
         parts = hold_back(source, min((known_rows(source) or 0) // 20, 1 << 15))
         data, val = parts or (source, None)
-        return data, val, [source.d_in], {"hook_name": column} if column else {}
+        about = {"hook_name": hook_name(column)} if column else {}
+        return data, val, [source.d_in], about
     store = ActivationStore(path, sites, partial=args.partial)
     held = ActivationStore(path, sites, split="val", partial=args.partial)
-    about = {"model_name": store.manifest.model, "hook_name": store.site}
+    about = metadata_of(store, transcoder="transcoder" in args.arch)
     widths = [store.manifest.sites[site] for site in store.sites]
     return store, held if len(held) else None, widths, about
+
+
+def metadata_of(store: ActivationStore, *, transcoder: bool = False) -> dict[str, Any]:
+    """Return what an SAE trained on a store says of it, in the words of SAELens."""
+    from fastsae.interop.hooks import describe_sites
+
+    return {
+        "model_name": store.manifest.model,
+        **describe_sites(store.sites, transcoder=transcoder),
+        "context_size": store.manifest.context,
+        "prepend_bos": True,
+    }
 
 
 def _of_length(

@@ -1,6 +1,6 @@
-"""Formats of files: one module each, which reads and, where it makes sense, writes."""
+"""Files that other libraries read and write."""
 
-from fastsae.interop.saelens import read as load
-from fastsae.interop.saelens import write as save
+from fastsae.interop.load import load
+from fastsae.interop.save import save, to_sae_lens
 
-__all__ = ["load", "save"]
+__all__ = ["load", "save", "to_sae_lens"]

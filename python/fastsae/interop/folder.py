@@ -1,6 +1,6 @@
-"""SAELens >= 6: a folder with `sae_weights.safetensors` and `cfg.json`, and what fastsae adds.
+"""The folder of an SAE of fastsae: that of SAELens >= 6, with what fastsae adds.
 
-The weights file holds W_enc [d_in, d_sae], W_dec [d_sae, d_in], b_enc, b_dec and what the
+`sae_weights.safetensors` holds W_enc [d_in, d_sae], W_dec [d_sae, d_in], b_enc, b_dec and what the
 architecture has besides, such as threshold [d_sae]. `cfg.json` holds SAELens' keys; fastsae's class
 and its constructor arguments are under `metadata.fastsae`, which SAELens carries along. A class
 that SAELens has no architecture for is written under a name that it refuses, not under a wrong one.
@@ -8,7 +8,9 @@ Nothing is ever unpickled.
 
 The weights file is the save: it holds the checksums of its tensors and the content of `cfg.json`,
 and takes its place with one rename. `cfg.json` names the weights file that it belongs to, so one of
-another save is noticed, and the content inside the weights file serves.
+another save is noticed, and the content inside the weights file serves. A folder that SAELens saved
+again has no checksums, but what fastsae said of the module, whatever was changed: where its keys
+say something else, it is read as SAELens reads it.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ from fastsae._files.read import (
 )
 from fastsae._files.write import as_json, publish, reason, staging, write_file, write_tensors
 from fastsae._log import logger
+from fastsae.interop import saelens
+from fastsae.interop.weights import Options
 from fastsae.nn import (
     SAE,
     BatchTopKSAE,
@@ -41,14 +45,19 @@ from fastsae.nn import (
     GatedSAE,
     GroupMaxSAE,
     JumpReLUSAE,
+    MatchingPursuitSAE,
+    NormalizedSAE,
     ReLUSAE,
     TopKSAE,
 )
+from fastsae.nn.loss import upcast
+from fastsae.nn.normalized import KINDS, SHAPES
 from fastsae.nn.penalized import PenalizedSAE
 from fastsae.nn.transcoder import TranscoderMixin
 
-WEIGHTS = "sae_weights.safetensors"
-CONFIG = "cfg.json"
+NAME = "fastsae"
+WEIGHTS = saelens.WEIGHTS
+CONFIG = saelens.CONFIG
 LAYOUT_VERSION = "6.0.0"
 """Version of SAELens whose layout this is; newer ones migrate it."""
 DTYPES = {
@@ -59,6 +68,8 @@ FOUR = {"W_enc_rows", "W_dec", "b_enc", "b_dec"}
 OWN = FOUR | {"threshold", "density", "budget", "batches_seen", "coefficient", "unit"}
 OWN |= {"log_threshold", "r_mag", "b_mag", "W_skip"}
 """Parameters and buffers of fastsae's classes: written as SAELens has them, or made anew."""
+UNIT = 1e-6
+"""How far from 1 a norm may be that is 1."""
 RENAMED = {"aux_k": "k_aux", "aux_alpha": "auxk_alpha"}
 """Constructor arguments that development versions of 0.1.0 saved under other names."""
 
@@ -80,9 +91,21 @@ def architecture(sae: SAE) -> Architecture:
 
 @architecture.register
 def _(sae: TopKSAE) -> Architecture:
+    unit = _has_unit_rows(sae)
+    if sae.select_by_decoder_norm and not unit:
+        return Architecture({"architecture": "topk_by_decoder_norm", "k": sae.k}, {})
     name = "abstopk" if sae.absolute else "topk"
-    cfg = {"architecture": name, "k": sae.k, "rescale_acts_by_decoder_norm": False}
-    return Architecture(cfg, {})
+    # With rows of norm 1 both are the same, and tools of SAELens fold what is rescaled.
+    return Architecture(
+        {"architecture": name, "k": sae.k, "rescale_acts_by_decoder_norm": unit}, {}
+    )
+
+
+@architecture.register
+def _(sae: MatchingPursuitSAE) -> Architecture:
+    keys = ("residual_threshold", "max_iterations", "stop_on_duplicate_support")
+    cfg = {key: getattr(sae, key) for key in keys}
+    return Architecture({"architecture": "matching_pursuit", **cfg}, {})
 
 
 @architecture.register
@@ -109,6 +132,14 @@ def _(sae: ReLUSAE) -> Architecture:
     return Architecture({"architecture": "standard"}, {})
 
 
+def _has_unit_rows(sae: SAE) -> bool:
+    """Return whether rows of the decoder have norm 1, within the rounding of float32."""
+    if sae.W_dec.is_meta:
+        return False
+    norms = torch.linalg.vector_norm(upcast(sae.W_dec.detach()), dim=1)
+    return bool(((norms - 1).abs() <= UNIT).all())
+
+
 def class_name(sae: SAE) -> str:
     """Return the name under which the class of `sae` is registered; torch derives classes of its
     own from it (parametrize, fully_shard), which do not count."""
@@ -119,7 +150,22 @@ def class_name(sae: SAE) -> str:
     raise TypeError(f"save: expected a registered SAE class, got {type(sae).__name__}")
 
 
-def write(sae: SAE, path: str | os.PathLike[str]) -> str:
+def matches(path: Path) -> bool:
+    """Return whether `path` is a folder that fastsae wrote, even if damaged since."""
+    if not (path / WEIGHTS).is_file():
+        return False
+    try:
+        if TensorFile(path / WEIGHTS, "load").about is not None:
+            return True
+        if not (path / CONFIG).exists():
+            return False
+        metadata = read_json(path / CONFIG, "load").get("metadata")
+    except ValueError:
+        return True
+    return isinstance(metadata, dict) and "fastsae" in metadata
+
+
+def write(sae: SAE | NormalizedSAE, path: str | os.PathLike[str]) -> str:
     """Write `sae` into the folder `path`, which is made if needed.
 
     A crash or a full disk at any moment leaves a folder that loads, as the previous save or as this
@@ -158,7 +204,7 @@ def write_files(stage: Path, tensors: dict[str, Tensor], cfg: dict[str, Any]) ->
 
 
 def contents(
-    sae: SAE, progress: dict[str, int] | None = None
+    sae: SAE | NormalizedSAE, progress: dict[str, int] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of the weights file and the content of `cfg.json`.
 
@@ -169,10 +215,13 @@ def contents(
     Raises:
         TypeError, ValueError: as in `write`.
     """
+    around = _around(sae)
+    sae = sae.sae if isinstance(sae, NormalizedSAE) else sae
     form = _form(sae)
     tensors = {name: getattr(sae, own) for own, name in _parameter_names(sae).items()}
     cfg = {
         **_keys(sae, form),
+        **around,
         "device": "cpu",
         "metadata": {
             **sae.metadata,
@@ -181,6 +230,7 @@ def contents(
                 "class": class_name(sae),
                 "config": sae.config(),
                 "learned": {name: getattr(sae, name).item() for name in _numbers(sae)},
+                **({"around": around} if around else {}),
                 **({"training": progress} if progress else {}),
             },
         },
@@ -194,22 +244,68 @@ def contents(
     return tensors | form.tensors | _extra(sae), cfg
 
 
-def read(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> SAE:
-    """Read the module that `write` wrote: same class, arguments, dtype and threshold, in eval mode.
+def read(path: Path, options: Options = Options()) -> SAE | NormalizedSAE:  # noqa: B008
+    """Read the module that `write` wrote: same class, arguments, dtype and threshold, in eval mode;
+    see `load`."""
+    file, cfg, weights, resaved = _open(path)
+    sae, learned = _build(file, cfg, options.device)
+    around = _read_around(cfg, file)
+    if resaved and not _says_the_same(sae, around, cfg, weights):
+        logger.warning(
+            "load: %s was saved by SAELens after fastsae, with other settings, which are followed",
+            path,
+        )
+        return saelens.read(path, options)
+    if weights.seal is None and not resaved:
+        _check_keys(file, cfg, _fixed_keys(sae) | around)
+    _load(sae, learned, file, weights, options)
+    sae = sae.to(options.dtype) if options.dtype is not None else sae
+    return NormalizedSAE(sae, **around).eval() if around else sae.eval()
 
-    Every byte is compared with its checksum. A folder of a version that wrote none is read with a
-    warning, and so is a checkpoint in the middle of a run.
 
-    Raises:
-        FileNotFoundError: no such folder, or a file is missing in it.
-        ValueError: a file is damaged or edited, the class is not known, or shapes disagree.
-    """
-    folder = Path(path)
-    file, cfg, weights = _open(folder)
-    sae, learned = _build(file, cfg, device)
+def _says_the_same(
+    sae: SAE, around: dict[str, str], cfg: dict[str, Any], weights: TensorFile
+) -> bool:
+    """Return whether the keys of a folder, and its thresholds, are those of the module."""
+    keys = _fixed_keys(sae) | around
+    if any(cfg.get(key) != value for key, value in keys.items()):
+        return False
+    if isinstance(sae, TopKSAE) and cfg.get("rescale_acts_by_decoder_norm"):
+        norms = torch.linalg.vector_norm(weights.tensor("W_dec").double(), dim=1)
+        if bool(((norms - 1).abs() > UNIT).any()):
+            return False
+    if isinstance(sae, BatchTopKSAE):
+        threshold = weights.tensor("threshold")
+        return bool((threshold == threshold.flatten()[0]).all())
+    return True
+
+
+def _around(sae: SAE | NormalizedSAE) -> dict[str, str]:
+    """Return what is done around an SAE, by the keys of cfg.json; empty where nothing is."""
+    if not isinstance(sae, NormalizedSAE):
+        return {}
+    keys = ("normalize_activations", "reshape_activations")
+    return {key: getattr(sae, key) for key in keys}
+
+
+def _read_around(cfg: dict[str, Any], file: Path) -> dict[str, str]:
+    own = cfg["metadata"]["fastsae"].get("around")
+    if own is None:
+        return {}
+    if not isinstance(own, dict):
+        raise ValueError(f"load: expected around in {file} to be an object, got {own!r}")
+    keys = {"normalize_activations": KINDS, "reshape_activations": SHAPES}
+    return {
+        key: field(own, key, str, file, "load", choices=choices) for key, choices in keys.items()
+    }
+
+
+def _load(
+    sae: SAE, learned: dict[str, Any], file: Path, weights: TensorFile, options: Options
+) -> None:
+    """Fill `sae` from the weights file."""
+    device = options.device
     form, names = _form(sae), _parameter_names(sae)
-    if weights.seal is None:
-        _check_keys(file, cfg, _keys(sae, form))
     expected = {name: getattr(sae, own).shape for own, name in names.items()}
     expected |= {name: t.shape for name, t in (form.tensors | _extra(sae)).items()}
     for name, shape in expected.items():
@@ -234,11 +330,11 @@ def read(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
         for name, held in _extra(sae).items():
             held.data = tensors[name].to(held.device)
         _restore(sae, tensors, learned, file)
-    return sae.eval()
 
 
-def _open(folder: Path) -> tuple[Path, dict[str, Any], TensorFile]:
-    """Return the file that says what the folder holds, its content, and the open weights file."""
+def _open(folder: Path) -> tuple[Path, dict[str, Any], TensorFile, bool]:
+    """Return the file that says what the folder holds, its content, the open weights file, and
+    whether SAELens has saved both again."""
     file = folder / CONFIG
     if not (folder / WEIGHTS).exists():
         raise FileNotFoundError(f"load: expected {folder} to hold {WEIGHTS}, found none")
@@ -248,16 +344,18 @@ def _open(folder: Path) -> tuple[Path, dict[str, Any], TensorFile]:
         if inside is None:
             raise FileNotFoundError(f"load: expected {folder} to hold {CONFIG}, found none")
         logger.warning("load: no %s; took the copy of it in %s", file, weights.path)
-        return weights.path, inside, weights
+        return weights.path, inside, weights, False
     cfg = read_json(file, "load")
     own = cfg["metadata"].get("fastsae") if isinstance(cfg.get("metadata"), dict) else None
     seal = own.pop("checksum", None) if isinstance(own, dict) else None
     if seal is None and inside is None:
         note_without_checksums(folder, "load", "fastsae.save(fastsae.load(path), path)")
-        return file, cfg, weights
+        return file, cfg, weights, False
     if seal is None:  # of a version without, which a save was about to replace
         logger.warning("load: %s is of another save; took the copy in %s", file, weights.path)
-        return file, inside or {}, weights
+        return file, inside or {}, weights, False
+    if seal != checksum.of_json(cfg) and inside is None:
+        return file, cfg, weights, True
     if seal != checksum.of_json(cfg):
         raise ValueError(
             f"load: expected {file} as it was saved, got one that was damaged or edited; delete it "
@@ -267,7 +365,7 @@ def _open(folder: Path) -> tuple[Path, dict[str, Any], TensorFile]:
         raise ValueError(f"load: expected {weights.path} to have the checksums of {file}, got none")
     if own is None or own.get("weights") != weights.seal:
         logger.warning("load: %s is of another save; took the copy in %s", file, weights.path)
-    return file, inside, weights
+    return file, inside, weights, False
 
 
 def _form(sae: SAE) -> Architecture:
@@ -286,22 +384,34 @@ def _form(sae: SAE) -> Architecture:
 
 
 def _parameter_names(sae: SAE) -> dict[str, str]:
-    """Return the names in the file of the four parameters; SAELens calls a gate's bias b_gate."""
+    """Return the names in the file of the four parameters; SAELens calls a gate's bias b_gate, and
+    matching pursuit has no encoder."""
+    if isinstance(sae, MatchingPursuitSAE):
+        return {"W_dec": "W_dec", "b_dec": "b_dec"}
     b_enc = "b_gate" if isinstance(sae, GatedSAE) else "b_enc"
     return {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": b_enc, "b_dec": "b_dec"}
 
 
 def _keys(sae: SAE, form: Architecture) -> dict[str, Any]:
-    """Return the keys of cfg.json that follow from the module."""
+    """Return the keys of cfg.json that follow from the module, and from where it was trained."""
+    hook = str(sae.metadata.get("hook_name", ""))
     return {
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": str(sae.W_enc_rows.dtype).removeprefix("torch."),
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": sae.apply_b_dec_to_input,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        # Heads are two dimensions in TransformerLens, and side by side here.
+        "reshape_activations": "hook_z" if hook.endswith(".hook_z") else "none",
         **form.cfg,
     }
+
+
+def _fixed_keys(sae: SAE) -> dict[str, Any]:
+    """Return the keys of cfg.json that do not depend on the numbers in the weights."""
+    keys = _keys(sae, _form(sae))
+    keys.pop("rescale_acts_by_decoder_norm", None)
+    return keys
 
 
 def _numbers(sae: SAE) -> list[str]:
@@ -365,7 +475,8 @@ def _restore(sae: SAE, tensors: dict[str, Tensor], learned: dict[str, Any], file
         sae.budget.zero_()
         sae.batches_seen.fill_(sae.mutual_choice_batches)
     if isinstance(sae, JumpReLUSAE):
-        sae.log_threshold.copy_((tensors["threshold"].float() / sae.unit).log())
+        # SAELens trains thresholds below 0, which are as good as 0.
+        sae.log_threshold.copy_((tensors["threshold"].float() / sae.unit).clamp_min(0).log())
     if isinstance(sae, GatedSAE):
         sae.r_mag.copy_(tensors["r_mag"])
         sae.b_mag.copy_(tensors["b_mag"])
@@ -385,7 +496,9 @@ def _build(
         cls, dtype = _class_named(own["class"]), DTYPES[cfg["dtype"]]
         arguments = {RENAMED.get(name, name): value for name, value in own["config"].items()}
         inside = "." not in own["class"] and cls.__module__.startswith("fastsae.")
-        sae = cls(**arguments, dtype=dtype, device="meta" if inside else device)
+        inside &= cls is not MatchingPursuitSAE  # whose matrices are one parameter
+        with torch.random.fork_rng(devices=[]):
+            sae = cls(**arguments, dtype=dtype, device="meta" if inside else device)
         learned = dict(own.get("learned", {}))
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(

@@ -34,7 +34,7 @@ from fastsae._files.write import (
     write_file,
     write_tensors,
 )
-from fastsae.interop.saelens import WEIGHTS, contents, write_files
+from fastsae.interop.folder import WEIGHTS, contents, write_files
 from fastsae.nn import SAE
 
 TENSORS, STATE = "state.safetensors", "state.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastsae._log import logger
-from fastsae.interop.saelens import OWN
+from fastsae.interop.folder import OWN
 from fastsae.nn import SAE, ActivationScaler
 from fastsae.nn.init import some_rows
 from fastsae.train.config import TrainConfig

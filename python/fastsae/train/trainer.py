@@ -35,7 +35,7 @@ from fastsae.data.source import (
     sample_rows,
     source_len,
 )
-from fastsae.interop.saelens import CONFIG, WEIGHTS, contents, write
+from fastsae.interop.folder import CONFIG, WEIGHTS, contents, write
 from fastsae.nn import SAE, ActivationScaler, SAEOutput, StepContext
 from fastsae.train.calibration import Calibration
 from fastsae.train.checkpoint import (

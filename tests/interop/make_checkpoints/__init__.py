@@ -1,0 +1,1 @@
+"""Checkpoints of other libraries, made with their own code; run by hand."""
