@@ -22,6 +22,9 @@ class SparseActs:
       entries at or past `offsets[-1]` are padding (value 0, index 0), which everything ignores.
       `capacity` follows from shapes alone, so no op has to ask the device how many there are.
 
+    A code that is hardly sparse may come as `full`: the fixed layout with k = d_sae, whose values
+    are the dense matrix.
+
     An entry whose value is exactly 0 is inactive: it decodes to nothing, gets no gradient and does
     not count as firing.
 
@@ -39,6 +42,19 @@ class SparseActs:
     indices: Tensor
     offsets: Tensor | None
     d_sae: int
+
+    @classmethod
+    def full(cls, dense: Tensor) -> SparseActs:
+        """Return `dense: [n, d_sae]` as a code with an entry for every latent, not copied."""
+        d_sae = dense.shape[1]
+        every = torch.arange(d_sae, dtype=torch.int32, device=dense.device)
+        return cls(dense, every.expand(dense.shape[0], -1), None, d_sae)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this is from `full`, so that `values` is the dense code. On the CPU only:
+        elsewhere it would be a wait."""
+        return self.offsets is None and lists_every_latent(self.indices, self.d_sae)
 
     @property
     def n(self) -> int:
@@ -61,9 +77,9 @@ class SparseActs:
 
     def row_counts(self) -> Tensor:
         """Return the number of active entries of every row: int64 `[n]`."""
-        active = self.values.detach() != 0
         if self.offsets is None:
-            return active.sum(1)
+            return torch.count_nonzero(self.values.detach(), 1)
+        active = self.values.detach() != 0
         counts = torch.zeros(self.n + 1, dtype=torch.int64, device=self.values.device)
         return counts.index_add_(0, self.rows(), active.long())[:-1]
 
@@ -77,12 +93,16 @@ class SparseActs:
 
     def counts(self) -> Tensor:
         """Return for how many tokens each latent is active: int32 `[d_sae]`."""
+        if self.is_full:
+            return torch.count_nonzero(self.values.detach(), 0).int()
         counts = torch.zeros(self.d_sae, dtype=torch.int32, device=self.values.device)
         active = self.values.detach().flatten() != 0
         return counts.index_add_(0, self.indices.flatten().long(), active.int())
 
     def to_dense(self) -> Tensor:
         """Return the dense `[n, d_sae]` matrix; differentiable in `values`."""
+        if self.is_full:
+            return self.values.clone()
         dense = self.values.new_zeros(self.n + 1, self.d_sae)
         return dense.index_put((self.rows(), self.indices.long()), self.values, accumulate=True)[
             : self.n
@@ -198,6 +218,18 @@ pytree.register_pytree_node(
     serialized_type_name="fastsae.SparseActs",
     flatten_with_keys_fn=_flatten_with_keys,
 )
+
+
+def lists_every_latent(indices: Tensor, d_sae: int) -> bool:
+    """Return whether every row of `indices: [n, k]` is 0 .. d_sae - 1, by being the same memory."""
+    if indices.ndim != 2 or indices.shape[1] != d_sae or not len(indices) or indices.stride(0):
+        return False
+    if type(indices) is not Tensor or indices.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    if functorch.is_functorch_wrapped_tensor(indices) or functorch.is_legacy_batchedtensor(indices):
+        return False
+    return bool((indices[0] == torch.arange(d_sae, dtype=torch.int32)).all())
 
 
 def owners(offsets: Tensor, entries: int) -> Tensor:

@@ -164,17 +164,129 @@ def test_an_index_out_of_range_is_an_error(monkeypatch):
         ops.sparse_decode(acts, torch.ones(4, 3))
 
 
-@pytest.mark.parametrize("cls", [nn.ReLUSAE, nn.GatedSAE, nn.JumpReLUSAE])
+@pytest.mark.parametrize("cls", [nn.JumpReLUSAE, nn.MatryoshkaSAE, nn.TopKSAE])
 def test_a_run_is_the_same(cls, monkeypatch, dense_calls):
     torch.manual_seed(0)
     x = torch.randn(256, 12, dtype=torch.float64)
 
     def compute():
         torch.manual_seed(1)
-        sae = cls(12, 32, dtype=torch.float64)
+        sae = cls(12, 32, 4, dtype=torch.float64)
         Trainer(sae, x, TrainConfig(steps=6, batch_size=64, progress=False)).fit()
         return [p.detach() for p in sae.parameters()]
 
     sparse, dense = in_both_ways(compute, monkeypatch)
     assert dense_calls
     torch.testing.assert_close(dense, sparse, rtol=1e-8, atol=1e-8)
+
+
+def full(monkeypatch):
+    """Have every positive code be full."""
+    monkeypatch.setattr(_dense, "LEAST", 1)
+    monkeypatch.setattr(_dense, "FULL_SHARE", -1.0)
+
+
+def test_a_full_code_is_the_dense_matrix():
+    dense = torch.where(rows(N, F) > 0, rows(N, F), 0)
+    acts = SparseActs.full(dense)
+    plain = SparseActs.from_dense(dense)
+    assert acts.is_full
+    assert not plain.is_full
+    assert not SparseActs(dense, acts.indices.contiguous(), None, F).is_full  # not the same memory
+    assert not SparseActs(dense, acts.indices.flip(1)[:1].expand(N, -1), None, F).is_full
+    assert acts.shape == (N, F)
+    assert torch.equal(acts.to_dense(), dense)
+    assert torch.equal(acts.counts(), plain.counts())
+    assert torch.equal(acts.row_counts(), plain.row_counts())
+    assert torch.equal(acts.fired(), plain.fired())
+    half = acts.to(torch.float32)
+    assert half.is_full
+    assert torch.equal(half.to_dense(), dense.float())
+    assert torch.equal(SparseActs.cat([acts, plain]).to_dense(), torch.cat([dense, dense]))
+    leaf = dense.clone().requires_grad_()
+    assert torch.equal(
+        torch.autograd.grad(SparseActs.full(leaf).to_dense().sum(), leaf)[0], dense * 0 + 1
+    )
+
+
+def test_ops_of_a_full_code_are_those_of_its_entries():
+    dense, W, b, g = (
+        torch.where(rows(N, F) > 0, rows(N, F), 0),
+        rows(F, D),
+        rows(1, D)[0],
+        rows(N, D),
+    )
+    acts, plain = SparseActs.full(dense), SparseActs.from_dense(dense)
+    torch.testing.assert_close(ops.sparse_decode(acts, W, b), ops.sparse_decode(plain, W, b))
+    found = ops.sparse_decode_values_grad(g, acts, W)
+    torch.testing.assert_close(found[dense != 0], ops.sparse_decode_values_grad(g, plain, W))
+    assert not found[dense == 0].any()
+    # Where dense matmuls do not apply, the kernels take it as any other code.
+    torch.testing.assert_close(
+        ops.sparse_decode(SparseActs.full(dense.float().bfloat16()), W.bfloat16()),
+        ops.sparse_decode(SparseActs.from_dense(dense.float().bfloat16()), W.bfloat16()),
+    )
+    W[3] = math.inf
+    dense[:, 3] = 0
+    out = ops.sparse_decode(SparseActs.full(dense), W)
+    torch.testing.assert_close(out, ops.sparse_decode(SparseActs.from_dense(dense), W))
+    assert bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("cls", [nn.ReLUSAE, nn.GatedSAE])
+@pytest.mark.parametrize("grad", [True, False])
+def test_codes_and_losses_of_full_codes(cls, grad, monkeypatch):
+    torch.manual_seed(0)
+    sae, x = cls(12, 32, dtype=torch.float64), rows(64, 12)
+    sae.b_enc = 0.1 * torch.randn(32)
+
+    def compute():
+        with torch.set_grad_enabled(grad):
+            acts, out = sae.encode_sparse(x), sae.loss(x)
+        found = [acts.to_dense(), out.loss, out.reconstruction, out.acts.l0()]
+        if grad:
+            found += torch.autograd.grad(out.loss, list(sae.parameters()))
+        return acts.is_full, found
+
+    with monkeypatch.context() as patch:
+        never(patch)
+        was_full, sparse = compute()
+    full(monkeypatch)
+    is_full, dense = compute()
+    assert (was_full, is_full) == (False, True)
+    torch.testing.assert_close(dense, sparse, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("cls", [nn.ReLUSAE, nn.GatedSAE])
+@pytest.mark.parametrize("update", ["fused", "autograd"])
+def test_a_run_with_full_codes_is_the_same(cls, update, monkeypatch):
+    if cls is nn.GatedSAE and update == "fused":
+        pytest.skip("has no fused update")
+    torch.manual_seed(0)
+    x = torch.randn(256, 12, dtype=torch.float64)
+
+    def compute():
+        torch.manual_seed(1)
+        sae = cls(12, 32, 4, dtype=torch.float64)
+        config = TrainConfig(steps=6, batch_size=64, progress=False, update=update)
+        Trainer(sae, x, config).fit()
+        return [p.detach() for p in sae.parameters()]
+
+    with monkeypatch.context() as patch:
+        never(patch)
+        sparse = compute()
+    full(monkeypatch)
+    torch.testing.assert_close(compute(), sparse, rtol=1e-8, atol=1e-8)
+
+
+def test_a_code_looks_full_where_most_latents_are_active(monkeypatch):
+    x, W, b = torch.randn(1024, 8), torch.randn(512, 8), torch.zeros(512)
+    assert _dense.looks_full(x, W, b, None)
+    assert not _dense.looks_full(x, W, b - 10, None)
+    assert not _dense.looks_full(x, W, b, torch.full((8,), math.nan))
+    assert not _dense.looks_full(x[:100], W, b, None)  # small
+    assert not _dense.looks_full(x.bfloat16(), W.bfloat16(), b.bfloat16(), None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not _dense.looks_full(x, W, b, None)
+    monkeypatch.setattr(_dense, "MOST", 1 << 18)
+    assert not _dense.looks_full(x, W, b, None)  # too large to hold

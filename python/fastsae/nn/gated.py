@@ -50,12 +50,15 @@ class GatedSAE(PenalizedSAE):
 
     def _gate(self, x: Tensor, context: StepContext) -> SparseActs:
         """Return relu(pi)."""
-        return self._above(x, self.b_enc.new_zeros(()), context)
+        return self._positive(x, context)
 
     def _open(self, gate: SparseActs) -> SparseActs:
         """Return f where the gate is open: the same entries with the other path's values."""
-        j = gate.indices.long()
-        magnitude = (gate.values - self.b_enc[j]) * self.r_mag.exp()[j] + self.b_mag[j]
+        b_enc, scale, b_mag = self.b_enc, self.r_mag.exp(), self.b_mag
+        if not gate.is_full:
+            j = gate.indices.long()
+            b_enc, scale, b_mag = b_enc[j], scale[j], b_mag[j]
+        magnitude = (gate.values - b_enc) * scale + b_mag
         values = torch.where(gate.values > 0, magnitude.relu(), 0).to(gate.values.dtype)
         return SparseActs(values, gate.indices, gate.offsets, gate.d_sae)
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastsae import ops
 from fastsae.nn.context import StepContext, updates_statistics
@@ -22,6 +23,7 @@ from fastsae.nn.parameters import plain
 from fastsae.nn.sae import SAE
 from fastsae.nn.scaler import ActivationScaler
 from fastsae.nn.threshold_sae import entry_capacity
+from fastsae.ops._dense import looks_full
 from fastsae.types import SparseActs
 
 
@@ -95,6 +97,14 @@ class PenalizedSAE(SAE, register=False):
             b_dec=self._input_bias(),
             compute_dtype=context.compute_dtype,
         )
+
+    def _positive(self, x: Tensor, context: StepContext) -> SparseActs:
+        """Return relu of the pre-activations of `x: [n, d_in]`; with an entry for every latent
+        where that is faster, and then without the limit of `capacity`."""
+        W_enc, b_enc, bias = self.W_enc_rows, self.b_enc, self._input_bias()
+        if looks_full(x, W_enc, b_enc, bias):
+            return SparseActs.full(F.linear(x if bias is None else x - bias, W_enc, b_enc).relu())
+        return self._above(x, b_enc.new_zeros(()), context)
 
     @torch.no_grad()
     def _measure_unit(self, x: Tensor, context: StepContext) -> None:

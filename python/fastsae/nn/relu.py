@@ -64,7 +64,7 @@ class ReLUSAE(PenalizedSAE):
         self.penalty, self.p_end = penalty, plain(p_end)
 
     def _encode(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
-        return self._above(x, self.b_enc.new_zeros(()), context)
+        return self._positive(x, context)
 
     def encode_for_training(self, x: Tensor, context: StepContext) -> SparseActs:
         """See `SAE.encode_for_training`: measures the unit, adjusts the coefficient."""

@@ -18,9 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.types import SparseActs
+from fastsae.types import SparseActs, lists_every_latent
 
 SHARE = {"sparse_decode": 1 / 6, "sparse_decode_values_grad": 1 / 5, "sparse_weight_grad": 1 / 4}
+FULL_SHARE = 1 / 5
+"""From which share on a code is kept as a dense matrix, see `SparseActs.full`."""
+PROBED = 16
+"""Rows of a batch that tell how full its code is."""
+MOST = 1 << 28
+"""Entries of a dense code that is kept, at most."""
 """Measured on two AVX2 cores at (n 1024, d 576, d_sae 9216), by `python -m bench.crossover`."""
 LEAST = 1 << 18
 """Entries below which a call is too short to matter."""
@@ -38,6 +44,23 @@ def counted(acts: SparseActs) -> int:
     if torch.compiler.is_compiling() or not _is_plain(acts.values):
         return 0
     return _counted(acts.indices, acts.offsets)
+
+
+def looks_full(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> bool:
+    """Return whether the positive pre-activations of `x: [n, d_in]` are kept as a dense matrix.
+
+    A few rows say so: it depends on the batch alone, so a run that is resumed does the same.
+    """
+    n, d_sae = x.shape[0], W_enc.shape[0]
+    biases = [b_enc] if b_dec is None else [b_enc, b_dec]
+    if not LEAST <= n * d_sae <= MOST or not _plain([x, W_enc, *biases]):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    with torch.no_grad():
+        rows = x[torch.arange(min(n, PROBED)) * n // min(n, PROBED)]
+        z = torch.nn.functional.linear(rows if b_dec is None else rows - b_dec, W_enc, b_enc)
+        return int((z > 0).sum()) > FULL_SHARE * z.numel()
 
 
 def run(op: str, arguments: tuple[Any, ...]) -> Any:
@@ -60,6 +83,11 @@ def _is_plain(t: Tensor) -> bool:
     functorch = torch._C._functorch  # batched gradients of autograd.grad are of the older kind
     wrapped = functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
     return type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and not wrapped
+
+
+def _finite(out: Tensor) -> bool:
+    """Return whether all numbers are finite, or False where only their sum is not."""
+    return bool(out.sum().isfinite())
 
 
 def _counted(indices: Tensor, offsets: Tensor | None) -> int:
@@ -119,6 +147,9 @@ def _decode(
     values: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor, bias: Tensor | None
 ) -> Tensor | None:
     d_sae, n = W.shape[0], values.shape[0] if offsets is None else offsets.shape[0] - 1
+    if offsets is None and lists_every_latent(indices, d_sae):
+        out = values @ W if bias is None else torch.addmm(bias, values, W)
+        return out if _finite(out) else None
     if not pays("sparse_decode", _counted(indices, offsets), n, d_sae):
         return None
     blocks = _blocks(indices, offsets, n, d_sae, W.element_size())
@@ -127,7 +158,7 @@ def _decode(
     out, flat = W.new_empty(n, W.shape[1]), values.reshape(-1)
     for block in blocks:
         torch.mm(_filled(block, flat, d_sae), W, out=out[block[0] : block[1]])
-    if not bool(out.isfinite().all()):
+    if not _finite(out):
         return None
     return out if bias is None else out.add_(bias)
 
@@ -136,6 +167,8 @@ def _values_grad(
     grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor
 ) -> Tensor | None:
     d_sae, n = W.shape[0], grad.shape[0]
+    if offsets is None and lists_every_latent(indices, d_sae):
+        return (grad @ W.t()).masked_fill_(values == 0, 0)
     if not pays("sparse_decode_values_grad", _counted(indices, offsets), n, d_sae):
         return None
     blocks = _blocks(indices, offsets, n, d_sae, W.element_size())
@@ -162,6 +195,9 @@ def weight_grads(
     if not _plain([indices, *(t for pair in pairs for t in pair)]):
         return None
     x = pairs[0][1]
+    if offsets is None and lists_every_latent(indices, d_sae):
+        found = [(values.t() @ x, values.sum(0)) for values, x in pairs]
+        return found if all(_finite(weight) for weight, _ in found) else None
     if not pays("sparse_weight_grad", _counted(indices, offsets), x.shape[0], d_sae):
         return None
     blocks = _blocks(indices, offsets, x.shape[0], d_sae, x.element_size())
@@ -173,8 +209,7 @@ def weight_grads(
             dense = _filled(block, values.reshape(-1), d_sae)
             weight.addmm_(dense.t(), x[block[0] : block[1]])
             bias += dense.sum(0)
-    finite = all(bool(weight.isfinite().all()) for weight, _ in found)
-    return found if finite else None
+    return found if all(_finite(weight) for weight, _ in found) else None
 
 
 _RULES = {
