@@ -114,6 +114,8 @@ def _sae(folder: Path, found: Verification) -> None:
             load(folder)
         if notes:
             raise ValueError(f"verify: {'; '.join(notes)}")
+        if TensorFile(folder / WEIGHTS, "verify").seal is None:
+            raise ValueError(f"verify: expected {folder / WEIGHTS} to have checksums, got none")
 
 
 def _tensors(file: TensorFile, found: Verification) -> None:

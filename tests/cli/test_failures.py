@@ -45,7 +45,7 @@ def test_folders_sites_and_sizes(capsys, tmp_path, model_folder, text, store):
         (["train", store, "--site", "mlp_in.0", *out], "one of resid_post.1 in"),
         (["train", store, "--k", "9999", *out], "got k = 9999"),
         (["eval", sae, store, "--model", model_folder], "--model and --text together"),
-        (["inspect", str(tmp_path)], "no manifest.json or cfg.json in it"),
+        (["inspect", str(tmp_path)], "to be of one of the formats fastsae, saelens"),
     ]:
         assert message in fails(capsys, *argv)
 

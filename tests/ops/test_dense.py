@@ -32,6 +32,7 @@ def acts(request):
 
 def always(monkeypatch):
     monkeypatch.setattr(_dense, "LEAST", 1)
+    monkeypatch.setattr(_dense, "LEAST_WIDTH", 1)
     monkeypatch.setattr(_dense, "SHARE", dict.fromkeys(_dense.SHARE, 0.0))
     monkeypatch.setattr(_dense, "CHUNK_BYTES", 7 * F * 8)  # several blocks, the last one smaller
 
@@ -57,11 +58,12 @@ def in_both_ways(compute, monkeypatch):
 
 
 def test_the_rule_is_a_share_of_a_large_code():
-    assert not _dense.pays("sparse_decode", 1024 * 1382, 1024, 9216)  # 15 %
-    assert _dense.pays("sparse_decode", 1024 * 1659, 1024, 9216)  # 18 %
-    assert not _dense.pays("sparse_weight_grad", 1024 * 2212, 1024, 9216)  # 24 %
-    assert _dense.pays("sparse_weight_grad", 1024 * 2396, 1024, 9216)  # 26 %
-    assert not _dense.pays("sparse_decode", 1000, 10, 100)  # full, but small
+    assert not _dense.pays("sparse_decode", 1024 * 1382, 1024, 9216, 576)  # 15 %
+    assert _dense.pays("sparse_decode", 1024 * 1659, 1024, 9216, 576)  # 18 %
+    assert not _dense.pays("sparse_weight_grad", 1024 * 2212, 1024, 9216, 576)  # 24 %
+    assert _dense.pays("sparse_weight_grad", 1024 * 2396, 1024, 9216, 576)  # 26 %
+    assert not _dense.pays("sparse_decode", 1000, 10, 100, 576)  # full, but small
+    assert not _dense.pays("sparse_decode", 1024 * 9216, 1024, 9216, 128)  # full, but narrow
 
 
 def test_decode_and_its_gradients(acts, monkeypatch, dense_calls):
@@ -290,3 +292,42 @@ def test_a_code_looks_full_where_most_latents_are_active(monkeypatch):
         assert not _dense.looks_full(x, W, b, None)
     monkeypatch.setattr(_dense, "MOST", 1 << 18)
     assert not _dense.looks_full(x, W, b, None)  # too large to hold
+
+
+@pytest.mark.parametrize("what", ["indices", "offsets", "values", "latents"])
+def test_what_is_wrong_is_left_to_the_kernels(what, monkeypatch, dense_calls):
+    always(monkeypatch)
+    acts = SparseActs.from_dense(torch.rand(6, 8) + 0.1)
+    if what == "indices":
+        acts.indices = acts.indices.long()
+    elif what == "offsets":
+        acts.offsets = acts.offsets.long()
+    elif what == "values":
+        acts.values = torch.cat([acts.values, acts.values[:3]])
+    before = acts.indices.clone()
+    if what == "latents":
+        p, m, v = (
+            StepTensors(*(torch.ones(s) for s in ((8, 3), (8, 3), (8,), (3,)))) for _ in "pmv"
+        )
+        twice = torch.tensor([3, 3], dtype=torch.int32)
+        extra = LatentGradients(twice, torch.ones(2, 3), torch.ones(2, 3), torch.ones(2))
+        with pytest.raises(RuntimeError, match="twice"):
+            ops.sparse_adam_step_(
+                p, m, v, acts, acts.values, torch.ones(6, 3), torch.ones(6, 3), lr=1.0, step=1,
+                extra_grads=extra,
+            )  # fmt: skip
+    else:
+        with pytest.raises((RuntimeError, TypeError, ValueError)):
+            ops.sparse_decode(acts, torch.ones(8, 3))
+    assert torch.equal(acts.indices, before)
+    assert not dense_calls
+
+
+def test_backward_inside_autocast_keeps_the_dtype(acts, monkeypatch, dense_calls):
+    always(monkeypatch)
+    values = acts.values.float().requires_grad_()
+    out = ops.sparse_decode(SparseActs(values, acts.indices, acts.offsets, F), rows(F, D).float())
+    with torch.autocast("cpu", torch.bfloat16):
+        (grad,) = torch.autograd.grad(out.sum(), values)
+    assert grad.dtype == torch.float32
+    assert dense_calls

@@ -25,6 +25,7 @@ def add_to(subparsers: Any) -> None:
         run,
     )
     parser.add_argument("path", nargs="?", help="folder of an SAE, or of a harvest")
+    parser.add_argument("--layer", type=int, help="which SAE, of files of several layers")
     parser.add_argument("--model", help="a model instead, as in `fastsae harvest`")
     parser.add_argument(
         "--site", action="append",
@@ -46,11 +47,10 @@ def run(args: argparse.Namespace) -> None:
     path = Path(args.path)
     if any((path / name).exists() for name in ("manifest.json", "manifest.partial.json")):
         facts = _store(path)
-    elif (path / "cfg.json").exists():
-        facts = _sae(path)
+    elif path.exists():
+        facts = _sae(path, args.layer)
     else:
-        what = "no manifest.json or cfg.json in it" if path.is_dir() else "no such folder"
-        raise FileNotFoundError(f"inspect: expected an SAE or a harvest, got {path}: {what}")
+        raise FileNotFoundError(f"inspect: expected an SAE or a harvest, got {path}: nothing there")
     emit(facts, args.json, table([(name, printable(str(value))) for name, value in facts.items()]))
 
 
@@ -105,19 +105,22 @@ def _notes(checks: dict[str, Any]) -> dict[str, str]:
     return {name: str(why) for name, why in told.items() if why}
 
 
-def _sae(path: Path) -> dict[str, Any]:
+def _sae(path: Path, layer: int | None) -> dict[str, Any]:
     import torch
 
     from fastsae.interop import load
     from fastsae.nn import NormalizedSAE
 
-    sae = load(path)
+    sae = load(path, layer=layer)
     around: dict[str, Any] = {}
     if isinstance(sae, NormalizedSAE):
         keys = ("normalize_activations", "reshape_activations")
         around, sae = {key: getattr(sae, key) for key in keys}, sae.sae
     encoder, decoder = sae.W_enc.detach().t().float(), sae.W_dec.detach().float()
-    cosine = torch.cosine_similarity(encoder, decoder, dim=1)
+    aligned: dict[str, Any] = {}
+    if encoder.shape == decoder.shape:
+        cosine = torch.cosine_similarity(encoder, decoder, dim=1)
+        aligned["encoder_decoder_cosine"] = _spread(cosine)
     return {
         "kind": type(sae).__name__,
         **sae.config(),
@@ -126,7 +129,7 @@ def _sae(path: Path) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in sae.parameters()),
         "decoder_norm": _spread(decoder.norm(dim=1)),
         "encoder_norm": _spread(encoder.norm(dim=1)),
-        "encoder_decoder_cosine": _spread(cosine),
+        **aligned,
         "finite": all(bool(p.isfinite().all()) for p in sae.parameters()),
         "metadata": sae.metadata,
     }

@@ -154,6 +154,10 @@ def write(sae: SAE, path: str | os.PathLike[str]) -> None:
         RuntimeError: the file cannot be written; what was there before is kept.
     """
     file = Path(path)
+    if LAYER_FILE.fullmatch(file.name) is None or file.is_dir():
+        raise ValueError(
+            f"save: expected a file layer_N.safetensors for circuit-tracer, got {file}"
+        )
     _write(file.parent, {file.name: contents(sae)}, {})
 
 

@@ -37,7 +37,7 @@ from fastsae._files.read import (
 from fastsae._files.write import as_json, publish, reason, staging, write_file, write_tensors
 from fastsae._log import logger
 from fastsae.interop import saelens
-from fastsae.interop.weights import Options
+from fastsae.interop.weights import SMALLEST_THRESHOLD, Options
 from fastsae.nn import (
     SAE,
     BatchTopKSAE,
@@ -66,7 +66,7 @@ DTYPES = {
 }
 FOUR = {"W_enc_rows", "W_dec", "b_enc", "b_dec"}
 OWN = FOUR | {"threshold", "density", "budget", "batches_seen", "coefficient", "unit"}
-OWN |= {"log_threshold", "r_mag", "b_mag", "W_skip"}
+OWN |= {"log_threshold", "r_mag", "b_mag", "W_skip", "stop_norm"}
 """Parameters and buffers of fastsae's classes: written as SAELens has them, or made anew."""
 UNIT = 1e-6
 """How far from 1 a norm may be that is 1."""
@@ -476,7 +476,11 @@ def _restore(sae: SAE, tensors: dict[str, Tensor], learned: dict[str, Any], file
         sae.batches_seen.fill_(sae.mutual_choice_batches)
     if isinstance(sae, JumpReLUSAE):
         # SAELens trains thresholds below 0, which are as good as 0.
-        sae.log_threshold.copy_((tensors["threshold"].float() / sae.unit).clamp_min(0).log())
+        threshold = tensors["threshold"].float() / sae.unit
+        sae.log_threshold.copy_(threshold.clamp_min(SMALLEST_THRESHOLD).log())
+        start = torch.tensor(0.1 if sae.initial_threshold is None else sae.initial_threshold)
+        untouched = bool(torch.isclose(threshold.cpu(), start).all()) and not sae.batches_seen
+        sae.thresholds_in_units = untouched
     if isinstance(sae, GatedSAE):
         sae.r_mag.copy_(tensors["r_mag"])
         sae.b_mag.copy_(tensors["b_mag"])

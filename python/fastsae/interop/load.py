@@ -46,6 +46,10 @@ FORMATS = (
 """Modules of formats, in the order in which they are asked; imported by the first `load`."""
 
 
+APART = ("saelens", "sparsify", "dictionary-learning")
+"""Formats that have no file of their own in common: two of them in a folder are two SAEs."""
+
+
 def formats() -> tuple[Format, ...]:
     """Return the formats in the order in which they are asked."""
     return tuple(cast("Format", import_module(f"fastsae.interop.{name}")) for name in FORMATS)
@@ -94,9 +98,15 @@ def load(
     found = _fetched(str(path)) if str(path).startswith(HUB) else Path(path)
     if format is not None:
         return _named(format).read(found, options)
-    for candidate in formats():
-        if candidate.matches(found):
-            return candidate.read(found, options)
+    matching = [candidate for candidate in formats() if candidate.matches(found)]
+    if matching:
+        whole = [candidate.NAME for candidate in matching if candidate.NAME in APART]
+        if len(whole) > 1:
+            raise ValueError(
+                f"load: expected {found} to be of one format, got files of {', '.join(whole)}; "
+                "give format="
+            )
+        return matching[0].read(found, options)
     if not found.exists():
         raise FileNotFoundError(f"load: expected {found}, found none")
     raise _unknown(found)
@@ -120,6 +130,12 @@ def _unknown(path: Path) -> ValueError | FileNotFoundError:
         return ValueError(
             f"load: expected {path} to be of one of the formats {names}, got a folder with "
             f"{inside or 'nothing'}"
+        )
+    of_parent = [candidate.NAME for candidate in formats() if candidate.matches(path.parent)]
+    if of_parent:
+        return ValueError(
+            f"load: expected the folder of an SAE of {of_parent[0]}, {path.parent}, got a file in "
+            f"it, {path.name}"
         )
     pickled = pickled_names(path)
     inside = f" of torch.save that names {listed(pickled)}" if pickled else ""

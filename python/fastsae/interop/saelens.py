@@ -139,6 +139,8 @@ def _weights(
     if name.endswith("skip_transcoder"):
         names["W_skip"] = "W_skip"
     found = take(tensors, names, file)
+    if unread := tensors.keys() - names.keys() - {"log_threshold", "threshold"}:
+        raise refuse(file, f"{', '.join(sorted(unread))}, which {name} does not have")
     centered = cfg.get("apply_b_dec_to_input", not name.endswith("transcoder"))
     return Weights(file, **found, apply_b_dec_to_input=bool(centered), metadata=about)
 
@@ -280,8 +282,8 @@ def _modern(cfg: dict[str, Any], tensors: dict[str, Tensor], file: Path) -> dict
         kwargs = old.get("activation_fn_kwargs")
         k = kwargs.get("k") if isinstance(kwargs, dict) else None
         new |= {"architecture": "topk", "k": k}
-    elif act not in ("relu", "topk"):
-        raise refuse(file, f"activation {act!r}")
+    elif act != "relu":
+        raise refuse(file, f"activation {act!r} of {new['architecture']}")
     _fold_factor(bool(old.get("finetuning_scaling_factor")), tensors, file)
     return new
 

@@ -48,11 +48,13 @@ def save(
         RuntimeError: a file cannot be written.
     """
     if format is None:
+        _check_place(Path(path), folder.WEIGHTS)
         return folder.write(sae, path)
     if format not in WRITERS:
         raise ValueError(f"save: expected format to be one of {', '.join(WRITERS)}, got {format!r}")
     if format == "saelens":
         _check_saelens(sae)
+        _check_place(Path(path), folder.WEIGHTS)
         return folder.write(sae, path)
     if isinstance(sae, NormalizedSAE):
         raise ValueError(
@@ -69,6 +71,7 @@ def save(
 def _write(module: Any, sae: SAE, path: Path) -> None:
     """Write the two files of a format at once."""
     write_files = module.writer_of(sae)
+    _check_place(path, module.WEIGHTS)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with staging(path) as stage:
@@ -78,6 +81,18 @@ def _write(module: Any, sae: SAE, path: Path) -> None:
         raise RuntimeError(
             f"save: could not write {path} ({reason(error)}); what was there before is kept"
         ) from error
+
+
+def _check_place(path: Path, weights: str) -> None:
+    """Raise ValueError for a folder that holds an SAE of another format, whose files would be
+    mixed up with these."""
+    others = {folder.WEIGHTS, "sae.safetensors", "ae.pt"} - {weights}
+    found = sorted(name for name in others if (path / name).exists())
+    if found:
+        raise ValueError(
+            f"save: expected a folder without an SAE of another format, got {path} with "
+            f"{', '.join(found)}"
+        )
 
 
 def _check_saelens(sae: SAE | NormalizedSAE) -> None:

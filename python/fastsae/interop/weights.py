@@ -34,6 +34,9 @@ from fastsae.nn.transcoder import TranscoderMixin
 
 MOST_LISTED, LONGEST = 12, 300
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SMALLEST_THRESHOLD = 1e-37
+"""What a threshold of 0 or less becomes in a JumpReLU, whose logarithm is finite; nothing is active
+at or below 0 anyway."""
 TRANSCODERS: dict[type[SAE], type[SAE]] = {
     ReLUSAE: ReLUTranscoder,
     JumpReLUSAE: JumpReLUTranscoder,
@@ -229,7 +232,8 @@ class Weights:
             if threshold is None:
                 raise self.wrong("a threshold", "none")
             # Nothing is active at or below 0, whatever a threshold below it says.
-            sae.log_threshold.copy_(threshold.double().clamp_min(0).log())
+            sae.log_threshold.copy_(threshold.double().clamp_min(SMALLEST_THRESHOLD).log())
+            sae.thresholds_in_units = False
         elif isinstance(sae, BatchTopKSAE):
             if threshold is None or threshold.ndim:
                 raise self.wrong("one threshold for all latents", threshold)

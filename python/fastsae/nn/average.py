@@ -54,6 +54,9 @@ def average_saes(saes: Sequence[SAE]) -> SAE:
         if held.is_floating_point():
             held.copy_(_mean([part[name] for part in parts]))
     merged.normalize_decoder_()
+    norms = _mean([torch.linalg.vector_norm(upcast(sae.W_dec.detach()), dim=1) for sae in saes])
+    if bool(((norms - 1).abs() > 1e-3).any()):  # of SAEs that were trained elsewhere
+        merged.W_dec = merged.W_dec.detach() * norms.to(merged.W_dec).unsqueeze(1)
     return merged.eval()
 
 

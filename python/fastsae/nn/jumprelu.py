@@ -144,6 +144,9 @@ class JumpReLUSAE(PenalizedSAE):
         logs = torch.full_like(self.b_enc, math.log(start), dtype=torch.float32)
         self.log_threshold = nn.Parameter(logs)
         self._started = threshold is not None or k is None
+        self.thresholds_in_units = True
+        """Whether thresholds follow `unit` when it is measured: as constructed. Those of a trained
+        module stay where they are."""
 
     @property
     def threshold(self) -> Tensor:
@@ -189,6 +192,24 @@ class JumpReLUSAE(PenalizedSAE):
         return self._above(x, self.threshold - self._eps / 2, context)
 
     @torch.no_grad()
+    def _measure_unit(self, x: Tensor, context: StepContext) -> None:
+        before = self.unit.clone()
+        super()._measure_unit(x, context)
+        if not self.thresholds_in_units:
+            self.log_threshold.sub_((self.unit / before).log())
+
+    @property
+    def holds_units(self) -> bool:
+        """See `SAE.holds_units`: thresholds of a trained module."""
+        return not self.thresholds_in_units
+
+    @torch.no_grad()
+    def _scale_rows_(self, factor: Tensor) -> bool:
+        super()._scale_rows_(factor)
+        self.log_threshold.add_(factor.log().float())
+        return True
+
+    @torch.no_grad()
     def initialize_from_data_(self, batch: Tensor, method: str = "geometric_median") -> None:
         """See `SAE.initialize_from_data_`; starts the thresholds too, unless they were given."""
         super().initialize_from_data_(batch, method)
@@ -208,7 +229,7 @@ class JumpReLUSAE(PenalizedSAE):
                 f"{type(self).__name__}: expected thresholds that are started before fully_shard; "
                 "call initialize_from_data_(batch) first, or give threshold="
             )
-        self._started = True
+        self._started, self.thresholds_in_units = True, False
         smallest = ops.encode_batch_topk(
             x, self.W_enc_rows, self.b_enc, self.k, b_dec=self._input_bias()
         ).threshold
@@ -256,6 +277,9 @@ class JumpReLUSAE(PenalizedSAE):
         if self.k is None:
             self._fail("a target k, got None")
         rows = self._rows(x, "x")
+        lowest, highest = (float(end) for end in self.threshold.aminmax())
+        if lowest <= 1e-6 * highest:  # one factor would make of these nothing, and of others all
+            self._fail(f"thresholds above 0, got {lowest:.3g} to {highest:.3g}")
         factor = factor_for_k(
             rows, self.W_enc_rows, self.b_enc, self._input_bias(), self.threshold, self.k
         )

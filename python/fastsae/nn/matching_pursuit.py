@@ -6,7 +6,8 @@ matching pursuit" (arXiv 2506.03093); the stopping rules are those of SAELens.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,10 @@ class MatchingPursuitSAE(SAE):
     Cost: 2 n d_in d_sae flops in each iteration.
     """
 
+    FLOAT32: ClassVar[tuple[str, ...]] = ("stop_norm",)
+
+    stop_norm: Tensor
+
     def __init__(
         self,
         d_in: int,
@@ -70,6 +75,8 @@ class MatchingPursuitSAE(SAE):
         self.stop_on_duplicate_support = bool(stop_on_duplicate_support)
         self.W_enc_rows = self.W_dec
         self.b_enc.requires_grad_(False)
+        stop = torch.tensor(float(residual_threshold), dtype=torch.float32)
+        self.register_buffer("stop_norm", stop.to(self.b_enc.device))
 
     def _encode(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
         residual = x if (bias := self._input_bias()) is None else x - bias
@@ -89,7 +96,7 @@ class MatchingPursuitSAE(SAE):
                 if self.stop_on_duplicate_support:
                     done = done | ~new
                 if self.residual_threshold > 0:
-                    done |= torch.linalg.vector_norm(residual, dim=1) < self.residual_threshold
+                    done = done | (torch.linalg.vector_norm(residual, dim=1) < self.stop_norm)
                 if bool(done.all()):
                     break
         return self._merged(torch.stack(values, 1), seen)
@@ -113,6 +120,16 @@ class MatchingPursuitSAE(SAE):
         x_hat = super().decode(acts)
         return x_hat if self.apply_b_dec_to_input else x_hat - self.b_dec
 
+    @property
+    def holds_units(self) -> bool:
+        """See `SAE.holds_units`: the norm of a residual."""
+        return True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.W_enc_rows = self.W_dec  # torch makes two of them on the way from meta
+        return self
+
     @torch.no_grad()
     def fit_encoder_scale_(self, batch: Tensor) -> None:
         """Do nothing: there is no encoder."""
@@ -121,7 +138,7 @@ class MatchingPursuitSAE(SAE):
     def rescale_code_(self, scaler: ActivationScaler) -> None:
         """See `SAE.rescale_code_`: the threshold is a norm of activations."""
         super().rescale_code_(scaler)
-        self.residual_threshold /= scaler.code_scale
+        self.stop_norm.div_(scaler.code_scale)
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""

@@ -82,6 +82,21 @@ class NormalizedSAE(nn.Module):
         return self.sae.W_enc_rows
 
     @property
+    def W_enc(self) -> Tensor:
+        """The encoder `[d_in, d_sae]` of the SAE inside."""
+        return self.sae.W_enc
+
+    @property
+    def b_enc(self) -> Tensor:
+        """The encoder's bias `[d_sae]`, of normalized activations."""
+        return self.sae.b_enc
+
+    @property
+    def b_dec(self) -> Tensor:
+        """The decoder's bias, in units of normalized activations."""
+        return self.sae.b_dec
+
+    @property
     def W_dec(self) -> Tensor:
         """The decoder `[d_sae, d_in]` of the SAE inside, in units of normalized activations."""
         return self.sae.W_dec
@@ -176,6 +191,7 @@ class NormalizedSAE(nn.Module):
             return (x - mean) / (std + EPS), mean, std
         if self.normalize_activations == "constant_norm_rescale":
             scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / self.d_in**0.5
+            scale = torch.where(scale > 0, scale, 1)  # a row of zeros stays one
             return x / scale, 0.0, scale
         return x, 0.0, 1.0
 

@@ -107,6 +107,13 @@ class PenalizedSAE(SAE, register=False):
         return self._above(x, b_enc.new_zeros(()), context)
 
     @torch.no_grad()
+    def _scale_rows_(self, factor: Tensor) -> bool:
+        rows = factor.to(self.b_enc.dtype)
+        self.W_enc_rows.mul_(rows.unsqueeze(1))
+        self.b_enc.mul_(rows)
+        return True
+
+    @torch.no_grad()
     def _measure_unit(self, x: Tensor, context: StepContext) -> None:
         """Set the unit from the first training batch `x: [n, d_in]`."""
         if x.shape[0] == 0 or not updates_statistics(self, loss_depends=self.k is not None):

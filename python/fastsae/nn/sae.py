@@ -239,6 +239,30 @@ class SAE(Parameters, ABC):
         if bool(factor > 0) and bool(factor.isfinite()):
             self._scale_encoder_(float(factor))
 
+    @property
+    def holds_units(self) -> bool:
+        """Whether it holds numbers in the unit of the activations besides its biases."""
+        return False
+
+    @torch.no_grad()
+    def fold_decoder_norm_(self) -> bool:
+        """Scale rows of W_dec to norm 1, and the code by what they had: the same reconstruction.
+
+        Rows of zeros stay. Nothing is done, and False returned, where the choice of latents would
+        be another: of TopK, for instance, whose values would change their order.
+        """
+        norm = torch.linalg.vector_norm(upcast(self.W_dec), dim=1)
+        norm = torch.where(norm > 0, norm, 1.0)
+        if not self._scale_rows_(norm):
+            return False
+        self.W_dec.div_(norm.to(self.W_dec.dtype).unsqueeze(1))
+        return True
+
+    def _scale_rows_(self, factor: Tensor) -> bool:
+        """Multiply the code of every latent by `factor: [d_sae]`, without choosing others; return
+        whether that can be done."""
+        return False
+
     def _scale_encoder_(self, factor: float) -> None:
         """Multiply pre-activations, and what they are compared with, by `factor`."""
         self.W_enc_rows.mul_(factor)

@@ -91,6 +91,11 @@ class ThresholdSAE(SAE, register=False):
         self._has_threshold = False
         return super().train(mode)
 
+    @property
+    def holds_units(self) -> bool:
+        """See `SAE.holds_units`: a threshold."""
+        return bool(self.threshold.isfinite().any())
+
     def rescale_code_(self, scaler: ActivationScaler) -> None:
         """See `SAE.rescale_code_`: thresholds are in units of the code."""
         super().rescale_code_(scaler)

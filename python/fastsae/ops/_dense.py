@@ -28,15 +28,18 @@ PROBED = 16
 MOST = 1 << 28
 """Entries of a dense code that is kept, at most."""
 """Measured on two AVX2 cores at (n 1024, d 576, d_sae 9216), by `python -m bench.crossover`."""
+LEAST_WIDTH = 256
+"""Of a dictionary's rows: what is done to every entry does not depend on it, and has to be small
+beside the matmul."""
 LEAST = 1 << 18
 """Entries below which a call is too short to matter."""
 CHUNK_BYTES = 1 << 26
 """Of a block of the dense code that is held at a time."""
 
 
-def pays(op: str, entries: int, n: int, d_sae: int) -> bool:
+def pays(op: str, entries: int, n: int, d_sae: int, d: int) -> bool:
     """Return whether `op` of a code with so many entries is faster with dense matmuls."""
-    return entries >= LEAST and entries > SHARE[op] * n * d_sae
+    return entries >= LEAST and d >= LEAST_WIDTH and entries > SHARE[op] * n * d_sae
 
 
 def counted(acts: SparseActs) -> int:
@@ -68,7 +71,16 @@ def run(op: str, arguments: tuple[Any, ...]) -> Any:
     rule = _RULES.get(op)
     if rule is None or not _plain([a for a in arguments if isinstance(a, Tensor)]):
         return None
-    return rule(*arguments)
+    try:
+        with _float_matmuls():
+            return rule(*arguments)
+    except _NotDense:
+        return None
+
+
+def _float_matmuls() -> Any:
+    """Keep matmuls in the dtype of their factors: arguments are already cast as autocast has it."""
+    return torch.autocast("cpu", enabled=False)
 
 
 def _plain(tensors: list[Tensor]) -> bool:
@@ -95,52 +107,58 @@ def _counted(indices: Tensor, offsets: Tensor | None) -> int:
     return indices.numel() if offsets is None else int(offsets[-1])
 
 
-def _blocks(
-    indices: Tensor, offsets: Tensor | None, n: int, width: int, itemsize: int
-) -> Iterator[tuple[int, int, int, int, Tensor]] | None:
-    """Return blocks of rows: first and last row and entry, and places in the block's matrix.
+class _NotDense(Exception):
+    """Leaves a code to the kernels, which say what is wrong with it, or can do it."""
 
-    None where the entries of a row do not ascend, or an index is out of range.
+
+def _blocks(
+    values: Tensor, indices: Tensor, offsets: Tensor | None, n: int, width: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield blocks of rows: these, their entries, and places of those in the block's matrix.
 
     Args:
+        values: like indices.
         indices: column of every entry, rows one after the other.
         offsets: [n + 1]; None: as many entries in each row.
         n: rows.
         width: columns.
-        itemsize: bytes of a number.
+
+    Raises:
+        _NotDense: the entries of a row do not ascend, or are not what they should be.
     """
     count = _counted(indices, offsets)
-    flat = indices.reshape(-1)[:count].long()
+    if values.shape != indices.shape or indices.dtype != torch.int32 or n == 0:
+        raise _NotDense
     if offsets is None:
-        rows = torch.arange(n).repeat_interleave(count // max(n, 1))
+        ends = torch.arange(n + 1) * (count // n)
     else:
-        if int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()):
-            return None
-        rows = torch.repeat_interleave(offsets.diff().long())
-    lowest, highest = (int(end) for end in flat.aminmax())
-    if lowest < 0 or highest >= width:
-        return None
-    flat += rows * width
-    if not bool((flat[1:] > flat[:-1]).all()):
-        return None
+        ends = offsets.long()
+        ordered = bool((ends.diff() >= 0).all()) and int(ends[0]) == 0
+        if offsets.dtype != torch.int32 or not ordered or count > indices.numel():
+            raise _NotDense
+    flat = indices.reshape(-1)
+    step = max(1, CHUNK_BYTES // (width * values.element_size()))
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        entries = slice(int(ends[rows.start]), int(ends[rows.stop]))
+        counts = ends[rows.start : rows.stop + 1].diff()
+        base = torch.arange(len(counts)) * width
+        places = flat[entries].long()
+        if places.numel():
+            lowest, highest = (int(end) for end in places.aminmax())
+            if lowest < 0 or highest >= width:
+                raise _NotDense
+            places += torch.repeat_interleave(base, counts)
+            if not bool((places[1:] > places[:-1]).all()):
+                raise _NotDense
+        yield rows, entries, places
 
-    def blocks() -> Iterator[tuple[int, int, int, int, Tensor]]:
-        step = max(1, CHUNK_BYTES // (width * itemsize))
-        ends = offsets if offsets is not None else torch.arange(n + 1) * (count // max(n, 1))
-        for start in range(0, n, step):
-            stop = min(start + step, n)
-            first, last = int(ends[start]), int(ends[stop])
-            yield start, stop, first, last, flat[first:last] - start * width
 
-    return blocks()
-
-
-def _filled(block: tuple[int, int, int, int, Tensor], values: Tensor, width: int) -> Tensor:
+def _filled(values: Tensor, rows: slice, places: Tensor, width: int) -> Tensor:
     """Return the matrix of a block of rows: the values at their places, else 0."""
-    start, stop, first, last, places = block
-    dense = values.new_zeros((stop - start) * width)
-    dense[places] = values[first:last]
-    return dense.view(stop - start, width)
+    dense = values.new_zeros((rows.stop - rows.start) * width)
+    dense[places] = values
+    return dense.view(-1, width)
 
 
 def _decode(
@@ -150,14 +168,11 @@ def _decode(
     if offsets is None and lists_every_latent(indices, d_sae):
         out = values @ W if bias is None else torch.addmm(bias, values, W)
         return out if _finite(out) else None
-    if not pays("sparse_decode", _counted(indices, offsets), n, d_sae):
-        return None
-    blocks = _blocks(indices, offsets, n, d_sae, W.element_size())
-    if blocks is None:
+    if not pays("sparse_decode", _counted(indices, offsets), n, d_sae, W.shape[1]):
         return None
     out, flat = W.new_empty(n, W.shape[1]), values.reshape(-1)
-    for block in blocks:
-        torch.mm(_filled(block, flat, d_sae), W, out=out[block[0] : block[1]])
+    for rows, entries, places in _blocks(values, indices, offsets, n, d_sae):
+        torch.mm(_filled(flat[entries], rows, places, d_sae), W, out=out[rows])
     if not _finite(out):
         return None
     return out if bias is None else out.add_(bias)
@@ -169,14 +184,11 @@ def _values_grad(
     d_sae, n = W.shape[0], grad.shape[0]
     if offsets is None and lists_every_latent(indices, d_sae):
         return (grad @ W.t()).masked_fill_(values == 0, 0)
-    if not pays("sparse_decode_values_grad", _counted(indices, offsets), n, d_sae):
-        return None
-    blocks = _blocks(indices, offsets, n, d_sae, W.element_size())
-    if blocks is None:
+    if not pays("sparse_decode_values_grad", _counted(indices, offsets), n, d_sae, W.shape[1]):
         return None
     out = values.new_zeros(values.numel())
-    for start, stop, first, last, places in blocks:
-        torch.take(grad[start:stop] @ W.t(), places, out=out[first:last])
+    for rows, entries, places in _blocks(values, indices, offsets, n, d_sae):
+        torch.take(grad[rows] @ W.t(), places, out=out[entries])
     return torch.where(values != 0, out.view(values.shape), 0)
 
 
@@ -195,21 +207,30 @@ def weight_grads(
     if not _plain([indices, *(t for pair in pairs for t in pair)]):
         return None
     x = pairs[0][1]
-    if offsets is None and lists_every_latent(indices, d_sae):
-        found = [(values.t() @ x, values.sum(0)) for values, x in pairs]
-        return found if all(_finite(weight) for weight, _ in found) else None
-    if not pays("sparse_weight_grad", _counted(indices, offsets), x.shape[0], d_sae):
-        return None
-    blocks = _blocks(indices, offsets, x.shape[0], d_sae, x.element_size())
-    if blocks is None:
-        return None
-    found = [(x.new_zeros(d_sae, x.shape[1]), x.new_zeros(d_sae)) for _, x in pairs]
-    for block in blocks:
-        for (values, x), (weight, bias) in zip(pairs, found, strict=True):
-            dense = _filled(block, values.reshape(-1), d_sae)
-            weight.addmm_(dense.t(), x[block[0] : block[1]])
-            bias += dense.sum(0)
+    with _float_matmuls():
+        if offsets is None and lists_every_latent(indices, d_sae):
+            found = [(values.t() @ x, values.sum(0)) for values, x in pairs]
+        elif pays("sparse_weight_grad", _counted(indices, offsets), x.shape[0], d_sae, x.shape[1]):
+            try:
+                found = _weight_grads(indices, offsets, d_sae, pairs)
+            except _NotDense:
+                return None
+        else:
+            return None
     return found if all(_finite(weight) for weight, _ in found) else None
+
+
+def _weight_grads(
+    indices: Tensor, offsets: Tensor | None, d_sae: int, pairs: Sequence[tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """See `weight_grads`, a block of rows at a time."""
+    found = [(x.new_zeros(d_sae, x.shape[1]), x.new_zeros(d_sae)) for _, x in pairs]
+    for rows, entries, places in _blocks(pairs[0][0], indices, offsets, len(pairs[0][1]), d_sae):
+        for (values, x), (weight, bias) in zip(pairs, found, strict=True):
+            dense = _filled(values.reshape(-1)[entries], rows, places, d_sae)
+            weight.addmm_(dense.t(), x[rows])
+            bias += dense.sum(0)
+    return found
 
 
 _RULES = {

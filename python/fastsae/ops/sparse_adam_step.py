@@ -124,7 +124,9 @@ def sparse_adam_step_(
         raise ValueError(f"{_OP}: expected clip_grad_norm > 0 or None, got {clip_grad_norm}")
     _autograd.no_tangents(_OP, *parameters, acts.values, grad_values, x, grad_output)
     bf16_rows = _check.rounds_to_bf16(_OP, compute_dtype, "W_enc", W_enc)
-    if _dense.pays("sparse_weight_grad", _dense.counted(acts), acts.n, d_sae):
+    if _fits(extra_grads, W_enc) and _dense.pays(
+        "sparse_weight_grad", _dense.counted(acts), acts.n, d_sae, d_in
+    ):
         active = torch.where(acts.values != 0, grad_values, 0)
         pairs = [(active, x - parameters.b_dec), (acts.values, grad_output)]
         found = _dense.weight_grads(acts.indices, acts.offsets, d_sae, pairs)
@@ -150,6 +152,20 @@ def sparse_adam_step_(
         unit_norm,
         bf16_rows,
     )
+
+
+def _fits(extra: LatentGradients | None, W_enc: Tensor) -> bool:
+    """Return whether gradients of other latents are what they should be; if not, the op says so."""
+    if extra is None:
+        return True
+    count, (d_sae, d_in) = extra.latents.numel(), W_enc.shape
+    shapes = [(count,), (count, d_in), (count, d_in), (count,)]
+    if [tuple(t.shape) for t in extra] != shapes or extra.latents.dtype != torch.int32:
+        return False
+    if any(t.dtype != W_enc.dtype or t.device != W_enc.device for t in extra[1:]):
+        return False
+    inside = bool(((extra.latents >= 0) & (extra.latents < d_sae)).all())
+    return inside and len(extra.latents.unique()) == count
 
 
 def _total(found: list[tuple[Tensor, Tensor]], extra: LatentGradients | None) -> LatentGradients:

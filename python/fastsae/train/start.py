@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from fastsae._log import logger
 from fastsae.interop.folder import OWN
 from fastsae.nn import SAE, ActivationScaler
 from fastsae.nn.init import some_rows
+from fastsae.nn.loss import upcast
 from fastsae.train.config import TrainConfig
 from fastsae.train.outliers import inlier_mask, norm_limits
 
+UNIT = 1e-3
+"""How far from 1 the norm of a row may be that has norm 1; of 16 bits it is rounded."""
 SCALE_ROWS = 1024
 """Rows of the sample that the length of new encoder rows is fitted on."""
 
@@ -42,13 +47,14 @@ def start_(
         ValueError: rows are all equal.
     """
     fresh = not (bool(sae.b_enc.any()) or bool(sae.b_dec.any()))
+    _unit_rows_(sae)
     takes_rows = _takes_rows(sae, config)
     many = sample[inlier_mask(sae.columns.split(sample).x, config.outlier_norm)]
     few = many if few_rows is None else some_rows(many, few_rows, config.seed)
     scaler = ActivationScaler(sae.columns)
     if config.normalize:
         scaler = ActivationScaler.estimate(sae.columns, few)
-        if not fresh:
+        if not fresh or sae.holds_units:
             scaler.unfold_(sae)
     many, few = scaler.scale(many), scaler.scale(few)
     limits = norm_limits(sae.columns, few, config.outlier_norm)
@@ -62,6 +68,22 @@ def start_(
     if scaler.scales != [1.0] * len(scaler.scales):
         _mention_units(sae)
     return scaler, limits
+
+
+def _unit_rows_(sae: SAE) -> None:
+    """Make rows of the decoder norm 1, as updates keep them; say so where the code changes."""
+    norms = torch.linalg.vector_norm(upcast(sae.W_dec.detach()), dim=1)
+    norms = norms[norms > 0]
+    if bool(((norms - 1).abs() <= UNIT).all()) or parametrize.is_parametrized(sae, "W_dec"):
+        return
+    if not sae.fold_decoder_norm_():
+        logger.warning(
+            "Trainer: rows of W_dec of %s have norms from %.3g to %.3g, which become 1; its code "
+            "and its reconstruction are others then",
+            type(sae).__name__,
+            float(norms.min()),
+            float(norms.max()),
+        )
 
 
 def _mention_units(sae: SAE) -> None:
