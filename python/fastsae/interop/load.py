@@ -94,6 +94,8 @@ def load(
         ValueError: a file is damaged or edited, of no known format, or what it holds cannot be
             represented.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"load: expected dtype to be a floating torch.dtype, got {dtype!r}")
     options = Options(device, dtype, layer, k, threshold, allow_pickle)
     found = _fetched(str(path)) if str(path).startswith(HUB) else Path(path)
     if format is not None:
