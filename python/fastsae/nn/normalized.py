@@ -106,6 +106,10 @@ class NormalizedSAE(nn.Module):
         """Free-form facts of the SAE inside."""
         return self.sae.metadata
 
+    @metadata.setter
+    def metadata(self, value: dict[str, Any]) -> None:
+        self.sae.metadata = value
+
     def normalize(self, x: Tensor) -> Tensor:
         """Return what the SAE takes for `x: [..., d_in]`; same shape, in its dtype."""
         return self._normalized(self._flat(x))[0]
