@@ -21,14 +21,15 @@ def python(code: str) -> str:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, time, torch\nt = time.process_time()\nimport fastsae\n"
-        "print(time.process_time() - t)\n"
+        "import sys, time\nt = time.process_time()\nimport torch\n"
+        "own = time.process_time()\nimport fastsae\n"
+        "print((time.process_time() - own) / (own - t))\n"
         "print([m for m in ('transformers', 'datasets', 'matplotlib', 'tensorboard')"
         " if m in sys.modules])"
     )
-    seconds, heavy = min(python(code).split("\n") for _ in range(3))
+    share, heavy = min(python(code).split("\n") for _ in range(3))
     assert heavy == "[]"
-    assert float(seconds) < 0.3
+    assert float(share) < 0.35  # of what torch takes
 
 
 def test_ops_work_without_the_host_module() -> None:

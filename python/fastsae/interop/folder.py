@@ -505,8 +505,9 @@ def _build(
             sae = cls(**arguments, dtype=dtype, device="meta" if inside else device)
         learned = dict(own.get("learned", {}))
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        names = ", ".join(sorted(name for name in SAE.registry if "." not in name))
         raise ValueError(
-            f"load: expected {file} to describe one of {', '.join(sorted(SAE.registry))} under "
+            f"load: expected {file} to describe one of {names}, or of your own classes, under "
             f"metadata.fastsae, got {_summary(cfg)} ({type(error).__name__}: {error})"
         ) from error
     if training := own.get("training"):

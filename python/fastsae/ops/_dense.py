@@ -164,6 +164,8 @@ def _filled(values: Tensor, rows: slice, places: Tensor, width: int) -> Tensor:
 def _decode(
     values: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor, bias: Tensor | None
 ) -> Tensor | None:
+    if W.ndim != 2 or values.ndim != (2 if offsets is None else 1) or values.shape != indices.shape:
+        raise _NotDense
     d_sae, n = W.shape[0], values.shape[0] if offsets is None else offsets.shape[0] - 1
     if offsets is None and lists_every_latent(indices, d_sae):
         out = values @ W if bias is None else torch.addmm(bias, values, W)
@@ -181,6 +183,10 @@ def _decode(
 def _values_grad(
     grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor
 ) -> Tensor | None:
+    if W.ndim != 2 or grad.ndim != 2 or grad.shape[1] != W.shape[1]:
+        raise _NotDense
+    if values.ndim != (2 if offsets is None else 1) or values.shape != indices.shape:
+        raise _NotDense
     d_sae, n = W.shape[0], grad.shape[0]
     if offsets is None and lists_every_latent(indices, d_sae):
         return (grad @ W.t()).masked_fill_(values == 0, 0)
