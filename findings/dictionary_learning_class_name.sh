@@ -8,6 +8,7 @@ if [ -z "$python" ]; then
   python3 -m venv "$folder/venv"
   python=$folder/venv/bin/python
   "$python" -m pip install -q torch==2.13.0 dictionary-learning==0.1.0
+  "$python" -m pip uninstall -q -y torchvision # not needed, and not every build fits this torch
 fi
 cd "$folder"
 "$python" -W ignore - 2>/dev/null <<'PYTHON'
