@@ -47,13 +47,11 @@ def save(
             parameter or buffer that its class does not make.
         RuntimeError: a file cannot be written.
     """
-    if format is None:
-        _check_place(Path(path), folder.WEIGHTS)
-        return folder.write(sae, path)
-    if format not in WRITERS:
+    if format is not None and format not in WRITERS:
         raise ValueError(f"save: expected format to be one of {', '.join(WRITERS)}, got {format!r}")
-    if format == "saelens":
-        _check_saelens(sae)
+    if format in (None, "saelens"):
+        if format is not None:
+            _check_saelens(sae)
         _check_place(Path(path), folder.WEIGHTS)
         return folder.write(sae, path)
     if isinstance(sae, NormalizedSAE):

@@ -88,12 +88,7 @@ class GatedSAE(PenalizedSAE):
         out.loss = out.loss + fvu(squared_error(target, by_gate), target)
         return out
 
-    @torch.no_grad()
-    def _scale_rows_(self, factor: Tensor) -> bool:
-        self.b_mag.mul_(factor.to(self.b_mag.dtype))
-        return super()._scale_rows_(factor)
-
-    def _scale_encoder_(self, factor: float) -> None:
+    def _scale_encoder_(self, factor: float | Tensor) -> None:
         super()._scale_encoder_(factor)
         self.b_mag.mul_(factor)
 

@@ -204,21 +204,15 @@ class JumpReLUSAE(PenalizedSAE):
         return not self.thresholds_in_units
 
     @torch.no_grad()
-    def _scale_rows_(self, factor: Tensor) -> bool:
-        super()._scale_rows_(factor)
-        self.log_threshold.add_(factor.log().float())
-        return True
-
-    @torch.no_grad()
     def initialize_from_data_(self, batch: Tensor, method: str = "geometric_median") -> None:
         """See `SAE.initialize_from_data_`; starts the thresholds too, unless they were given."""
         super().initialize_from_data_(batch, method)
         if not self._started:
             self._start_threshold(self.columns.split(batch).x, STEP)
 
-    def _scale_encoder_(self, factor: float) -> None:
+    def _scale_encoder_(self, factor: float | Tensor) -> None:
         super()._scale_encoder_(factor)
-        self.log_threshold.add_(math.log(factor))
+        self.log_threshold.add_(factor.log() if isinstance(factor, Tensor) else math.log(factor))
 
     @torch.no_grad()
     def _start_threshold(self, x: Tensor, context: StepContext) -> None:

@@ -107,13 +107,15 @@ class MatchingPursuitSAE(SAE):
         values = values.gather(1, order)
         first = torch.ones_like(latents, dtype=torch.bool)
         first[:, 1:] = latents[:, 1:] != latents[:, :-1]
-        total = torch.zeros_like(values).scatter_add(1, first.cumsum(1) - 1, values)
+        place = first.cumsum(1) - 1
+        total = torch.zeros_like(values).scatter_add(1, place, values)
         chosen = first & (latents >= 0)
-        place = (first.cumsum(1) - 1)[chosen]
         row = torch.arange(len(values), device=values.device).unsqueeze(1).expand_as(latents)
         counts = chosen.sum(1)
         offsets = nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-        return SparseActs(total[row[chosen], place], latents[chosen].int(), offsets, self.d_sae)
+        return SparseActs(
+            total[row[chosen], place[chosen]], latents[chosen].int(), offsets, self.d_sae
+        )
 
     def decode(self, acts: Tensor | SparseActs) -> Tensor:
         """See `SAE.decode`; without b_dec where it is not subtracted from x."""

@@ -106,11 +106,9 @@ class PenalizedSAE(SAE, register=False):
             return SparseActs.full(F.linear(x if bias is None else x - bias, W_enc, b_enc).relu())
         return self._above(x, b_enc.new_zeros(()), context)
 
-    @torch.no_grad()
-    def _scale_rows_(self, factor: Tensor) -> bool:
-        rows = factor.to(self.b_enc.dtype)
-        self.W_enc_rows.mul_(rows.unsqueeze(1))
-        self.b_enc.mul_(rows)
+    @property
+    def folds_norms(self) -> bool:
+        """See `SAE.folds_norms`: every latent has a threshold of its own, or 0."""
         return True
 
     @torch.no_grad()

@@ -251,21 +251,25 @@ class SAE(Parameters, ABC):
         Rows of zeros stay. Nothing is done, and False returned, where the choice of latents would
         be another: of TopK, for instance, whose values would change their order.
         """
+        if not self.folds_norms:
+            return False
         norm = torch.linalg.vector_norm(upcast(self.W_dec), dim=1)
         norm = torch.where(norm > 0, norm, 1.0)
-        if not self._scale_rows_(norm):
-            return False
+        self._scale_encoder_(norm)
         self.W_dec.div_(norm.to(self.W_dec.dtype).unsqueeze(1))
         return True
 
-    def _scale_rows_(self, factor: Tensor) -> bool:
-        """Multiply the code of every latent by `factor: [d_sae]`, without choosing others; return
-        whether that can be done."""
+    @property
+    def folds_norms(self) -> bool:
+        """Whether the same latents are chosen when pre-activations are scaled latent by latent."""
         return False
 
-    def _scale_encoder_(self, factor: float) -> None:
-        """Multiply pre-activations, and what they are compared with, by `factor`."""
-        self.W_enc_rows.mul_(factor)
+    def _scale_encoder_(self, factor: float | Tensor) -> None:
+        """Multiply pre-activations, and what they are compared with, by `factor`: a number, or one
+        for each latent [d_sae]."""
+        if isinstance(factor, Tensor):
+            factor = factor.to(self.b_enc.dtype)
+        self.W_enc_rows.mul_(factor.unsqueeze(1) if isinstance(factor, Tensor) else factor)
         self.b_enc.mul_(factor)
 
     @torch.no_grad()

@@ -91,14 +91,10 @@ class TopKSAE(SAE):
 
         return encode_selected(x, self.W_enc_rows, self.b_enc, self._input_bias(), select)
 
-    @torch.no_grad()
-    def _scale_rows_(self, factor: Tensor) -> bool:
-        if not self.select_by_decoder_norm:
-            return False
-        rows = factor.to(self.b_enc.dtype)
-        self.W_enc_rows.mul_(rows.unsqueeze(1))
-        self.b_enc.mul_(rows)
-        return True
+    @property
+    def folds_norms(self) -> bool:
+        """See `SAE.folds_norms`: where selection looks at what folding gives."""
+        return self.select_by_decoder_norm
 
     def loss_of(
         self,

@@ -21,13 +21,13 @@ from torch import Tensor
 from fastsae.types import SparseActs, lists_every_latent
 
 SHARE = {"sparse_decode": 1 / 6, "sparse_decode_values_grad": 1 / 5, "sparse_weight_grad": 1 / 4}
+"""Measured on two AVX-512 cores at (n 1024, d 576, d_sae 9216), by `python -m bench.crossover`."""
 FULL_SHARE = 1 / 5
 """From which share on a code is kept as a dense matrix, see `SparseActs.full`."""
 PROBED = 16
 """Rows of a batch that tell how full its code is."""
 MOST = 1 << 28
 """Entries of a dense code that is kept, at most."""
-"""Measured on two AVX2 cores at (n 1024, d 576, d_sae 9216), by `python -m bench.crossover`."""
 LEAST_WIDTH = 256
 """Of a dictionary's rows: what is done to every entry does not depend on it, and has to be small
 beside the matmul."""
@@ -111,6 +111,12 @@ class _NotDense(Exception):
     """Leaves a code to the kernels, which say what is wrong with it, or can do it."""
 
 
+def _check_entries(values: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> None:
+    """Raise _NotDense unless entries have the shapes of a layout, and W is a matrix."""
+    if W.ndim != 2 or values.ndim != (2 if offsets is None else 1) or values.shape != indices.shape:
+        raise _NotDense
+
+
 def _blocks(
     values: Tensor, indices: Tensor, offsets: Tensor | None, n: int, width: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -164,8 +170,7 @@ def _filled(values: Tensor, rows: slice, places: Tensor, width: int) -> Tensor:
 def _decode(
     values: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor, bias: Tensor | None
 ) -> Tensor | None:
-    if W.ndim != 2 or values.ndim != (2 if offsets is None else 1) or values.shape != indices.shape:
-        raise _NotDense
+    _check_entries(values, indices, offsets, W)
     d_sae, n = W.shape[0], values.shape[0] if offsets is None else offsets.shape[0] - 1
     if offsets is None and lists_every_latent(indices, d_sae):
         out = values @ W if bias is None else torch.addmm(bias, values, W)
@@ -183,9 +188,8 @@ def _decode(
 def _values_grad(
     grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor
 ) -> Tensor | None:
-    if W.ndim != 2 or grad.ndim != 2 or grad.shape[1] != W.shape[1]:
-        raise _NotDense
-    if values.ndim != (2 if offsets is None else 1) or values.shape != indices.shape:
+    _check_entries(values, indices, offsets, W)
+    if grad.ndim != 2 or grad.shape[1] != W.shape[1]:
         raise _NotDense
     d_sae, n = W.shape[0], grad.shape[0]
     if offsets is None and lists_every_latent(indices, d_sae):
