@@ -139,9 +139,11 @@ def _npy(path: Path) -> Tensor:
     try:  # "c": torch wants memory that it may write to, and the file stays as it is
         return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
     except (ValueError, OSError, TypeError, EOFError) as error:
+        got = printable(str(error)).splitlines()[0]
+        if "pickle" in got:  # what numpy takes everything for that is none; it advises to load it
+            got = "objects, or another kind of file"
         raise ValueError(
-            f"open_activations: expected {path} to be a .npy file of numbers, got "
-            f"{printable(str(error)).splitlines()[0]}"
+            f"open_activations: expected {path} to be a .npy file of numbers, got {got}"
         ) from None
 
 
