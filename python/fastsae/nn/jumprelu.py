@@ -176,7 +176,7 @@ class JumpReLUSAE(PenalizedSAE):
         assert acts.offsets is not None
         entry = torch.arange(acts.values.shape[0], device=acts.values.device)
         z = torch.where(entry < acts.offsets[-1], acts.values, -math.inf)
-        return z, self.threshold[acts.indices.long()]
+        return z, self.threshold.index_select(0, acts.indices)
 
     def decode(self, acts: Tensor | SparseActs) -> Tensor:
         """See `SAE.decode`; entries of value 0 get gradients, which the estimates need."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastsae import ops
+from fastsae.ops._encode import attach, attachable
 from fastsae.types import SparseActs
 
 CHUNK_BYTES = 1 << 26
@@ -61,6 +62,8 @@ def encode_selected(
             parts.append(select(torch.addmm(b_enc, centered[part], W_enc.t()), part))
         values, indices = (torch.cat(column) for column in zip(*parts, strict=True))
     chosen = SparseActs(values, indices, None, W_enc.shape[0])
+    if attachable(x, W_enc, b_enc, b_dec):
+        return attach(chosen, x, W_enc, b_enc, b_dec)
     if not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
         return chosen
     # The same numbers again, from the chosen rows alone and with a graph.
