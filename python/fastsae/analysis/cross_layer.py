@@ -138,8 +138,8 @@ def _read_of(transcoder: CrossLayerMixin, source: int, layer: int, read: Tensor)
     before = layer - source
     if transcoder.decoders == "low_rank":
         M: Tensor = upcast(transcoder.W_maps[source])
-        summed = M.unflatten(1, (-1, transcoder.d_model))[:, :before].sum(1)
-        return (read @ summed.t()) @ W.t()
+        summed: Tensor = M.unflatten(1, (-1, transcoder.d_model))[:, :before].sum(1)
+        return read @ (W @ summed).t()
     if transcoder.decoders == "full":
         return read.repeat(1, before) @ W[:, : before * transcoder.d_model].t()
     if transcoder.decoders == "tied":
