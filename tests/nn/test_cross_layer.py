@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastsae import (
     BatchTopKCrossLayerTranscoder,
@@ -444,3 +446,72 @@ def test_what_it_does_not_take():
     sae.W_decs[1].requires_grad_(False)
     with pytest.raises(ValueError, match="all or none of W_decs to be frozen, got some"):
         _ = sae.trains_decoder
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most numbers of a tensor that an op returned."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.numbers = max(self.numbers, t.numel())
+        return out
+
+
+@KINDS
+@pytest.mark.parametrize("cls", [CrossLayerTranscoder, BatchTopKCrossLayerTranscoder])
+def test_nothing_is_dense_or_padded(cls, decoders):
+    """Neither codes [n, L f], nor decoders with room for all layers, forwards or backwards."""
+    layers, d, f, n = 8, 4, 400, 64
+    rank = 2 if decoders == "low_rank" else None
+    sae = cls(d, layers, f, 6, decoders=decoders, rank=rank)
+    x, y = torch.randn(n, layers * d), torch.randn(n, layers * d)
+    dead = torch.rand(layers * f) < 0.5
+    with Largest() as seen:
+        sae.loss(x, y, context=StepContext(dead=dead)).loss.backward()
+    held = max(p.numel() for p in sae.parameters())
+    assert seen.numbers <= max(held, n * layers * max(d, sae.k, sae.k_aux))
+    assert seen.numbers < min(n * layers * f, layers * f * layers * d) / 4
+
+
+def test_rows_start_where_the_data_are():
+    """With y = x, what a latent writes to every layer is what a latent of that layer reads."""
+    sae = CrossLayerTranscoder(D, L, F, 3, dtype=torch.float64)
+    x = rows(200, L * D)
+    sae.initialize_rows_(torch.cat([x, x], 1), seed=3)
+    read = sae.W_enc_rows.unflatten(0, (L, F))
+    torch.testing.assert_close(read.norm(dim=2), torch.ones(L, F, dtype=torch.float64))
+    for layer in range(L):
+        written = sae.written(layer) * (L - layer) ** 0.5
+        torch.testing.assert_close(written, read[layer:].transpose(0, 1))
+    assert sae.start_rows == F
+    sae.initialize_from_data_(torch.cat([x + 5, x - 2], 1), "mean")
+    torch.testing.assert_close(sae.b_dec, x.mean(0) - 2)
+    z = torch.einsum("ld,lfd->lf", sae.layers((x + 5).mean(0)), read) + sae.b_enc.view(L, F)
+    torch.testing.assert_close(z, torch.zeros_like(z), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("cls", [CrossLayerTranscoder, BatchTopKCrossLayerTranscoder])
+def test_compiled_and_exported_it_is_the_same(cls):
+    torch.compiler.reset()
+    sae = coder(cls, auxk_alpha=0.1)
+    x, y = rows(N, L * D), rows(N, L * D)
+    sae.loss(x, y)
+    context = StepContext(dead=torch.arange(L * F) % 3 == 0)
+
+    def loss(x, y):
+        return sae.loss(x, y, context=context).loss
+
+    whole = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    eager = gradients(loss(x, y), sae)
+    sae.load_state_dict(state)
+    for name, gradient in gradients(whole(x, y), sae).items():
+        torch.testing.assert_close(gradient, eager[name], msg=lambda m, n=name: f"{n}: {m}")
+    sae.eval()
+    exported = torch.export.export(sae, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
+    for n in (2, 9, N):
+        torch.testing.assert_close(exported.module()(x[:n]), sae(x[:n]))

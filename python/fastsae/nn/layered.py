@@ -40,8 +40,8 @@ def joined(parts: Sequence[SparseActs]) -> SparseActs:
     places = []
     for layer, part in enumerate(parts):
         rows = part.rows()
-        entry = torch.arange(len(rows), device=rows.device)
-        places.append(torch.where(rows < n, entry + shift[layer, rows], len(values)))
+        entry = torch.arange(rows.shape[0], device=rows.device)
+        places.append(torch.where(rows < n, entry + shift[layer, rows], values.shape[0]))
     return _placed(values, latents, torch.cat(places), offsets, d_layer * len(parts))
 
 
@@ -63,7 +63,7 @@ def separated(acts: SparseActs, n_layers: int) -> list[SparseActs]:
     rows = acts.rows()
     for layer in range(n_layers):
         inside = (owner == layer) & (rows < acts.n)
-        places = torch.where(inside, inside.cumsum(0) - 1, len(rows))
+        places = torch.where(inside, inside.cumsum(0) - 1, rows.shape[0])
         offsets = _offsets(torch.where(inside, rows, acts.n), acts.n)
         parts.append(_placed(acts.values, within, places, offsets, d_layer))
     return parts
@@ -88,7 +88,7 @@ def largest_of_batch(parts: Sequence[SparseActs], budget: int) -> BatchTopK:
     found, smallest = ops.batch_topk(acts.values.detach().unsqueeze(0), budget)
     assert found.offsets is not None
     place = found.indices.long()
-    kept = torch.arange(len(place), device=place.device) < found.offsets[-1]
+    kept = torch.arange(place.shape[0], device=place.device) < found.offsets[-1]
     rows = torch.where(kept, acts.rows()[place], acts.n)
     values, indices = (torch.where(kept, t[place], 0) for t in (acts.values, acts.indices))
     return BatchTopK(SparseActs(values, indices, _offsets(rows, acts.n), acts.d_sae), smallest)
@@ -104,8 +104,8 @@ def _offsets(rows: Tensor, n: int) -> Tensor:
 def _placed(
     values: Tensor, indices: Tensor, places: Tensor, offsets: Tensor, d_sae: int
 ) -> SparseActs:
-    """Return the code whose entry `places[e]` is entry e; `len(values)` leaves it out."""
-    size = len(values)
+    """Return the code whose entry `places[e]` is entry e; `values.shape[0]` leaves it out."""
+    size = values.shape[0]
     if _can_look(offsets):
         held = int(offsets[-1])
         places = torch.where(places < size, places, held)
