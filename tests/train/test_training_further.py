@@ -118,3 +118,25 @@ def test_a_folder_edited_elsewhere_is_refused(tmp_path):
             fastsae.load(tmp_path)
         file.write_text(json.dumps(cfg | {key: kept}))
     assert fastsae.load(tmp_path).k == K
+
+
+@pytest.mark.parametrize("decoders", ["full", "tied", "low_rank", None])
+def test_layers_of_different_size_are_trained_again_from_where_they_were(decoders, caplog):
+    """Rows have norm 1 in the units of training, and other norms in those of the model."""
+    torch.manual_seed(0)
+    if decoders is None:
+        sae, sizes = fastsae.TopKCrossCoder(D, 4, F, K), [1, 30, 5, 0.1]
+    else:
+        rank = 4 if decoders == "low_rank" else None
+        sae = fastsae.CrossLayerTranscoder(D, 2, F, K, decoders=decoders, rank=rank)
+        sizes = [1, 30, 5, 0.1]
+    x = data(4 * D) * torch.tensor(sizes).repeat_interleave(D)
+    Trainer(sae, x, TrainConfig(batch_size=128, steps=20, progress=False)).fit()
+    given = sae.columns.split(x[:20]).x
+    before = sae(given)
+    if decoders != "tied":  # whose scales are apart
+        assert (sae.decoder_norms() - 1).abs().max() > 0.5
+    Trainer(sae, x, TrainConfig(lr=1e-12, steps=1, batch_size=128, progress=False)).fit()
+    scale = before.abs().mean(0)
+    torch.testing.assert_close(sae(given) / scale, before / scale, rtol=1e-3, atol=1e-3)
+    assert "have norms from" not in caplog.text
