@@ -8,9 +8,9 @@ diffing", Transformer Circuits, October update.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,20 +20,19 @@ from fastsae.nn.batch_topk import BatchTopKSAE
 from fastsae.nn.check import check_rows, is_whole
 from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.jumprelu import JumpReLUSAE
-from fastsae.nn.layer_decoders import DECODERS, LayerDecoders, LayerDictionary
-from fastsae.nn.layered import joined, largest_of_batch, separated
-from fastsae.nn.loss import SAEOutput, error_of, fvu_of_error
+from fastsae.nn.layer_auxk import dead_of_layers, layered_auxk_loss
+from fastsae.nn.layer_decoders import DECODERS
+from fastsae.nn.layer_encoders import LayerEncoders
+from fastsae.nn.layered import separated
+from fastsae.nn.loss import SAEOutput, error_of
 from fastsae.nn.parameters import plain
 from fastsae.nn.sae import SAE
 from fastsae.nn.scaler import Columns
-from fastsae.nn.threshold_sae import entry_capacity
 from fastsae.nn.topk import TopKSAE
-from fastsae.types import BatchTopK, SparseActs
-
-T = TypeVar("T")
+from fastsae.types import SparseActs
 
 
-class CrossLayerMixin(LayerDecoders, SAE, register=False):
+class CrossLayerMixin(LayerEncoders, SAE, register=False):
     """Mixin that turns an SAE class into a cross-layer transcoder; list it before that class.
 
         z_l     = x_l W_enc_l + b_enc_l,   f = select(z_0, ..., z_(L-1))
@@ -46,9 +45,10 @@ class CrossLayerMixin(LayerDecoders, SAE, register=False):
     of these blocks on its own, so no layer dominates the loss, `fvu` over all outputs together, and
     folds the scales in at the end. mse is in scaled units.
 
-    What a latent writes to all layers together has norm 1 while training, so penalties need no
-    weighting by it: `ReLUCrossLayerTranscoder(penalty="tanh")` has the paper's. See
-    `nn.layer_decoders` for the kinds of decoders, and the selecting class for its options.
+    What a latent writes to all layers together has norm 1 while training (of tied decoders, its one
+    row), so penalties need no weighting by it: `ReLUCrossLayerTranscoder(penalty="tanh")` has the
+    paper's. See `nn.layer_decoders` for the kinds of decoders, and the selecting class for its
+    options.
 
     Args:
         d_model: width of the input and of the output of a layer.
@@ -165,93 +165,13 @@ class CrossLayerMixin(LayerDecoders, SAE, register=False):
         if target is None:
             self._fail("a target, the outputs of all layers, got None")
         out = super().loss(x, target, context=replace(context, dead=None))
-        dead = self._dead_of_layers(context.dead)
+        dead = dead_of_layers(self, context.dead)
         if any(mask is not None for mask in dead):
             error = error_of(target, out.reconstruction).detach().flatten(0, -2)
-            out.aux_loss = self._aux_loss(self._rows(x, "x"), error, dead)
+            inputs = self._inputs(self._rows(x, "x"))
+            out.aux_loss = layered_auxk_loss(self, inputs, error, dead, self.k_aux)
             out.loss = out.loss + self.auxk_alpha * out.aux_loss
         return out
-
-    def _dead_of_layers(self, dead: Tensor | None) -> list[Tensor | None]:
-        """Return which latents of each layer are dead; None for a layer without any."""
-        if dead is None or not self.auxk_alpha:
-            return [None] * self.n_layers
-        if dead.shape != (self.d_sae,) or dead.dtype != torch.bool:
-            self._fail(f"dead to be bool [{self.d_sae}], got {dead.dtype} {[*dead.shape]}")
-        masks = dead.split(self.d_transcoder)
-        if torch.compiler.is_compiling():  # no shape may depend on how many there are
-            return list(masks)
-        some = torch.stack([mask.any() for mask in masks]).tolist()
-        return [mask if any_ else None for mask, any_ in zip(masks, some, strict=True)]
-
-    def _aux_loss(self, x: Tensor, error: Tensor, dead: Sequence[Tensor | None]) -> Tensor:
-        inputs, dictionaries = self._inputs(x), self.dictionaries
-
-        def write(layer: int) -> Tensor | None:
-            if dead[layer] is None:
-                return None
-            W_enc, b_enc, W_dec = dictionaries[layer]
-            top = ops.encode_topk(inputs[layer], W_enc, b_enc, self.k_aux, mask=dead[layer])
-            return ops.sparse_decode(SparseActs(*top, None, self.d_transcoder), W_dec)
-
-        loss = fvu_of_error(self._summed(write), error)
-        some = torch.stack([mask.any() for mask in dead if mask is not None]).any()
-        return torch.where(some, loss, 0.0)
-
-    def _inputs(self, x: Tensor) -> list[Tensor]:
-        """Return the inputs of the layers, contiguous: [n, d_model] each."""
-        return [part.contiguous() for part in x.split(self.d_model, 1)]
-
-    def _each(self, x: Tensor, encode: Callable[[int, Tensor, LayerDictionary], T]) -> list[T]:
-        """Return what `encode` makes of every layer, its input and its dictionary."""
-        layers = zip(self._inputs(x), self.dictionaries, strict=True)
-        return [encode(layer, *given) for layer, given in enumerate(layers)]
-
-    def _above(self, x: Tensor, threshold: Tensor, context: StepContext = STEP) -> SparseActs:
-        """Return the entries of `x: [n, d_in]` above `threshold`: [], [n_layers] or [d_sae]."""
-        by = threshold.detach()
-        of_layers = by.expand(self.n_layers) if by.ndim == 0 else by.view(self.n_layers, -1)
-        if by.shape == (self.n_layers,):
-            of_layers = by
-        room = self._room(x.shape[0])
-
-        def encode(layer: int, x: Tensor, own: LayerDictionary) -> SparseActs:
-            return ops.encode_threshold(
-                x,
-                own.W_enc,
-                own.b_enc,
-                of_layers[layer],
-                room,
-                compute_dtype=context.compute_dtype,
-            )
-
-        return joined(self._each(x, encode))
-
-    def _batch(
-        self, x: Tensor, k: float, context: StepContext = STEP, divisor: Tensor | None = None
-    ) -> BatchTopK:
-        """Return the k n largest positive entries of all layers, or of each, with the smallest.
-
-        Args:
-            x: [n, d_in].
-            k: mean number of entries per token.
-            context: of the step.
-            divisor: [d_sae], of pre-activations; None: 1.
-        """
-        by = None if divisor is None else divisor.split(self.d_transcoder)
-
-        def encode(layer: int, x: Tensor, own: LayerDictionary) -> BatchTopK:
-            W_enc, b_enc = own.W_enc, own.b_enc
-            if by is not None:
-                W_enc, b_enc = W_enc / by[layer].unsqueeze(1), b_enc / by[layer]
-            most = min(k, self.d_transcoder)
-            return ops.encode_batch_topk(x, W_enc, b_enc, most, compute_dtype=context.compute_dtype)
-
-        found = self._each(x, encode)
-        parts = [part.acts for part in found]
-        if self.select == "layer":
-            return BatchTopK(joined(parts), torch.stack([part.threshold for part in found]))
-        return largest_of_batch(parts, torch.sym_int(k * x.shape[0]))
 
     @torch.no_grad()
     def initialize_rows_(self, batch: Tensor, seed: int = 0) -> None:
@@ -279,17 +199,6 @@ class CrossLayerMixin(LayerDecoders, SAE, register=False):
         del config["d_in"], config["d_sae"]
         own = ("d_model", "n_layers", "d_transcoder", "select", "decoders", "rank")
         return {**{key: getattr(self, key) for key in own}, **config}
-
-    def _projected(self, x: Tensor) -> Tensor:
-        each = zip(x.split(self.d_model), self.dictionaries, strict=True)
-        return torch.cat([own.W_enc @ part for part, own in each])
-
-    def _room(self, n: int) -> int:
-        """Return the places that the code of n tokens gets in a layer: as many as that of an SAE of
-        so many latents has in a token, and in small batches a share of those it has in all."""
-        k = getattr(self, "k", None) or 0
-        per_token = max(8 * math.ceil(k), 4096 // self.n_layers, 256)
-        return entry_capacity(n, self.d_transcoder, per_token, (1 << 22) // self.n_layers)
 
     def _rows(self, x: Tensor, name: str) -> Tensor:
         return check_rows(type(self).__name__, x, name, like=self.b_dec.unsqueeze(0))

@@ -25,6 +25,7 @@ def joined(parts: Sequence[SparseActs]) -> SparseActs:
         it, else in the variable one, which all parts must have. Differentiable in their values.
     """
     n, d_layer = parts[0].shape
+    parts = [_cut(part) for part in parts]
     latents = torch.cat(
         [part.indices + d_layer * layer for layer, part in enumerate(parts)], dim=-1
     )
@@ -99,6 +100,14 @@ def _offsets(rows: Tensor, n: int) -> Tensor:
     counts = torch.zeros(n + 1, dtype=torch.int32, device=rows.device)
     counts.index_add_(0, rows, torch.ones_like(rows, dtype=torch.int32))
     return F.pad(counts[:-1].cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _cut(acts: SparseActs) -> SparseActs:
+    """Return `acts` without its padding, where looking is free."""
+    if acts.offsets is None or not _can_look(acts.offsets):
+        return acts
+    held = int(acts.offsets[-1])
+    return SparseActs(acts.values[:held], acts.indices[:held], acts.offsets, acts.d_sae)
 
 
 def _placed(
