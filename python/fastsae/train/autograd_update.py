@@ -37,7 +37,7 @@ class AutogradUpdate:
         optimizer.zero_grad()  # whatever somebody else's backward has left
         out = sae.training_loss(batch, context)
         out.loss.backward()
-        moves_decoder = sae.W_dec.requires_grad
+        moves_decoder = sae.trains_decoder
         if moves_decoder:
             sae.remove_parallel_grad_()
         if self.config.clip_grad_norm is not None:
