@@ -5,9 +5,11 @@ import torch
 
 import fastsae
 from fastsae import TrainConfig, Trainer, ops
+from fastsae.nn.cross_layer_base import CrossLayerMixin
 from fastsae.nn.crosscoder import CrossCoderMixin
 from fastsae.nn.transcoder import TranscoderMixin
 from fastsae.ops import _tape
+from fastsae.train import why_not_fused
 from fastsae.types import SparseActs, StepTensors
 
 D, F, K = 12, 60, 4
@@ -37,6 +39,12 @@ CLASSES = {
     "ReLUTranscoder": (fastsae.ReLUTranscoder, {"skip": True}),
     "CrossCoder": (fastsae.CrossCoder, {}),
     "ReLUCrossCoder": (fastsae.ReLUCrossCoder, {}),
+    "CLT": (fastsae.CrossLayerTranscoder, {}),
+    "CLT by layer": (fastsae.CrossLayerTranscoder, {"select": "layer", "decoders": "own"}),
+    "CLT tied": (fastsae.CrossLayerTranscoder, {"decoders": "tied", "multi_topk": True}),
+    "BatchTopK CLT": (fastsae.BatchTopKCrossLayerTranscoder, {}),
+    "JumpReLU CLT": (fastsae.JumpReLUCrossLayerTranscoder, {"auxk_alpha": 0.1}),
+    "ReLU CLT": (fastsae.ReLUCrossLayerTranscoder, {"penalty": "tanh"}),
 }
 
 
@@ -45,6 +53,8 @@ def build(name, dtype=torch.float64):
     sizes = (D, F)
     if issubclass(cls, CrossCoderMixin):
         sizes = (D // 3, 3, F)
+    elif issubclass(cls, CrossLayerMixin):
+        sizes = (D // 3, 3, F // 3)
     elif issubclass(cls, TranscoderMixin):
         sizes = (D, 7, F)
     return cls(*sizes, K, dtype=dtype, k_aux=16, **options)
@@ -53,7 +63,7 @@ def build(name, dtype=torch.float64):
 def rows(sae, n=600):
     g = torch.Generator().manual_seed(5)
     basis = torch.randn(40, sum(sae.columns.widths), generator=g)
-    return ((torch.rand(n, 40, generator=g) < 0.08).float() @ basis + 1).to(sae.W_dec.dtype)
+    return ((torch.rand(n, 40, generator=g) < 0.08).float() @ basis + 1).to(sae.b_enc.dtype)
 
 
 def run(name, update, **settings):
@@ -70,6 +80,8 @@ def run(name, update, **settings):
 @pytest.mark.parametrize("settings", [{}, {"clip_grad_norm": 0.02}, {"optimizer": "adam_mini"}])
 @pytest.mark.parametrize("name", CLASSES)
 def test_equals_autograd_in_float64(name, settings) -> None:
+    if "CLT" in name and "clip_grad_norm" in settings:
+        pytest.skip("refused, see test_what_is_not_fused")
     fused, other = (run(name, update, **settings) for update in ("fused", "autograd"))
     # Where thresholds are float32, so is the number that clips them.
     tolerance = 1e-6 if "JumpReLU" in name and "clip_grad_norm" in settings else 1e-9
@@ -97,7 +109,8 @@ def test_no_gradient_of_a_matrix_exists(name, monkeypatch) -> None:
     monkeypatch.setattr(ops, "sparse_adam_step_", watched)
     trainer.fit()
     assert trainer.steps_done == 3
-    assert len(given) == 3
+    layers = sae.n_layers if isinstance(sae, CrossLayerMixin) else 1
+    assert len(given) == 3 * layers
     assert all(g.W_enc is None and g.W_dec is None for g in given)
 
 
@@ -111,11 +124,11 @@ def test_a_tape_takes_what_a_backward_leaves_and_nothing_else() -> None:
     sae, parameters = parts()
     x = torch.randn(9, 5, dtype=torch.float64)
     expected = torch.autograd.grad(sae.loss(x).loss, parameters)
-    with _tape.opened(parameters, centered=True) as tape:
+    with _tape.opened([parameters], centered=True) as (tape,):
         loss = sae.loss(x).loss
         unrecorded = torch.autograd.grad(loss, parameters, retain_graph=True)
         torch.testing.assert_close(unrecorded, expected)  # nobody's step yet
-        with tape.recorded():
+        with _tape.recorded([tape]):
             twice = torch.autograd.grad(loss, parameters, create_graph=True)
             torch.testing.assert_close(twice, expected)  # part of somebody's loss
             assert not tape.encoder
@@ -134,7 +147,7 @@ def test_another_bias_or_matrix_keeps_its_gradient() -> None:
     sae, parameters = parts()
     x = torch.randn(9, 5, dtype=torch.float64)
     other = torch.zeros(20, dtype=torch.float64, requires_grad=True)
-    with _tape.opened(parameters, centered=True) as tape, tape.recorded():
+    with _tape.opened([parameters], centered=True) as (tape,), _tape.recorded([tape]):
         out = ops.encode_topk(x, sae.W_enc_rows, other, 3, b_dec=sae.b_dec).values.sum()
         found = torch.autograd.grad(out, [sae.W_enc_rows, other, sae.b_dec])
         assert not tape.encoder
@@ -149,9 +162,19 @@ def test_another_bias_or_matrix_keeps_its_gradient() -> None:
 
 def test_one_step_at_a_time() -> None:
     _, parameters = parts()
-    again = _tape.opened(parameters, centered=True)
+    again = _tape.opened([parameters], centered=True)
     expected = pytest.raises(RuntimeError, match="expected one step at a time")
-    with _tape.opened(parameters, centered=True), expected:
+    with _tape.opened([parameters], centered=True), expected:
         again.__enter__()
-    with _tape.opened(parameters, centered=True):
+    with _tape.opened([parameters], centered=True):
         pass
+
+
+def test_what_is_not_fused() -> None:
+    clip = TrainConfig(clip_grad_norm=1.0)
+    assert "clip_grad_norm" in why_not_fused(build("CLT"), clip)
+    low_rank = fastsae.CrossLayerTranscoder(4, 3, 20, 4, decoders="low_rank", rank=2)
+    assert "low_rank" in why_not_fused(low_rank, TrainConfig())
+    shared = build("CLT tied")
+    shared.W_decs[1] = shared.W_decs[0]
+    assert "W_decs" in why_not_fused(shared, TrainConfig())

@@ -149,7 +149,7 @@ class TopKSAE(SAE):
         acts, rest = self._parted(acts)
         x_hat = self.reconstruct(x, acts)
         out = total_loss(self, x, target, acts, x_hat, None, dead)
-        squared = squared_error(target, x_hat + ops.sparse_decode(rest, self.W_dec))
+        squared = squared_error(target, x_hat + self.decode(rest) - self.b_dec)
         out.loss = out.loss + fvu(squared, target) / 8
         return out
 

@@ -9,7 +9,7 @@ take remains a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -54,42 +54,48 @@ class Tape:
         self.rows = latents, leaves
         return leaves
 
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Record what a backward inside leaves."""
-        self.recording = True
-        try:
-            yield
-        finally:
-            self.recording = False
-
 
 _open: dict[int, Tape] = {}
 """By the address of a matrix: a backward may run in another thread."""
 
 
 @contextmanager
-def opened(parameters: StepTensors, centered: bool) -> Iterator[Tape]:
-    """Open a tape for a training step; `centered`: b_dec is subtracted from what is encoded.
+def opened(dictionaries: Sequence[StepTensors], centered: bool) -> Iterator[list[Tape]]:
+    """Open a tape for each dictionary of a training step; `centered`: b_dec is subtracted from what
+    is encoded.
 
     Raises:
         RuntimeError: another step is under way on one of the matrices.
     """
-    tape = Tape(parameters, centered)
-    places = {_place(parameters.W_enc), _place(parameters.W_dec)}
-    if len(places) != 2 or places & _open.keys():
+    tapes = [Tape(parameters, centered) for parameters in dictionaries]
+    places = {_place(W): tape for tape in tapes for W in tape.parameters[:2]}
+    if len(places) != 2 * len(tapes) or places.keys() & _open.keys():
         raise RuntimeError("fastsae: expected one step at a time, on two matrices of their own")
-    _open.update(dict.fromkeys(places, tape))
+    _open.update(places)
     try:
-        yield tape
+        yield tapes
     finally:
         for place in places:
             del _open[place]
 
 
+@contextmanager
+def recorded(tapes: Sequence[Tape]) -> Iterator[None]:
+    """Record what a backward inside leaves."""
+    for tape in tapes:
+        tape.recording = True
+    try:
+        yield
+    finally:
+        for tape in tapes:
+            tape.recording = False
+
+
 def of(matrix: Tensor) -> Tape | None:
     """Return the open tape of a matrix, if it has one."""
-    return _open.get(_place(matrix)) if _open else None
+    tape = _open.get(_place(matrix)) if _open else None
+    known = tape is not None and any(matrix.shape == own.shape for own in tape.parameters[:2])
+    return tape if known else None
 
 
 def take_decoder(

@@ -6,7 +6,7 @@ gradients of both matrices are sums of.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,11 +26,32 @@ if TYPE_CHECKING:
 PARAMETERS = ("W_enc_rows", "W_dec", "b_enc", "b_dec")
 
 
+def moved_parameters(sae: SAE) -> dict[str, Tensor]:
+    """Return the parameters that `ops.sparse_adam_step_` moves, by name: the four of an SAE, or
+    those of the dictionaries of all layers."""
+    found = dict(sae.named_parameters())
+    names: tuple[str, ...] = PARAMETERS
+    if "W_decs.0" in found:
+        names = ("W_enc_rows", "b_enc", *(name for name in found if name.startswith("W_decs.")))
+    return {name: found[name] for name in names}
+
+
+def _dictionaries(tensors: dict[str, Tensor], moved: dict[str, Tensor]) -> list[StepTensors]:
+    """Return tensors like those of `moved_parameters` by dictionary: views, and where b_dec is not
+    among them, a stand-in that does not move."""
+    if "W_dec" in tensors:
+        return [StepTensors(*(tensors[name] for name in PARAMETERS))]
+    names = [name for name in moved if name.startswith("W_decs.")]
+    W_enc, b_enc = (tensors[name].chunk(len(names)) for name in ("W_enc_rows", "b_enc"))
+    b_decs = [tensors["b_enc"].new_zeros(moved[name].shape[1]) for name in names]
+    W_decs = [tensors[name] for name in names]
+    return [StepTensors(*parts) for parts in zip(W_enc, W_decs, b_enc, b_decs, strict=True)]
+
+
 class FusedUpdate:
     """Adam or Adam-mini, latent by latent; see `train.update.why_not_fused` for where it applies.
 
-    Parameters besides those four (thresholds, gates, skip connections) have the same optimizer,
-    made by torch.
+    Other parameters (thresholds, gates, skip connections) have the same optimizer, made by torch.
 
     Args:
         sae: moved in place.
@@ -40,53 +61,62 @@ class FusedUpdate:
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         self.sae, self.config = sae, config
         self.count = 0
-        self.exp_avg = {name: torch.zeros_like(getattr(sae, name)) for name in PARAMETERS}
+        moved = moved_parameters(sae)
+        self.exp_avg = {name: torch.zeros_like(p) for name, p in moved.items()}
         zeros = squares_like if config.optimizer == "adam_mini" else torch.zeros_like
-        self.exp_avg_sq = {name: zeros(getattr(sae, name)) for name in PARAMETERS}
-        self.others = {name: p for name, p in sae.named_parameters() if name not in PARAMETERS}
+        self.exp_avg_sq = {name: zeros(p) for name, p in moved.items()}
+        self.others = {name: p for name, p in sae.named_parameters() if name not in moved}
         self.optimizer = make_optimizer(list(self.others.values()), config) if self.others else None
 
     def step(self, batch: Tensor, context: StepContext, lr: float) -> SAEOutput:
         """See `Update.step`."""
-        own = [getattr(self.sae, name) for name in PARAMETERS]
-        others = list(self.others.values())
-        with _tape.opened(StepTensors(*own), self.sae.apply_b_dec_to_input) as tape:
+        moved, others = moved_parameters(self.sae), list(self.others.values())
+        centered = self.sae.apply_b_dec_to_input
+        with _tape.opened(_dictionaries(moved, moved), centered) as tapes:
             out = self.sae.training_loss(batch, context)
-            rows = [] if tape.rows is None else tape.rows[1]
-            with tape.recorded():
-                grads = torch.autograd.grad(out.loss, [*own, *rows, *others], allow_unused=True)
+            rows = [leaf for tape in tapes if tape.rows is not None for leaf in tape.rows[1]]
+            inputs = [*moved.values(), *rows, *others]
+            with _tape.recorded(tapes):
+                grads = torch.autograd.grad(out.loss, inputs, allow_unused=True)
         out.acts, out.reconstruction = out.acts.detach(), out.reconstruction.detach()
-        found = grads[len(own) + len(rows) :]
-        factor = self._move(tape, grads, found, context, lr)
-        self._move_others(found, factor, lr)
+        own, rest = dict(zip(moved, grads, strict=False)), grads[len(moved) :]
+        of_rows, of_others = rest[: len(rows)], rest[len(rows) :]
+        self.count += 1
+        factor = None
+        averages = [_dictionaries(held, moved) for held in (self.exp_avg, self.exp_avg_sq)]
+        for tape, more, *state in zip(tapes, _more(own, len(tapes)), *averages, strict=True):
+            extra = _rows(tape, of_rows)
+            squares = self._squares(of_others)
+            factor = self._move(tape, (state[0], state[1]), more, extra, squares, context, lr)
+        self._move_others(of_others, factor, lr)
         return out
+
+    def _squares(self, others: Sequence[Tensor | None]) -> Tensor | None:
+        """Return the squared norm of the gradients of other parameters, where clipping asks."""
+        if self.config.clip_grad_norm is None or not self.others:
+            return None
+        squares = [g.double().square().sum() for g in others if g is not None]
+        return torch.stack(squares).sum() if squares else self.sae.b_enc.new_zeros(()).double()
 
     def _move(
         self,
         tape: Tape,
-        grads: Sequence[Tensor | None],
-        others: Sequence[Tensor | None],
+        state: tuple[StepTensors, StepTensors],
+        more: MoreGradients,
+        extra: LatentGradients | None,
+        squares: Tensor | None,
         context: StepContext,
         lr: float,
     ) -> Tensor | None:
-        """Move the four parameters; return what clipping multiplied the gradients with."""
-        sae, cfg = self.sae, self.config
-        parameters = StepTensors(*(getattr(sae, name).detach() for name in PARAMETERS))
-        more = MoreGradients(*grads[:4])
+        """Move a dictionary; return what clipping multiplied the gradients with."""
+        cfg = self.config
+        parameters = StepTensors(*(p.detach() for p in tape.parameters))
         if more.b_dec is None:
             more = more._replace(b_dec=torch.zeros_like(parameters.b_dec))
-        squared = None
-        if cfg.clip_grad_norm is not None and self.others:
-            squares = [g.double().square().sum() for g in others if g is not None]
-            squared = (
-                torch.stack(squares).sum() if squares else parameters.b_dec.new_zeros(()).double()
-            )
         acts, grad_values, x, grad_output, more = _sums(tape, parameters, more)
-        self.count += 1
         return ops.sparse_adam_step_(
             parameters,
-            StepTensors(**_named(self.exp_avg)),
-            StepTensors(**_named(self.exp_avg_sq)),
+            *state,
             acts,
             grad_values,
             x,
@@ -96,10 +126,10 @@ class FusedUpdate:
             betas=cfg.betas,
             eps=cfg.eps,
             clip_grad_norm=cfg.clip_grad_norm,
-            extra_grads=_rows(tape, grads[4:7]),
+            extra_grads=extra,
             more_grads=more,
-            apply_b_dec_to_input=sae.apply_b_dec_to_input,
-            other_squared=squared,
+            apply_b_dec_to_input=tape.centered,
+            other_squared=squares,
             compute_dtype=context.compute_dtype,
         )
 
@@ -135,8 +165,19 @@ class FusedUpdate:
                 tensor.copy_(state["others"][name][key])
 
 
-def _named(averages: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removesuffix("_rows"): t for name, t in averages.items()}
+def _more(grads: Mapping[str, Tensor | None], count: int) -> list[MoreGradients]:
+    """Return gradients of whole parameters by dictionary."""
+    if "W_dec" in grads:
+        return [MoreGradients(*(grads[name] for name in PARAMETERS))]
+    every = [g for name, g in grads.items() if name.startswith("W_decs.")]
+    parts = [
+        [None] * count if g is None else g.chunk(count)
+        for g in (grads["W_enc_rows"], grads["b_enc"])
+    ]
+    return [
+        MoreGradients(W_enc, W_dec, b_enc)
+        for W_enc, W_dec, b_enc in zip(parts[0], every, parts[1], strict=True)
+    ]
 
 
 def _rows(tape: Tape, grads: Sequence[Tensor | None]) -> LatentGradients | None:

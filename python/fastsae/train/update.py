@@ -112,9 +112,19 @@ def why_not_fused(sae: SAE, config: TrainConfig) -> str | None:
         return f"optimizer is {config.optimizer}"
     if base is None:
         return f"{cls.__name__} is no class of fastsae"
+    if (why := _several_dictionaries(sae, config)) is not None:
+        return why
     if sae.W_enc_rows.device.type == "cuda" and not _suits_cuda(sae, base):
         return f"{base.__name__} has no fused update on CUDA"
     return _overridden(sae, base) or _foreign_tensors(sae) or _hooks(sae) or _unsuited_tensors(sae)
+
+
+def _several_dictionaries(sae: SAE, config: TrainConfig) -> str | None:
+    if getattr(sae, "decoders", None) == "low_rank":
+        return "rows of low_rank decoders have the norm of what they write"
+    if hasattr(sae, "W_decs") and config.clip_grad_norm is not None:
+        return "clip_grad_norm needs the norm of all layers first"
+    return None
 
 
 def _suits_cuda(sae: SAE, base: type[SAE]) -> bool:
@@ -148,16 +158,24 @@ LIBRARY = ("fastsae.", "torch.", "typing", "abc", "builtins", "functools")
 def _foreign_tensors(sae: SAE) -> str | None:
     """Return which parameter, trained buffer or submodule the fused update does not know."""
     names = [name for name, _ in sae.named_parameters()]  # a shared one comes once
+    decoders = getattr(sae, "W_decs", None)
+    layered = isinstance(decoders, nn.ParameterList)
     for name in names:
-        if name not in PARAMETERS and name not in OTHERS:
+        known = name in PARAMETERS or name in OTHERS or (layered and name.startswith("W_decs."))
+        if not known:
             return f"{name} is a parameter that the fused update does not know"
     for name in PARAMETERS:
-        if name not in names:
+        if name not in names and not (layered and name == "W_dec"):
             return f"{name} is shared with another parameter"
+    found = sum(name.startswith("W_decs.") for name in names)
+    if isinstance(decoders, nn.ParameterList) and found != len(decoders):
+        return "two of W_decs are one parameter"
     for name, buffer in sae.named_buffers():
         if buffer.requires_grad:
             return f"{name} is a buffer that requires a gradient"
     for name, _ in sae.named_children():
+        if layered and name == "W_decs":
+            continue
         return f"{name} is a submodule that the fused update does not know"
     return None
 
