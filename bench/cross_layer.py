@@ -10,9 +10,9 @@ decode-clt     CrossLayerTranscoder and LossManager of decode-clt 0.0.1 as its t
                with AdamW, its penalties off; it ranks pre-activations that it has standardized, so
                its code is another. pip install --no-deps decode-clt (torch is all that is used)
 
-Before anything is timed, one step of fastsae and of dense torch starts from the same weights, and
-loss and outputs are compared. Steps run alternately, and medians are printed. Peak memory is that
-of a process of its own with nothing but the way: parameters, optimizer state and steps.
+Before anything is timed, the first two steps of fastsae and of dense torch, from the same weights,
+are compared in loss and outputs. Steps run alternately, and medians are printed. Peak memory is
+that of a process of its own with nothing but the way: parameters, optimizer state and steps.
 """
 
 from __future__ import annotations
@@ -83,6 +83,9 @@ def fastsae_step(size: Size, s: Start) -> Step:
         batch_size=n,
         steps=10**6,
         lr=1e-4,
+        warmup_steps=0,
+        betas=(0.9, 0.999),
+        eps=1e-8,
         clip_outliers=False,
         compute_dtype="float32",
         progress=False,
@@ -183,10 +186,16 @@ def peak_mib(name: str, size: Size, threads: int) -> float:
 
 
 def check(steps: dict[str, Step]) -> None:
-    """Compare the first steps of fastsae and of dense torch."""
-    (loss, out), (their_loss, their_out) = (steps[name]() for name in ("fastsae", "dense torch"))
-    torch.testing.assert_close(loss, their_loss, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(out, their_out, rtol=1e-3, atol=1e-3)
+    """Compare the first steps of fastsae and of dense torch, and what they leave for the next.
+
+    Of a token with two nearly equal pre-activations around its k-th, sums in another order may keep
+    the other one.
+    """
+    for _ in range(2):
+        (loss, out), (their_loss, their_out) = (steps[n]() for n in ("fastsae", "dense torch"))
+        torch.testing.assert_close(loss, their_loss, rtol=1e-4, atol=1e-4)
+        if (others := int(((out - their_out).abs().amax(-1) > 1e-2).sum())) > len(out) // 50:
+            raise AssertionError(f"outputs of {others} of {len(out)} tokens differ")
 
 
 def main() -> int:
