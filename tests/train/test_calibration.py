@@ -73,11 +73,11 @@ def test_few_rows_seen_often_leave_the_l0_of_new_ones_alone(name, sinks):
     """Sinks: rows of a hundred times the norm, one in 640 of training and of new rows."""
     cls = {"BatchTopK": fastsae.BatchTopKSAE, "JumpReLU": fastsae.JumpReLUSAE}
     cls["FeatureChoice"] = fastsae.FeatureChoiceSAE
-    x, new = torch.randn(2560, 24), torch.randn(5120, 24)
+    x, new = torch.randn(3584, 24), torch.randn(5120, 24)
     sink = 100 * torch.randn(24)
     if sinks:
         x[100 :: 2560 // sinks] = new[100 :: 2560 // sinks] = sink
-    config = settings(batch_size=128, steps=600, calibration_rows=512)
+    config = settings(batch_size=128, steps=600, calibration_rows=1536)
     sae = fit(lambda: cls[name](24, 192, 8), x, config)
     assert active(sae, new) / len(new) == pytest.approx(8, rel=0.05)
 
