@@ -36,6 +36,9 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "Multi-TopK": ("TopKSAE", {"multi_topk": True}),
     "Hierarchical": ("HierarchicalTopKSAE", {}),
     "GroupMax": ("GroupMaxSAE", {}),
+    "AbsTopK": ("TopKSAE", {"absolute": True}),
+    "Gradient": ("GradientSAE", {}),
+    "Sampled": ("SampledSAE", {}),
     "JumpReLU": ("JumpReLUSAE", {}),
     "Gated": ("GatedSAE", {}),
     "ReLU": ("ReLUSAE", {}),
@@ -63,7 +66,8 @@ def ours(name: str, x: Tensor, args: argparse.Namespace) -> tuple[Callable[[], A
     torch.manual_seed(0)
     sizes = (args.d, args.d, args.d_sae) if kind == "Transcoder" else (args.d, args.d_sae)
     sae: SAE = getattr(fastsae, kind)(*sizes, args.k, **options)
-    batch = torch.cat([x, x], 1) if kind == "Transcoder" else x
+    # A transcoder reads its target beside x, a gradient SAE the gradient.
+    batch = torch.cat([x, x], 1) if kind in ("Transcoder", "GradientSAE") else x
     config = TrainConfig(steps=10_000, batch_size=args.n, progress=False)
     trainer = Trainer(sae, None, config)
     trainer.prepare(batch)

@@ -16,7 +16,6 @@ from fastsae.nn.check import is_whole
 from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.loss import SAEOutput, fvu, squared_error
 from fastsae.nn.sae import SAE
-from fastsae.nn.select import encode_selected
 from fastsae.types import SparseActs
 
 
@@ -71,25 +70,22 @@ class TopKSAE(SAE):
         return self._largest(x, self.k, context)
 
     def _largest(self, x: Tensor, k: int, context: StepContext = STEP) -> SparseActs:
-        if self.absolute:
-            return self._largest_absolute(x, k)
         W_enc, b_enc, norm = self.W_enc_rows, self.b_enc, None
         if self.select_by_decoder_norm:  # z norm is what the encoder times the norm gives
             norm = torch.linalg.vector_norm(self.W_dec.detach(), dim=1)
             W_enc, b_enc = W_enc * norm.unsqueeze(1), b_enc * norm
         values, indices = ops.encode_topk(
-            x, W_enc, b_enc, k, b_dec=self._input_bias(), compute_dtype=context.compute_dtype
+            x,
+            W_enc,
+            b_enc,
+            k,
+            b_dec=self._input_bias(),
+            absolute=self.absolute,
+            compute_dtype=context.compute_dtype,
         )
         if norm is not None:
             values = torch.where(values > 0, values / norm[indices.long()], 0)
         return SparseActs(values, indices, None, self.d_sae)
-
-    def _largest_absolute(self, x: Tensor, k: int) -> SparseActs:
-        def select(z: Tensor, _: slice) -> tuple[Tensor, Tensor]:
-            indices = ops.topk(z.abs(), k).indices
-            return z.gather(1, indices.long()), indices
-
-        return encode_selected(x, self.W_enc_rows, self.b_enc, self._input_bias(), select)
 
     @property
     def folds_norms(self) -> bool:
