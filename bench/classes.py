@@ -1,12 +1,14 @@
 """Time a training step of every class, and of SAELens' class of the same kind where there is one.
 
-    python -m bench.classes [--classes ReLU Gated] [--n 1024] [--d 576] [--d-sae 9216] [--k 32]
-        [--rounds 5] [--out RESULTS.jsonl]
+    python -m bench.classes [--classes ReLU Gated] [--at start target] [--n 1024] [--d 576]
+        [--d-sae 9216] [--k 32] [--rounds 5] [--dead 0] [--threads 2] [--out RESULTS.jsonl]
 
 Steps are the first of a run on tokens made of k latents each: `Trainer.step` here, by default, and
-`SAETrainer.step` there, with Adam on both sides. At that time half of the latents of a class with a
-penalty are active. Rounds alternate; reported are medians in milliseconds, their ratio, the mean
-number of active latents, and which update fastsae used.
+`SAETrainer.step` there, with Adam on both sides. At the `start` half of the latents of a class with
+a penalty are active; at the `target` its biases are lowered, here and there, until k are. `--dead`
+makes so many latents dead, for AuxK. All ways take turns; reported are medians in milliseconds,
+what they are of TopK's step in the same run and of SAELens', the mean number of active latents, and
+the update fastsae used. A class that loses to SAELens is marked.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor
 
 import fastsae
 from bench.peers import import_error, start
-from fastsae import SAE, TrainConfig, Trainer
+from fastsae import TrainConfig, Trainer, ops
 from fastsae.train.fused_update import FusedUpdate
 from parity import saelens
 
@@ -32,20 +34,21 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "TopK": ("TopKSAE", {}),
     "BatchTopK": ("BatchTopKSAE", {}),
     "FeatureChoice": ("FeatureChoiceSAE", {}),
-    "Matryoshka": ("MatryoshkaSAE", {}),
-    "Multi-TopK": ("TopKSAE", {"multi_topk": True}),
-    "Hierarchical": ("HierarchicalTopKSAE", {}),
+    "Sampled": ("SampledSAE", {}),
     "GroupMax": ("GroupMaxSAE", {}),
     "AbsTopK": ("TopKSAE", {"absolute": True}),
+    "Multi-TopK": ("TopKSAE", {"multi_topk": True}),
+    "Matryoshka": ("MatryoshkaSAE", {}),
+    "Hierarchical": ("HierarchicalTopKSAE", {}),
     "Gradient": ("GradientSAE", {}),
-    "Sampled": ("SampledSAE", {}),
     "JumpReLU": ("JumpReLUSAE", {}),
-    "Gated": ("GatedSAE", {}),
     "ReLU": ("ReLUSAE", {}),
+    "Gated": ("GatedSAE", {}),
     "Transcoder": ("Transcoder", {}),
     "Skip": ("Transcoder", {"skip": True}),
+    "CrossCoder": ("CrossCoder", {}),
 }
-"""Classes of fastsae, and how they are made."""
+"""Classes of fastsae, and how they are made; a crosscoder is of three layers."""
 PEERS: dict[str, tuple[str, Callable[[int, int], dict[str, Any]]]] = {
     "TopK": ("TopKTrainingSAE", lambda d_sae, k: {"k": k}),
     "BatchTopK": ("BatchTopKTrainingSAE", lambda d_sae, k: {"k": k}),
@@ -58,75 +61,125 @@ PEERS: dict[str, tuple[str, Callable[[int, int], dict[str, Any]]]] = {
     "ReLU": ("StandardTrainingSAE", lambda d_sae, k: {}),
 }
 """SAELens' class of the same kind, and its own arguments."""
+PENALIZED = ("JumpReLU", "ReLU", "Gated")
+"""Classes whose step depends on how far a run is."""
 
 
-def ours(name: str, x: Tensor, args: argparse.Namespace) -> tuple[Callable[[], Any], Trainer]:
+def lower(bias: Tensor, W_enc: Tensor, x: Tensor, k: float) -> float:
+    """Lower a bias [d_sae] so that k pre-activations a token are positive; return by how much."""
+    found = ops.encode_batch_topk(x, W_enc.detach().contiguous(), bias.detach(), k).threshold
+    with torch.no_grad():
+        bias.sub_(found)
+    return float(found)
+
+
+def ours(
+    name: str, at: str, x: Tensor, args: argparse.Namespace
+) -> tuple[Callable[[], Any], Trainer]:
     """Return fastsae's step of a class."""
     kind, options = CLASSES[name]
     torch.manual_seed(0)
-    sizes = (args.d, args.d, args.d_sae) if kind == "Transcoder" else (args.d, args.d_sae)
-    sae: SAE = getattr(fastsae, kind)(*sizes, args.k, **options)
-    # A transcoder reads its target beside x, a gradient SAE the gradient.
-    batch = torch.cat([x, x], 1) if kind in ("Transcoder", "GradientSAE") else x
+    first = {"Transcoder": (args.d, args.d), "CrossCoder": (args.d, 3)}.get(kind, (args.d,))
+    sae: Any = getattr(fastsae, kind)(*first, args.d_sae, args.k, **options)
+    batch = torch.cat([x] * (sum(sae.columns.widths) // args.d), 1)
     config = TrainConfig(steps=10_000, batch_size=args.n, progress=False)
     trainer = Trainer(sae, None, config)
     trainer.prepare(batch)
-    return lambda: trainer.step(batch), trainer
+    if at == "target" and name in ("ReLU", "Gated"):  # JumpReLU starts there
+        scaled = trainer.scaler.scale(batch) - sae.b_dec.detach()
+        by = lower(sae.b_enc.data, sae.W_enc_rows, scaled, args.k)
+        if name == "Gated":
+            sae.b_mag.data.sub_(by)
+
+    def step() -> Any:
+        trainer._dead.tokens_since_fired[: args.dead] = 1 << 40
+        return trainer.step(batch)
+
+    return step, trainer
 
 
-def theirs(name: str, x: Tensor, args: argparse.Namespace) -> Callable[[], Any] | None:
+def theirs(name: str, at: str, x: Tensor, args: argparse.Namespace) -> Callable[[], Any] | None:
     """Return SAELens' step of the class of that kind; None without one."""
     if name not in PEERS or import_error("sae_lens"):
         return None
     kind, options = PEERS[name]
     torch.manual_seed(0)
     sae = saelens.module(kind, args.d, args.d_sae, torch.float32, **options(args.d_sae, args.k))
+    if name == "JumpReLU":
+        zeros = torch.zeros(args.d_sae)
+        by = lower(zeros, sae.W_enc.t(), x, args.k)
+        sae.log_threshold.data.fill_(by).log_()
+    elif at == "target" and name in PENALIZED:
+        bias = sae.b_gate if name == "Gated" else sae.b_enc
+        lower(bias.data, sae.W_enc.t(), x, args.k)
     trainer = saelens.make_trainer(sae, args.n, 10_000, 5e-4)
 
     def step() -> None:
+        trainer.n_forward_passes_since_fired[: args.dead] = 1 << 40
         trainer.step(x)
         trainer.n_training_steps += 1
 
     return step
 
 
+def measure(name: str, at: str, x: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """Return a row: medians of the class, of TopK's step and of SAELens', which take turns."""
+    step, trainer = ours(name, at, x, args)
+    ways = {"fastsae": step}
+    if (peer := theirs(name, at, x, args)) is not None:
+        ways["sae-lens"] = peer
+    if name != "TopK":
+        ways["TopK"] = ours("TopK", "start", x, args)[0]
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    l0 = 0.0
+    for round_ in range(args.rounds + 1):
+        for way, call in ways.items():
+            begin = time.perf_counter()
+            out = call()
+            if round_:
+                times[way].append(1e3 * (time.perf_counter() - begin))
+            if way == "fastsae":
+                l0 = float(out.acts.l0())
+    row: dict[str, Any] = {"class": name, "at": at, "l0": l0, "times": times}
+    row["ms"] = {way: statistics.median(found) for way, found in times.items()}
+    row["update"] = "fused" if isinstance(trainer._update, FusedUpdate) else "autograd"
+    row |= {key: getattr(args, key) for key in ("n", "d", "d_sae", "k", "dead", "threads")}
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a line of the table."""
+    own, peer = row["ms"]["fastsae"], row["ms"].get("sae-lens")
+    cells = [row["class"], row["at"], f"{row['l0']:.0f}", f"{own:.0f}"]
+    cells.append(f"{own / row['ms'].get('TopK', own):.2f}")
+    cells.append("" if peer is None else f"{own / peer:.2f}" + (" loses" if own > peer else ""))
+    return f"| {' | '.join([*cells, row['update']])} |"
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--classes", nargs="+", choices=CLASSES, default=list(CLASSES))
+    parser.add_argument("--at", nargs="+", choices=("start", "target"), default=["start", "target"])
     parser.add_argument("--n", type=int, default=1024)
     parser.add_argument("--d", type=int, default=576)
     parser.add_argument("--d-sae", type=int, default=9216)
     parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--dead", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     x = start(args.n, args.d, args.d_sae, args.k).x
-    print(f"{'class':14} {'fastsae':>8} {'sae-lens':>8} {'ratio':>6} {'L0':>6}  update")
+    print("| class | at | L0 | ms | of TopK | of sae-lens | update |\n|" + "---|" * 7)
     for name in args.classes:
-        step, trainer = ours(name, x, args)
-        peer = theirs(name, x, args)
-        ways = {"fastsae": step} | ({} if peer is None else {"sae-lens": peer})
-        times: dict[str, list[float]] = {way: [] for way in ways}
-        l0 = 0.0
-        for round_ in range(args.rounds + 1):
-            for way, call in ways.items():
-                begin = time.perf_counter()
-                out = call()
-                if round_:
-                    times[way].append(1e3 * (time.perf_counter() - begin))
-                if way == "fastsae" and round_ == args.rounds:
-                    l0 = float(out.acts.l0())
-        middle = {way: statistics.median(found) for way, found in times.items()}
-        update = "fused" if isinstance(trainer._update, FusedUpdate) else "autograd"
-        other = middle.get("sae-lens")
-        shown = f"{other:8.0f} {middle['fastsae'] / other:6.2f}" if other else " " * 15
-        print(f"{name:14} {middle['fastsae']:8.0f} {shown} {l0:6.0f}  {update}", flush=True)
-        if args.out is not None:
-            row = {"class": name, "ms": middle, "l0": l0, "update": update, "times": times}
-            row |= {"n": args.n, "d": args.d, "d_sae": args.d_sae, "k": args.k}
-            with args.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        for at in args.at if name in PENALIZED else ["start"]:
+            row = measure(name, at, x, args)
+            print(line(row), flush=True)
+            if args.out is not None:
+                with args.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

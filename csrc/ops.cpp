@@ -90,17 +90,21 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
       " -> (Tensor weight, Tensor bias)");
 
   // One training step of both matrices and both biases, latent by latent, without a gradient
-  // tensor. m_, v_: Adam's averages of each. acts: (values, indices, offsets), gradient
-  // grad_values, of x [n, d]; grad_output [n, d] is the gradient of the reconstruction. extra_*:
-  // more gradients of some latents (from an auxiliary loss). A max_norm of inf does not
-  // clip.
+  // tensor. m_, v_: Adam's averages of each. The gradient of W_dec is made of the entries (values,
+  // indices, offsets) of the rows of grad_output, that of W_enc and b_enc of the entries
+  // (grad_values, enc_indices, enc_offsets) of the rows of x; without enc_indices these are the
+  // same entries. extra_*: more gradients of some latents (from an auxiliary loss). grad_*: more
+  // gradients of whole parameters; grad_b_dec takes the place of the sum of grad_output.
+  // apply_b_dec: b_dec is subtracted from x. A max_norm of inf does not clip; clip [2] holds the
+  // squared norm of other gradients, and gets the factor that clipping multiplies all with.
   m.def(
       "sparse_adam_step_(Tensor(a!) W_enc, Tensor(b!) W_dec, Tensor(c!) b_enc, Tensor(d!) b_dec,"
       " Tensor(e!) m_W_enc, Tensor(f!) m_W_dec, Tensor(g!) m_b_enc, Tensor(h!) m_b_dec,"
       " Tensor(i!) v_W_enc, Tensor(j!) v_W_dec, Tensor(k!) v_b_enc, Tensor(l!) v_b_dec,"
-      " Tensor values, Tensor grad_values, Tensor indices, Tensor? offsets, Tensor x, Tensor "
-      "grad_output,"
+      " Tensor values, Tensor indices, Tensor? offsets, Tensor grad_output,"
+      " Tensor grad_values, Tensor? enc_indices, Tensor? enc_offsets, Tensor x,"
       " Tensor? extra_latents, Tensor? extra_W_enc, Tensor? extra_W_dec, Tensor? extra_b_enc,"
-      " float lr, float beta1, float beta2, float eps, int step, float max_norm, bool unit_norm,"
-      " bool bf16_rows=False) -> ()");
+      " Tensor? grad_W_enc, Tensor? grad_W_dec, Tensor? grad_b_enc, Tensor? grad_b_dec,"
+      " Tensor(m!)? clip, float lr, float beta1, float beta2, float eps, int step, float max_norm,"
+      " bool unit_norm, bool apply_b_dec, bool bf16_rows) -> ()");
 }

@@ -11,15 +11,21 @@ namespace fastsae {
 
 struct AdamCall {
   Tensor W_enc, W_dec, b_enc, b_dec, m_W_enc, m_W_dec, m_b_enc, m_b_dec, v_W_enc, v_W_dec, v_b_enc,
-      v_b_dec;  // changed in place
-  Tensor values, grad_values, indices;
+      v_b_dec;             // changed in place
+  Tensor values, indices;  // entries of the rows of grad_output: the decoder's
   std::optional<Tensor> offsets;
-  Tensor x, grad_output;
+  Tensor grad_output;
+  Tensor grad_values;  // entries of the rows of x: the encoder's, the same ones without enc_indices
+  std::optional<Tensor> enc_indices, enc_offsets;
+  Tensor x;
   std::optional<Tensor> extra_latents, extra_W_enc, extra_W_dec, extra_b_enc;
+  std::optional<Tensor> grad_W_enc, grad_W_dec, grad_b_enc, grad_b_dec;
+  std::optional<Tensor> clip;  // [2] squared norm of other gradients; gets the factor
   double lr, beta1, beta2, eps;
   int64_t step;
   double max_norm;
   bool unit_norm;
+  bool apply_b_dec;  // b_dec is subtracted from x
   bool bf16_rows;  // x - b_dec and grad_output are rounded to bfloat16 for the matrices where that
                    // is faster
 
@@ -42,15 +48,17 @@ struct AdamCall {
     FASTSAE_CHECK(
         W_enc.scalar_type() == ScalarType::Float || W_enc.scalar_type() == ScalarType::Double, kOp,
         ": expected W_enc to be float32 or float64");
-    const int64_t d_sae = W_enc.size(0), d = W_enc.size(1);
+    const int64_t d_sae = W_enc.size(0), d_in = W_enc.size(1), d_out = b_dec.numel();
     check_vector(kOp, "b_enc", b_enc, d_sae);
-    check_vector(kOp, "b_dec", b_dec, d);
-    for (const Tensor* t : {&W_enc, &W_dec, &m_W_enc, &m_W_dec}) {
-      check_state("every matrix", *t, W_enc);
-    }
-    for (const Tensor* t : {&v_W_enc, &v_W_dec}) {
-      check_state("both averages of squares", *t, by_rows() ? b_enc : W_enc);
-    }
+    check_vector(kOp, "b_dec", b_dec, d_out);
+    check_rows("W_dec", W_dec, d_sae, d_out);
+    FASTSAE_CHECK(!apply_b_dec || d_in == d_out, kOp,
+                  ": expected b_dec to be [d_in] with d_in = ", d_in,
+                  " where it is subtracted from x, got ", shape_of(b_dec));
+    for (const Tensor* t : {&W_enc, &m_W_enc}) check_state("W_enc and its state", *t, W_enc);
+    for (const Tensor* t : {&W_dec, &m_W_dec}) check_state("W_dec and its state", *t, W_dec);
+    check_state("the average of squares of W_enc", v_W_enc, by_rows() ? b_enc : W_enc);
+    check_state("the average of squares of W_dec", v_W_dec, by_rows() ? b_enc : W_dec);
     for (const Tensor* t : {&b_enc, &m_b_enc, &v_b_enc}) {
       check_state("b_enc and its state", *t, b_enc);
     }
@@ -63,38 +71,57 @@ struct AdamCall {
     FASTSAE_CHECK(values.scalar_type() == W_enc.scalar_type(), kOp,
                   ": expected values to have the dtype of W_enc");
     check_entries_layout(kOp, values, indices, offsets);
-    const int64_t n = offsets ? offsets->size(0) - 1 : values.size(0);
-    FASTSAE_CHECK(grad_values.dim() == values.dim() && grad_values.numel() == values.numel() &&
-                      grad_values.scalar_type() == values.scalar_type(),
-                  kOp, ": expected grad_values to be like values, got ", shape_of(grad_values));
-    check_rows("x", x, n);
-    check_rows("grad_output", grad_output, n);
+    const int64_t n = rows_of(values, offsets);
+    FASTSAE_CHECK(grad_values.scalar_type() == W_enc.scalar_type(), kOp,
+                  ": expected grad_values to have the dtype of W_enc");
+    int64_t n_enc = n;
+    if (enc_indices) {
+      check_entries_layout(kOp, grad_values, *enc_indices, enc_offsets);
+      n_enc = rows_of(grad_values, enc_offsets);
+    } else {
+      FASTSAE_CHECK(grad_values.dim() == values.dim() && grad_values.numel() == values.numel(), kOp,
+                    ": expected grad_values to be like values, got ", shape_of(grad_values));
+    }
+    check_rows("x", x, n_enc, d_in);
+    check_rows("grad_output", grad_output, n, d_out);
     FASTSAE_CHECK(step >= 1, kOp, ": expected step >= 1, got ", step);
+    if (grad_W_enc) check_rows("grad_W_enc", *grad_W_enc, d_sae, d_in);
+    if (grad_W_dec) check_rows("grad_W_dec", *grad_W_dec, d_sae, d_out);
+    if (grad_b_enc) check_state("grad_b_enc", *grad_b_enc, b_enc);
+    if (grad_b_dec) check_state("grad_b_dec", *grad_b_dec, b_dec);
+    if (clip) {
+      check_vector(kOp, "clip", *clip, 2);
+      FASTSAE_CHECK(clip->scalar_type() == ScalarType::Double && clip->is_contiguous(), kOp,
+                    ": expected clip to be float64 and contiguous");
+    }
     if (!extra_latents) return;
     FASTSAE_CHECK(extra_W_enc && extra_W_dec && extra_b_enc, kOp,
                   ": expected extra_W_enc, extra_W_dec and extra_b_enc with extra_latents");
     check_int32(kOp, "extra_latents", *extra_latents);
     const int64_t count = extra_latents->numel();
     check_vector(kOp, "extra_latents", *extra_latents, count);
-    check_rows("extra_W_enc", *extra_W_enc, count);
-    check_rows("extra_W_dec", *extra_W_dec, count);
+    check_rows("extra_W_enc", *extra_W_enc, count, d_in);
+    check_rows("extra_W_dec", *extra_W_dec, count, d_out);
     check_vector(kOp, "extra_b_enc", *extra_b_enc, count);
     FASTSAE_CHECK(extra_b_enc->scalar_type() == W_enc.scalar_type(), kOp,
                   ": expected extra_b_enc to have the dtype of W_enc");
   }
 
  private:
+  static int64_t rows_of(const Tensor& values, const std::optional<Tensor>& offsets) {
+    return offsets ? offsets->size(0) - 1 : values.size(0);
+  }
   static void check_state(const char* name, const Tensor& t, const Tensor& like) {
     bool same = t.dim() == like.dim() && t.scalar_type() == like.scalar_type() && t.is_contiguous();
     for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
     FASTSAE_CHECK(same, kOp, ": expected ", name, " to be contiguous, with the dtype of W_enc and ",
                   shape_of(like), ", got ", shape_of(t));
   }
-  void check_rows(const char* name, const Tensor& t, int64_t n) const {
-    FASTSAE_CHECK(t.dim() == 2 && t.size(0) == n && t.size(1) == W_enc.size(1) &&
-                      t.scalar_type() == W_enc.scalar_type(),
-                  kOp, ": expected ", name, " to be [", n, ", ", W_enc.size(1),
-                  "] with the dtype of W_enc, got ", shape_of(t));
+  void check_rows(const char* name, const Tensor& t, int64_t n, int64_t d) const {
+    FASTSAE_CHECK(
+        t.dim() == 2 && t.size(0) == n && t.size(1) == d && t.scalar_type() == W_enc.scalar_type(),
+        kOp, ": expected ", name, " to be [", n, ", ", d, "] with the dtype of W_enc, got ",
+        shape_of(t));
   }
 };
 
@@ -102,17 +129,23 @@ struct AdamCall {
 template <void (*run)(AdamCall&)>
 void sparse_adam_step(Tensor W_enc, Tensor W_dec, Tensor b_enc, Tensor b_dec, Tensor m_W_enc,
                       Tensor m_W_dec, Tensor m_b_enc, Tensor m_b_dec, Tensor v_W_enc,
-                      Tensor v_W_dec, Tensor v_b_enc, Tensor v_b_dec, Tensor values,
-                      Tensor grad_values, Tensor indices, std::optional<Tensor> offsets, Tensor x,
-                      Tensor grad_output, std::optional<Tensor> extra_latents,
+                      Tensor v_W_dec, Tensor v_b_enc, Tensor v_b_dec, Tensor values, Tensor indices,
+                      std::optional<Tensor> offsets, Tensor grad_output, Tensor grad_values,
+                      std::optional<Tensor> enc_indices, std::optional<Tensor> enc_offsets,
+                      Tensor x, std::optional<Tensor> extra_latents,
                       std::optional<Tensor> extra_W_enc, std::optional<Tensor> extra_W_dec,
-                      std::optional<Tensor> extra_b_enc, double lr, double beta1, double beta2,
-                      double eps, int64_t step, double max_norm, bool unit_norm, bool bf16_rows) {
-  AdamCall call{W_enc,         W_dec,       b_enc,       b_dec,       m_W_enc,   m_W_dec,
-                m_b_enc,       m_b_dec,     v_W_enc,     v_W_dec,     v_b_enc,   v_b_dec,
-                values,        grad_values, indices,     offsets,     x,         grad_output,
-                extra_latents, extra_W_enc, extra_W_dec, extra_b_enc, lr,        beta1,
-                beta2,         eps,         step,        max_norm,    unit_norm, bf16_rows};
+                      std::optional<Tensor> extra_b_enc, std::optional<Tensor> grad_W_enc,
+                      std::optional<Tensor> grad_W_dec, std::optional<Tensor> grad_b_enc,
+                      std::optional<Tensor> grad_b_dec, std::optional<Tensor> clip, double lr,
+                      double beta1, double beta2, double eps, int64_t step, double max_norm,
+                      bool unit_norm, bool apply_b_dec, bool bf16_rows) {
+  AdamCall call{W_enc,       W_dec,      b_enc,         b_dec,       m_W_enc,     m_W_dec,
+                m_b_enc,     m_b_dec,    v_W_enc,       v_W_dec,     v_b_enc,     v_b_dec,
+                values,      indices,    offsets,       grad_output, grad_values, enc_indices,
+                enc_offsets, x,          extra_latents, extra_W_enc, extra_W_dec, extra_b_enc,
+                grad_W_enc,  grad_W_dec, grad_b_enc,    grad_b_dec,  clip,        lr,
+                beta1,       beta2,      eps,           step,        max_norm,    unit_norm,
+                apply_b_dec, bf16_rows};
   call.check();
   run(call);
 }

@@ -3,7 +3,8 @@
 //   g_dec = sum over its entries of value grad_output[row],  g_enc = sum of g (x - b_dec)[row],
 //   g_b = sum of g;  g_dec loses what points along W_dec[f];  Adam on all three;  |W_dec[f]| <- 1
 //
-// and -g_b W_enc[f], the part of b_dec in the encoder, is added to the gradient of b_dec. So no
+// and -g_b W_enc[f], the part of b_dec in the encoder, is added to the gradient of b_dec. Encoder
+// and decoder may have entries of their own. So no
 // gradient of a matrix is ever stored: the step reads and writes parameters and Adam's averages
 // once, 24 bytes a float32 parameter, and everything else comes from caches. With clipping, a first
 // pass over the same sums finds the norm of the whole gradient.
@@ -13,7 +14,8 @@
 // not depend on the number of threads. Rows without entries take the same step with gradient 0, as
 // Adam does with dense gradients.
 #include <cmath>
-#include <limits>
+#include <optional>
+#include <utility>
 
 #include "cpu/counting_sort.h"
 #include "cpu/kernels.h"
@@ -37,57 +39,92 @@ struct Parameter {
   }
 };
 
+// Entries by latent, and the rows that the gradient of a matrix is a sum of.
+template <class A>
+struct Entries {
+  const A* values;
+  const int32_t *offsets, *rows, *slots;
+  const A* x;  // [n, d]
+  int64_t d;
+
+  int64_t count(int64_t f) const { return offsets[f + 1] - offsets[f]; }
+};
+
 template <class A>
 struct Step {
-  int64_t n, d, d_sae;
+  int64_t d_sae;
   Parameter<A> W_enc, W_dec, b_enc, b_dec;
-  const A *values, *grad_values;
-  const int32_t *offsets, *rows, *slots;  // feature-major lists
-  const A *centered, *grad_output;        // [n, d]
-  const int32_t* extra;                   // [d_sae]: row of the extra gradients, or -1; or null
+  Entries<A> enc, dec;
+  const int32_t* extra;  // [d_sae]: row of the extra gradients, or -1; or null
   const A *extra_W_enc, *extra_W_dec, *extra_b_enc;
+  const A *more_W_enc, *more_W_dec, *more_b_enc;  // gradients of whole parameters, or null
+  const A* g_b_dec;                               // [d_out]: without the encoder's share
+  double* clip;  // [2] squared norm of other gradients, and the factor found; or null
   AdamConstants<A> adam;
-  bool unit_norm, by_rows;
+  bool unit_norm, apply_b_dec, by_rows;
   const Kernels<A>& kernel;
   const AdamKernels<A>& row;
 
   struct Gradient {
     std::vector<A> enc, dec, weights;
-    A b;
+    bool any_enc, any_dec;  // false: all are 0, and the vector holds something else
+    A b;                    // what reaches b_dec through the encoder
   };
 
-  // Forms the gradients of latent f; false if all are 0.
-  bool gradient(int64_t f, Gradient& g) const {
-    const int64_t begin = offsets[f], count = offsets[f + 1] - begin;
-    const int32_t more = extra ? extra[f] : -1;
-    g.b = A(0);
-    if (count == 0 && more < 0) return false;
+  // Adds up the entries of latent f; false without any. Returns the sum of their values in *total.
+  bool sum(const Entries<A>& e, int64_t f, Gradient& g, A* out, A* total) const {
+    const int64_t begin = e.offsets[f], count = e.count(f);
+    if (count == 0) return false;
     if (static_cast<int64_t>(g.weights.size()) < count)
       g.weights.resize(static_cast<size_t>(count));
-    const int32_t* tokens = rows + begin;
-    for (int64_t j = 0; j < count; ++j) g.weights[j] = values[slots[begin + j]];
-    kernel.gather_sum(g.weights.data(), tokens, count, 0, grad_output, d, nullptr, g.dec.data());
-    for (int64_t j = 0; j < count; ++j) g.b += g.weights[j] = grad_values[slots[begin + j]];
-    kernel.gather_sum(g.weights.data(), tokens, count, 0, centered, d, nullptr, g.enc.data());
-    if (more >= 0) {
-      row.add_scaled(g.dec.data(), extra_W_dec + more * d, A(1), d);
-      row.add_scaled(g.enc.data(), extra_W_enc + more * d, A(1), d);
-      g.b += extra_b_enc[more];
-    }
-    const A* w = W_dec.p + f * d;
-    const A squared = row.row_dot(w, w, d);
-    if (squared > A(0)) {
-      row.add_scaled(g.dec.data(), w, -row.row_dot(g.dec.data(), w, d) / squared, d);
-    }
+    A values(0);
+    for (int64_t j = 0; j < count; ++j) values += g.weights[j] = e.values[e.slots[begin + j]];
+    kernel.gather_sum(g.weights.data(), e.rows + begin, count, 0, e.x, e.d, nullptr, out);
+    *total = values;
     return true;
   }
 
-  // Calls f(first, last) for groups of latents, on threads of about equal work.
+  // Adds the row of a gradient that is given to one that may not be there yet.
+  void add(const A* given, int64_t d, bool& any, A* out) const {
+    if (any) row.add_scaled(out, given, A(1), d);
+    else std::copy(given, given + d, out);
+    any = true;
+  }
+
+  // Forms the gradients of latent f.
+  void gradient(int64_t f, Gradient& g) const {
+    A unused;
+    g.b = A(0);
+    g.any_dec = sum(dec, f, g, g.dec.data(), &unused);
+    g.any_enc = sum(enc, f, g, g.enc.data(), &g.b);
+    const int64_t more = extra ? extra[f] : -1;
+    if (more >= 0) {
+      add(extra_W_dec + more * dec.d, dec.d, g.any_dec, g.dec.data());
+      add(extra_W_enc + more * enc.d, enc.d, g.any_enc, g.enc.data());
+      g.b += extra_b_enc[more];
+    }
+    if (more_W_dec) add(more_W_dec + f * dec.d, dec.d, g.any_dec, g.dec.data());
+    if (more_W_enc) add(more_W_enc + f * enc.d, enc.d, g.any_enc, g.enc.data());
+    if (!g.any_dec) return;
+    const A* w = W_dec.p + f * dec.d;
+    const A squared = row.row_dot(w, w, dec.d);
+    if (squared > A(0)) {
+      row.add_scaled(g.dec.data(), w, -row.row_dot(g.dec.data(), w, dec.d) / squared, dec.d);
+    }
+  }
+
+  A b_enc_gradient(int64_t f, const Gradient& g) const {
+    return more_b_enc ? g.b + more_b_enc[f] : g.b;
+  }
+
+  // Calls f(group, last, gradient) for groups of latents, on threads of about equal work.
   template <class F>
   void for_groups(F&& f) const {
     const int64_t groups = (d_sae + kGroup - 1) / kGroup;
     // A row costs as much as about ten entries (bytes moved); lists may be very unequal.
-    const auto cost = [this](int64_t latent) { return offsets[latent] + 10 * latent; };
+    const auto cost = [this](int64_t latent) {
+      return (int64_t{enc.offsets[latent]} + dec.offsets[latent]) / 2 + 10 * latent;
+    };
     const int64_t parts = std::max<int64_t>(1, torch::stable::get_num_threads());
     const auto bound = [&](int64_t part) {
       int64_t low = 0, high = groups;
@@ -102,8 +139,8 @@ struct Step {
       for (int64_t part = begin; part < end; ++part) {
         const int64_t last = part + 1 == parts ? groups : bound(part + 1);
         Gradient g;
-        g.enc.resize(static_cast<size_t>(d));
-        g.dec.resize(static_cast<size_t>(d));
+        g.enc.resize(static_cast<size_t>(enc.d));
+        g.dec.resize(static_cast<size_t>(dec.d));
         for (int64_t group = bound(part); group < last; ++group) {
           f(group, std::min(d_sae, (group + 1) * kGroup), g);
         }
@@ -111,17 +148,22 @@ struct Step {
     });
   }
 
-  // -W_enc^T g_b of one group, added to out [d].
-  void add_encoder_share(int64_t f, A g_b, A* out) const {
-    if (g_b != A(0)) row.add_scaled(out, W_enc.p + f * d, -g_b, d);
+  // -W_enc^T g_b of one group, added to its share of the gradient of b_dec.
+  void add_encoder_share(int64_t f, A g_b, int64_t group, std::vector<A>& shares) const {
+    if (apply_b_dec && g_b != A(0)) {
+      row.add_scaled(shares.data() + group * dec.d, W_enc.p + f * enc.d, -g_b, enc.d);
+    }
+  }
+  std::vector<A> no_shares() const {
+    const int64_t groups = apply_b_dec ? (d_sae + kGroup - 1) / kGroup : 0;
+    return std::vector<A>(static_cast<size_t>(groups * dec.d), A(0));
   }
 
-  // The gradient of b_dec from the shares [groups, d].
+  // The gradient of b_dec with the shares [groups, d].
   std::vector<A> b_dec_gradient(const std::vector<A>& shares) const {
-    std::vector<A> g(static_cast<size_t>(d), A(0));
-    for (int64_t r = 0; r < n; ++r) row.add_scaled(g.data(), grad_output + r * d, A(1), d);
-    for (size_t s = 0; s < shares.size(); s += static_cast<size_t>(d)) {
-      row.add_scaled(g.data(), shares.data() + s, A(1), d);
+    std::vector<A> g(g_b_dec, g_b_dec + dec.d);
+    for (size_t s = 0; s < shares.size(); s += static_cast<size_t>(dec.d)) {
+      row.add_scaled(g.data(), shares.data() + s, A(1), dec.d);
     }
     return g;
   }
@@ -129,100 +171,145 @@ struct Step {
   // What all gradients have to be multiplied with so that their norm is at most max_norm.
   A clip_factor(double max_norm) const {
     const int64_t groups = (d_sae + kGroup - 1) / kGroup;
-    std::vector<A> shares(static_cast<size_t>(groups * d), A(0));
+    std::vector<A> shares = no_shares();
     std::vector<double> squares(static_cast<size_t>(groups), 0.0);
     for_groups([&](int64_t group, int64_t last, Gradient& g) {
       for (int64_t f = group * kGroup; f < last; ++f) {
-        if (!gradient(f, g)) continue;
-        squares[group] += static_cast<double>(row.row_dot(g.dec.data(), g.dec.data(), d)) +
-                          static_cast<double>(row.row_dot(g.enc.data(), g.enc.data(), d)) +
-                          static_cast<double>(g.b) * static_cast<double>(g.b);
-        add_encoder_share(f, g.b, shares.data() + group * d);
+        gradient(f, g);
+        const double b = static_cast<double>(b_enc_gradient(f, g));
+        squares[group] += b * b;
+        for (const auto& [any, rows] : {std::pair{g.any_dec, &g.dec}, {g.any_enc, &g.enc}}) {
+          const int64_t d = static_cast<int64_t>(rows->size());
+          if (any)
+            squares[group] += static_cast<double>(row.row_dot(rows->data(), rows->data(), d));
+        }
+        add_encoder_share(f, g.b, group, shares);
       }
     });
     const std::vector<A> g = b_dec_gradient(shares);
-    double total = static_cast<double>(row.row_dot(g.data(), g.data(), d));
+    double total = static_cast<double>(row.row_dot(g.data(), g.data(), dec.d));
+    if (clip) total += clip[0];
     for (double square : squares) total += square;
-    return static_cast<A>(std::min(1.0, max_norm / (std::sqrt(total) + 1e-6)));
+    const double factor = std::min(1.0, max_norm / (std::sqrt(total) + 1e-6));
+    if (clip) clip[1] = factor;
+    return static_cast<A>(factor);
   }
 
   void run(double max_norm) const {
     const A scale = std::isinf(max_norm) ? A(1) : clip_factor(max_norm);
-    std::vector<A> shares(static_cast<size_t>((d_sae + kGroup - 1) / kGroup * d), A(0));
+    std::vector<A> shares = no_shares();
     const auto move_row = by_rows ? row.adam_mini_row : row.adam_row;
     for_groups([&](int64_t group, int64_t last, Gradient& g) {
       for (int64_t f = group * kGroup; f < last; ++f) {
-        const bool any = gradient(f, g);
-        add_encoder_share(f, g.b, shares.data() + group * d);
-        const Parameter<A> enc = W_enc.row(f, d, by_rows), dec = W_dec.row(f, d, by_rows);
-        const Parameter<A> b = b_enc.at(f);
-        move_row(enc.p, enc.m, enc.v, any ? g.enc.data() : nullptr, scale, d, adam);
-        const A squared =
-            move_row(dec.p, dec.m, dec.v, any ? g.dec.data() : nullptr, scale, d, adam);
-        if (unit_norm && squared > A(0)) row.scale_row(dec.p, A(1) / std::sqrt(squared), d);
-        row.adam_row(b.p, b.m, b.v, &g.b, scale, 1, adam);
+        gradient(f, g);
+        add_encoder_share(f, g.b, group, shares);
+        const Parameter<A> of_enc = W_enc.row(f, enc.d, by_rows);
+        const Parameter<A> of_dec = W_dec.row(f, dec.d, by_rows), of_b = b_enc.at(f);
+        move_row(of_enc.p, of_enc.m, of_enc.v, g.any_enc ? g.enc.data() : nullptr, scale, enc.d,
+                 adam);
+        const A squared = move_row(of_dec.p, of_dec.m, of_dec.v, g.any_dec ? g.dec.data() : nullptr,
+                                   scale, dec.d, adam);
+        if (unit_norm && squared > A(0)) {
+          row.scale_row(of_dec.p, A(1) / std::sqrt(squared), dec.d);
+        }
+        const A b = b_enc_gradient(f, g);
+        row.adam_row(of_b.p, of_b.m, of_b.v, &b, scale, 1, adam);
       }
     });
     const std::vector<A> g = b_dec_gradient(shares);
-    row.adam_row(b_dec.p, b_dec.m, b_dec.v, g.data(), scale, d, adam);
+    row.adam_row(b_dec.p, b_dec.m, b_dec.v, g.data(), scale, dec.d, adam);
   }
 };
 
-void run(AdamCall& c) {
-  const int64_t d_sae = c.W_enc.size(0), d = c.W_enc.size(1);
-  const SparseActsArgs e = checked_sparse_acts(kOp, c.values, c.indices, c.offsets, d_sae);
-  const Tensor grad = as_contiguous(c.grad_values), grad_output = as_contiguous(c.grad_output);
-  const Tensor centered = as_contiguous(torch::stable::subtract(c.x, c.b_dec));
-
-  std::vector<int32_t> extra;
-  Tensor extra_enc = c.W_enc, extra_dec = c.W_enc, extra_b = c.b_enc;
-  if (c.extra_latents) {
-    extra.assign(static_cast<size_t>(d_sae), -1);
-    const Tensor list = as_contiguous(*c.extra_latents);
-    for (int64_t j = 0; j < list.numel(); ++j) {
-      const int32_t f = data_of<int32_t>(list)[j];
-      FASTSAE_CHECK(f >= 0 && f < d_sae, kOp, ": expected 0 <= rows < d_sae = ", d_sae, ", got ",
-                    f);
-      FASTSAE_CHECK(extra[f] < 0, kOp, ": expected different rows, got ", f, " twice");
-      extra[f] = static_cast<int32_t>(j);
-    }
-    extra_enc = as_contiguous(*c.extra_W_enc);
-    extra_dec = as_contiguous(*c.extra_W_dec);
-    extra_b = as_contiguous(*c.extra_b_enc);
+// Latents [d_sae] of the rows of extra gradients, -1 where there is none.
+std::vector<int32_t> rows_of_latents(const Tensor& latents, int64_t d_sae) {
+  std::vector<int32_t> rows(static_cast<size_t>(d_sae), -1);
+  const Tensor list = as_contiguous(latents);
+  for (int64_t j = 0; j < list.numel(); ++j) {
+    const int32_t f = data_of<int32_t>(list)[j];
+    FASTSAE_CHECK(f >= 0 && f < d_sae, kOp, ": expected 0 <= rows < d_sae = ", d_sae, ", got ", f);
+    FASTSAE_CHECK(rows[f] < 0, kOp, ": expected different rows, got ", f, " twice");
+    rows[f] = static_cast<int32_t>(j);
   }
+  return rows;
+}
+
+void run(AdamCall& c) {
+  const int64_t d_sae = c.W_enc.size(0);
+  const SparseActsArgs dec = checked_sparse_acts(kOp, c.values, c.indices, c.offsets, d_sae);
+  const Tensor grad_values = as_contiguous(c.grad_values);
+  const bool own = c.enc_indices.has_value();  // whether the encoder has entries of its own
+  const SparseActsArgs enc =
+      own ? checked_sparse_acts(kOp, grad_values, *c.enc_indices, c.enc_offsets, d_sae) : dec;
+  const Tensor grad_output = as_contiguous(c.grad_output);
+  const Tensor x = as_contiguous(c.apply_b_dec ? torch::stable::subtract(c.x, c.b_dec) : c.x);
+  const auto optional = [](const std::optional<Tensor>& t) {
+    return t ? std::optional<Tensor>(as_contiguous(*t)) : std::nullopt;
+  };
+  const std::optional<Tensor> extra_enc = optional(c.extra_W_enc),
+                              more_enc = optional(c.grad_W_enc);
+  const std::optional<Tensor> extra_dec = optional(c.extra_W_dec),
+                              more_dec = optional(c.grad_W_dec);
+  const std::optional<Tensor> extra_b = optional(c.extra_b_enc), more_b = optional(c.grad_b_enc);
+  std::vector<int32_t> extra;
+  if (c.extra_latents) extra = rows_of_latents(*c.extra_latents, d_sae);
 
   const auto run = [&](auto type) {
     using A = typename decltype(type)::type;
-    const int64_t capacity = e.values.numel();
-    std::vector<int32_t> lists(static_cast<size_t>(d_sae + 1 + 2 * capacity));
-    int32_t *bounds = lists.data(), *tokens = bounds + d_sae + 1, *slots = tokens + capacity;
-    counting_sort<A>(e, d_sae, bounds, tokens, slots);
+    const auto pointer = [](const std::optional<Tensor>& t) {
+      return t ? data_of<A>(*t) : static_cast<const A*>(nullptr);
+    };
     const auto parameter = [](Tensor& p, Tensor& m, Tensor& v) {
       return Parameter<A>{mutable_data_of<A>(p), mutable_data_of<A>(m), mutable_data_of<A>(v)};
     };
-    const Step<A> all{e.n,
-                      d,
-                      d_sae,
+    std::vector<int32_t> dec_lists, enc_lists;
+    const auto sort = [&](const SparseActsArgs& e, std::vector<int32_t>& lists) {
+      const int64_t capacity = e.values.numel();
+      lists.resize(static_cast<size_t>(d_sae + 1 + 2 * capacity));
+      int32_t* rows = lists.data() + d_sae + 1;
+      counting_sort<A>(e, d_sae, lists.data(), rows, rows + capacity);
+    };
+    const auto entries = [&](const Tensor& values, const std::vector<int32_t>& lists,
+                             const Tensor& x) {
+      const int32_t* rows = lists.data() + d_sae + 1;
+      return Entries<A>{data_of<A>(values),    lists.data(),  rows,
+                        rows + values.numel(), data_of<A>(x), x.size(1)};
+    };
+    sort(dec, dec_lists);
+    if (own) sort(enc, enc_lists);
+
+    const AdamKernels<A>& row = adam_kernels<A>();
+    const int64_t d_out = c.W_dec.size(1);
+    std::vector<A> g_b_dec(static_cast<size_t>(d_out), A(0));
+    if (c.grad_b_dec) {
+      std::copy_n(data_of<A>(*c.grad_b_dec), d_out, g_b_dec.data());
+    } else {
+      for (int64_t r = 0; r < dec.n; ++r) {
+        row.add_scaled(g_b_dec.data(), data_of<A>(grad_output) + r * d_out, A(1), d_out);
+      }
+    }
+    const Step<A> all{d_sae,
                       parameter(c.W_enc, c.m_W_enc, c.v_W_enc),
                       parameter(c.W_dec, c.m_W_dec, c.v_W_dec),
                       parameter(c.b_enc, c.m_b_enc, c.v_b_enc),
                       parameter(c.b_dec, c.m_b_dec, c.v_b_dec),
-                      data_of<A>(e.values),
-                      data_of<A>(grad),
-                      bounds,
-                      tokens,
-                      slots,
-                      data_of<A>(centered),
-                      data_of<A>(grad_output),
+                      entries(grad_values, own ? enc_lists : dec_lists, x),
+                      entries(dec.values, dec_lists, grad_output),
                       c.extra_latents ? extra.data() : nullptr,
-                      data_of<A>(extra_enc),
-                      data_of<A>(extra_dec),
-                      data_of<A>(extra_b),
+                      pointer(extra_enc),
+                      pointer(extra_dec),
+                      pointer(extra_b),
+                      pointer(more_enc),
+                      pointer(more_dec),
+                      pointer(more_b),
+                      g_b_dec.data(),
+                      c.clip ? mutable_data_of<double>(*c.clip) : nullptr,
                       c.constants().to<A>(),
                       c.unit_norm,
+                      c.apply_b_dec,
                       c.by_rows(),
                       kernels<A>(),
-                      adam_kernels<A>()};
+                      row};
     all.run(c.max_norm);
   };
   if (c.W_enc.scalar_type() == ScalarType::Double) run(Type<double>{});

@@ -51,6 +51,7 @@ struct AdamArgs {
   const typename R::Bits *grad_rows, *centered_rows;
   const int32_t* extra_rows;  // [d_sae]: row of the extra gradients, or -1; or null
   const Bits *extra_W_enc, *extra_W_dec, *extra_b_enc;
+  const Bits* more_b_enc;  // [d_sae]: more of its gradient, or null
   int d_sae, d;
   int packs;              // of a row of parameters
   int row_packs, chunks;  // of a row that is gathered
@@ -107,6 +108,10 @@ struct AdamBlock {
 
   __device__ __forceinline__ static A at(const typename P::Raw& raw, int e) {
     return P::at(raw, e);
+  }
+
+  __device__ __forceinline__ A more_b_enc(int64_t f) const {
+    return a.more_b_enc ? F::widen(a.more_b_enc[f]) : A(0);
   }
 
   // Starts to fetch what the threads will need when the sums are there.

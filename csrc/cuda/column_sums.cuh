@@ -48,20 +48,23 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
-// What all gradients have to be multiplied with so that their norm is at most max_norm. One block.
+// What all gradients have to be multiplied with so that their norm is at most max_norm; those of
+// clip [2], or null, have the squared norm clip[0] and are told the factor. One block.
 template <class A>
 __global__ void __launch_bounds__(1024)
     clip_kernel(const double* __restrict__ squares, int64_t groups, const A* __restrict__ g_b_dec,
-                int d, double max_norm, A* __restrict__ scale) {
+                int d, double max_norm, double* __restrict__ clip, A* __restrict__ scale) {
   __shared__ double space[32];
   double sum = 0;
   for (int64_t i = threadIdx.x; i < groups; i += 1024) sum += squares[i];
   for (int c = static_cast<int>(threadIdx.x); c < d; c += 1024) {
     sum += static_cast<double>(g_b_dec[c]) * static_cast<double>(g_b_dec[c]);
   }
-  const double total = block_sum<1024>(sum, space);
+  const double total = block_sum<1024>(sum, space) + (clip ? clip[0] : 0.0);
   const double factor = max_norm / (sqrt(total) + 1e-6);
-  if (threadIdx.x == 0) *scale = static_cast<A>(factor < 1.0 ? factor : 1.0);
+  if (threadIdx.x != 0) return;
+  *scale = static_cast<A>(factor < 1.0 ? factor : 1.0);
+  if (clip) clip[1] = factor < 1.0 ? factor : 1.0;
 }
 
 }  // namespace fastsae::cuda

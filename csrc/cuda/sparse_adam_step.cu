@@ -75,7 +75,8 @@ struct Plan {
     shared = row <= kMostShared ? row : 0;
     blocks = groups;
     if (row > kMostShared) blocks = std::min<int64_t>(groups, 2 * multiprocessors());
-    parts = (e.n + kColumnRows - 1) / kColumnRows + (groups + kColumnRows - 1) / kColumnRows;
+    parts = (std::max<int64_t>(e.n, 1) + kColumnRows - 1) / kColumnRows +
+            (groups + kColumnRows - 1) / kColumnRows;
 
     const int64_t later = e.capacity / kSegment;
     Scratch scratch(p.scratch);
@@ -154,6 +155,7 @@ const char* launch(const AdamParams& p, const Plan<F, R>& plan, cudaStream_t str
                       static_cast<const Bits*>(p.extra_W_enc),
                       static_cast<const Bits*>(p.extra_W_dec),
                       static_cast<const Bits*>(p.extra_b_enc),
+                      static_cast<const Bits*>(p.grad_b_enc),
                       e.d_sae,
                       p.d,
                       p.d / (kWide ? F::kVector : 1),
@@ -162,7 +164,7 @@ const char* launch(const AdamParams& p, const Plan<F, R>& plan, cudaStream_t str
                       Adam<A>(p.adam),
                       nullptr,
                       p.unit_norm,
-                      plan.shares,
+                      p.apply_b_dec ? plan.shares : nullptr,
                       plan.squares,
                       plan.shared ? nullptr : plan.gradients};
 
@@ -175,17 +177,19 @@ const char* launch(const AdamParams& p, const Plan<F, R>& plan, cudaStream_t str
       FASTSAE_LAUNCH(column_sums_kernel<A>, grid_of(parts(rows) * strips), kColumnThreads, 0,
                      stream, x, rows, p.d, out);
     };
-    add(static_cast<const A*>(p.grad_output), e.n, plan.sums);
-    add(reinterpret_cast<const A*>(plan.shares), plan.groups, plan.sums + parts(e.n) * p.d);
+    const void* x = p.grad_b_dec ? p.grad_b_dec : p.grad_output;
+    const int64_t rows = p.grad_b_dec ? 1 : e.n, groups = p.apply_b_dec ? plan.groups : 0;
+    add(static_cast<const A*>(x), rows, plan.sums);
+    add(reinterpret_cast<const A*>(plan.shares), groups, plan.sums + parts(rows) * p.d);
     FASTSAE_LAUNCH(last_column_sums_kernel<A>, grid_of((p.d + 31) / 32), 1024, 0, stream, plan.sums,
-                   plan.parts, p.d, plan.g_b_dec);
+                   parts(rows) + parts(groups), p.d, plan.g_b_dec);
   };
 
   if (clips) {
     launch_adam<F, R, kWide, kPacks, kThreads, Move::kNone>(args, plan, stream);
     sum_b_dec();
     FASTSAE_LAUNCH(clip_kernel<A>, 1, 1024, 0, stream, plan.squares, plan.groups, plan.g_b_dec, p.d,
-                   p.max_norm, scale);
+                   p.max_norm, p.clip, scale);
     args.scale = scale;
     args.shares = nullptr;
   }

@@ -25,10 +25,14 @@ struct AdamParams {
   const void* extra_W_dec;       // [extra_count, d]
   const void* extra_b_enc;       // [extra_count]
   int32_t extra_count;
+  const void* grad_b_enc;  // [d_sae] more of its gradient, or null
+  const void* grad_b_dec;  // [d] in place of the sum of grad_output, or null
+  double* clip;            // [2] squared norm of other gradients, and the factor found; or null
   int32_t d;
   AdamConstants<double> adam;
   double max_norm;  // infinity does not clip
   bool unit_norm;
+  bool apply_b_dec;         // b_dec is subtracted from x, so that it gets shares of the encoder's
   bool by_rows;             // Adam-mini: v of W_enc and W_dec is [d_sae]
   bool bf16_rows;           // takes_bf16_rows() must be true
   void* scratch = nullptr;  // sparse_adam_step_scratch() bytes

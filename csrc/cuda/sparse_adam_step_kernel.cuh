@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs
       const A norm = block.move_rows(from, end - begin, extra, g_b, along, scale, steps, first);
       if constexpr (!kUpdate) {
         squares += static_cast<double>(norm);
-        if (tid == 0) squares += static_cast<double>(g_b) * static_cast<double>(g_b);
+        const double b = static_cast<double>(g_b + block.more_b_enc(f));
+        if (tid == 0) squares += b * b;
       } else if (a.unit_norm) {
         block.renormalize(from, norm, norm_space);
       }
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs
       if (tid < count) {
         const int64_t f = group * kGroup + tid;
         A p = F::widen(a.b_enc.p[f]), m = F::widen(a.b_enc.m[f]), v = F::widen(a.b_enc.v[f]);
-        a.adam.move(scale * group_bias[tid], p, m, v);
+        a.adam.move(scale * (group_bias[tid] + block.more_b_enc(f)), p, m, v);
         a.b_enc.p[f] = F::narrow(p);
         a.b_enc.m[f] = F::narrow(m);
         a.b_enc.v[f] = F::narrow(v);

@@ -85,7 +85,10 @@ class SparseActs:
 
     def l0(self) -> Tensor:
         """Return the mean number of active latents per token: float32 scalar."""
-        return self.row_counts().float().mean()
+        active = self.values.detach() != 0
+        if self.offsets is not None:  # padding is at the end
+            active &= torch.arange(active.shape[0], device=active.device) < self.offsets[-1]
+        return active.sum().float() / max(self.n, 1)
 
     def fired(self) -> Tensor:
         """Return which latents are active for at least one token: bool `[d_sae]`."""
@@ -186,6 +189,13 @@ class SparseActs:
         n, k = self.values.shape
         offsets = torch.arange(n + 1, device=self.values.device, dtype=torch.int32) * k
         return SparseActs(self.values.flatten(), self.indices.flatten(), offsets, self.d_sae)
+
+    def trimmed(self) -> SparseActs:
+        """Return the same entries without padding. On a GPU this waits for the device."""
+        if self.offsets is None:
+            return self
+        count = int(self.offsets[-1])
+        return SparseActs(self.values[:count], self.indices[:count], self.offsets, self.d_sae)
 
     def detach(self) -> SparseActs:
         """Return the same entries cut from the graph."""
@@ -291,11 +301,24 @@ class StepTensors(NamedTuple):
     W_enc: Tensor
     """[d_sae, d_in]"""
     W_dec: Tensor
-    """[d_sae, d_in]"""
+    """[d_sae, d_out]"""
     b_enc: Tensor
     """[d_sae]"""
     b_dec: Tensor
-    """[d_in]"""
+    """[d_out]"""
+
+
+class MoreGradients(NamedTuple):
+    """Gradients that other parts of a loss have in whole parameters; None where there is none."""
+
+    W_enc: Tensor | None = None
+    """[d_sae, d_in]"""
+    W_dec: Tensor | None = None
+    """[d_sae, d_out]"""
+    b_enc: Tensor | None = None
+    """[d_sae]"""
+    b_dec: Tensor | None = None
+    """[d_out]; not more, but all that does not come through the encoder's input"""
 
 
 class LatentGradients(NamedTuple):
@@ -306,7 +329,7 @@ class LatentGradients(NamedTuple):
     W_enc: Tensor
     """[e, d_in]"""
     W_dec: Tensor
-    """[e, d_in]"""
+    """[e, d_out]"""
     b_enc: Tensor
     """[e]"""
 

@@ -130,6 +130,8 @@ def test_every_architecture_trains_and_is_measured(several, tmp_path, capsys) ->
         sites = ["resid_post.0"]
         if "coder" in arch:
             sites += ["mlp_out.1" if "trans" in arch else "resid_post.1"]
+        if arch.endswith("clt"):
+            sites += ["resid_post.1", "mlp_out.1", "mlp_out.1"]
         out = tmp_path / arch
         trained = succeeds(
             capsys, "train", several, "--out", out, "--arch", arch, "--k", 4,
@@ -138,7 +140,8 @@ def test_every_architecture_trains_and_is_measured(several, tmp_path, capsys) ->
         )  # fmt: skip
         assert succeeds(capsys, "inspect", out)["kind"] == cls
         measured = succeeds(capsys, "eval", out, several)
-        if "crosscoder" not in arch:  # its layers were scaled while training
+        scaled = "crosscoder" in arch or arch.endswith("clt")  # layer by layer, while training
+        if not scaled:
             assert measured["fvu"] == pytest.approx(trained["val_fvu"], rel=1e-2), arch
 
 
@@ -156,6 +159,8 @@ def test_options_reach_the_class(several, tmp_path, capsys) -> None:
     assert "expected --site twice for transcoder, input and output, got 1" in line
     line = fails(capsys, 1, *run, "--out", out, "--arch", "crosscoder")
     assert "expected --site once per layer for crosscoder, got 1" in line
+    line = fails(capsys, 1, *run, "--out", out, "--arch", "clt")
+    assert "expected --site twice per layer for clt, inputs of all and then outputs, got 1" in line
     line = fails(capsys, 1, *run, "--out", out, "--site", "resid_post.1")
     assert "expected --site once for topk, got 2" in line
 

@@ -51,19 +51,26 @@ def extra_rows(d_sae: int, d: int, dtype: torch.dtype) -> list[Tensor]:
 NONE = [None] * 4
 
 
-def step(
-    module,
-    before: list[Tensor],
+def arguments(
+    state: list[Tensor],
     entries: list,
     extra_grads=NONE,
     clip=math.inf,
     unit=True,
     bf16=False,
-):
+    more=(*NONE, None),
+    centered=True,
+) -> tuple:
+    """The arguments of the operator; `more`: gradients of parameters, and of others their norm."""
+    values, grad, indices, offsets, x, error = entries
+    options = (1e-2, 0.9, 0.999, 1e-8, 3, clip, unit, centered, bf16)
+    codes = (values, indices, offsets, error, grad, None, None, x)
+    return *state, *codes, *extra_grads, *more, *options
+
+
+def step(module, before: list[Tensor], *given, **named):
     after = [t.clone() for t in before]
-    module.sparse_adam_step_(
-        *after, *entries, *extra_grads, 1e-2, 0.9, 0.999, 1e-8, 3, clip, unit, bf16
-    )
+    module.sparse_adam_step_(*arguments(after, *given, **named))
     return after
 
 
@@ -153,6 +160,27 @@ def test_any_shape(n, d_sae, k, d, layout, extra, unit, mini, clip) -> None:
     assert_same_step(before, entries, extra_grads, clip, unit)
 
 
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("clip", [math.inf, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_of_biases_and_of_others(dtype, clip, centered) -> None:
+    a = acts(9, 37, 4, dtype, "fixed")
+    before, entries = state(37, 24, dtype), batch(a.values, a.indices, None, 9, 24)
+    given = [None, None, *(torch.randn(size, dtype=torch.float64).to(dtype) for size in (37, 24))]
+    found, factors = [], []
+    for module in (cuda, cpu):
+        others = torch.tensor([30.0, 1.0], dtype=torch.float64)
+        more = (*given, others)
+        found.append(step(module, before, entries, clip=clip, more=more, centered=centered))
+        factors.append(others)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other, rtol=tolerance, atol=tolerance)
+    assert_close(*factors, rtol=1e-6, atol=0)
+    assert math.isinf(clip) == (float(factors[0][1]) == 1)
+    assert not same(found[0], step(cuda, before, entries, clip=clip))
+
+
 def test_rows_that_are_not_aligned() -> None:
     a = acts(9, 20, 4, torch.float32, "variable")
     before = state(20, 32, torch.float32)
@@ -160,8 +188,7 @@ def test_rows_that_are_not_aligned() -> None:
     want = step(cuda, before, entries)
     for place in range(12):
         moved = [off_by_one(t) if i == place else t.clone() for i, t in enumerate(before)]
-        rest = (*NONE, 1e-2, 0.9, 0.999, 1e-8, 3, math.inf, True)
-        cuda.sparse_adam_step_(*moved, *entries, *rest)
+        cuda.sparse_adam_step_(*arguments(moved, entries))
         for one, other in zip(moved, want, strict=True):
             assert_close(one, other, rtol=1e-5, atol=1e-6)
 
@@ -206,23 +233,25 @@ def test_takes_the_arguments_of_the_cpu() -> None:
     a = acts(6, 20, 3, torch.float32, "fixed")
     before, entries = state(20, 5, torch.float32), batch(a.values, a.indices, None, 6, 5)
     extra_grads = extra_rows(20, 5, torch.float32)
-    rest = [1e-3, 0.9, 0.999, 1e-8, 1, 0.5, True]
-    good = [*before, *entries, *extra_grads, *rest]
+    good = [*arguments(before, entries, extra_grads, clip=0.5)]
     changes = {
         0: before[0].bfloat16(),
         1: before[1].t(),
         5: before[5].double(),
         6: before[6][:3],
         12: entries[0].double(),
-        13: entries[1][:2],
-        14: entries[2].long(),
-        16: entries[4][:5],
-        17: entries[5].double(),
-        18: extra_grads[0].long(),
-        19: None,
-        20: extra_grads[2][:1],
-        21: extra_grads[3].double(),
-        26: 0,
+        13: entries[2].long(),
+        15: entries[5].double(),
+        16: entries[1][:2],
+        19: entries[4][:5],
+        20: extra_grads[0].long(),
+        21: None,
+        22: extra_grads[2][:1],
+        23: extra_grads[3].double(),
+        26: torch.ones(19),
+        27: torch.ones(4),
+        28: torch.ones(2),
+        33: 0,
     }
     for place, value in changes.items():
         call = [value if i == place else t for i, t in enumerate(good)]

@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fastsae
 from fastsae.interop import circuit_tracer
 from fastsae.nn import (
+    BatchTopKCrossLayerTranscoder,
     BatchTopKTranscoder,
+    CrossLayerTranscoder,
+    JumpReLUCrossLayerTranscoder,
     JumpReLUSAE,
     JumpReLUTranscoder,
+    ReLUCrossLayerTranscoder,
     ReLUSAE,
     ReLUTranscoder,
     Transcoder,
@@ -144,3 +148,170 @@ def test_a_layer_loads_without_pyyaml_and_a_set_says_what_to_install(tmp_path, m
 def test_folders_of_others_with_a_config_yaml_are_not_taken_for_sets(tmp_path):
     (tmp_path / "config.yaml").write_text("model: {class_path: somewhere}\n")
     assert not circuit_tracer.matches(tmp_path)
+
+
+def clt(cls=JumpReLUCrossLayerTranscoder, decoders="full", dtype=torch.float32, **kwargs):
+    torch.manual_seed(0)
+    rank = 3 if decoders == "low_rank" else None
+    sae = cls(D, 3, N, decoders=decoders, rank=rank, dtype=dtype, **kwargs)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.normal_()
+        if cls is JumpReLUCrossLayerTranscoder:
+            sae.log_threshold.uniform_(-3, 0)
+        if cls is BatchTopKCrossLayerTranscoder:
+            sae.threshold.copy_(torch.rand(sae.threshold.shape))
+        if decoders == "tied":
+            sae.output_scale.copy_(torch.tensor([0.5, 2.0, 3.0]))
+    return sae.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("cls", [ReLUCrossLayerTranscoder, JumpReLUCrossLayerTranscoder])
+def test_a_cross_layer_transcoder_comes_back(tmp_path, cls, dtype):
+    sae = clt(cls, dtype=dtype)
+    fastsae.save(sae, tmp_path / "clt", format="circuit-tracer")
+    names = [f"W_{kind}_{layer}.safetensors" for kind in ("dec", "enc") for layer in range(3)]
+    assert sorted(path.name for path in (tmp_path / "clt").iterdir()) == names
+    again = fastsae.load(tmp_path / "clt")
+    assert type(again) is cls
+    assert (again.d_model, again.n_layers, again.d_transcoder) == (D, 3, N)
+    for name, tensor in sae.state_dict().items():
+        if name == "log_threshold":  # its logs are rounded once more
+            torch.testing.assert_close(again.log_threshold, tensor, rtol=1e-6, atol=1e-6)
+            again.log_threshold.data = tensor
+        elif name in ("W_enc_rows", "b_enc", "b_dec") or name.startswith("W_decs"):
+            assert torch.equal(again.state_dict()[name], tensor), name
+    x = torch.randn(20, 3 * D).to(dtype)
+    assert torch.equal(again.encode(x), sae.encode(x))
+    assert torch.equal(again(x), sae(x))
+
+
+@pytest.mark.parametrize("select", ["token", "layer"])
+def test_a_batch_topk_is_written_with_the_threshold_that_it_has(tmp_path, select):
+    sae = clt(BatchTopKCrossLayerTranscoder, k=4, select=select)
+    fastsae.save(sae, tmp_path, format="circuit-tracer")
+    again, x = fastsae.load(tmp_path), torch.randn(20, 3 * D)
+    assert type(again) is JumpReLUCrossLayerTranscoder
+    torch.testing.assert_close(again.encode(x), sae.encode(x), rtol=0, atol=0)
+    torch.testing.assert_close(again(x), sae(x), rtol=1e-6, atol=1e-6)
+    sae.threshold.fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"^save: expected a threshold of .* got none yet"):
+        fastsae.save(sae, tmp_path, format="circuit-tracer")
+
+
+@pytest.mark.parametrize("decoders", ["own", "tied", "low_rank"])
+def test_other_decoders_are_written_in_full_and_loudly(tmp_path, decoders, caplog):
+    sae = clt(decoders=decoders)
+    fastsae.save(sae, tmp_path, format="circuit-tracer")
+    assert f"no {decoders} decoders; written out in full, 2304 numbers for" in caplog.text
+    again, x = fastsae.load(tmp_path), torch.randn(20, 3 * D)
+    assert again.decoders == "full"
+    torch.testing.assert_close(again.encode(x), sae.encode(x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(again(x), sae(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_cross_layer_folder_says_what_it_is_of(tmp_path):
+    sae = clt()
+    circuit_tracer.write_cross_layer(sae, tmp_path, "owner/name: with a colon", *HOOKS)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {
+        "model_name": "owner/name: with a colon",
+        "model_kind": "cross_layer_transcoder",
+        "feature_input_hook": HOOKS[0],
+        "feature_output_hook": HOOKS[1],
+        "scan": None,
+    }
+    assert fastsae.load(tmp_path).metadata == {
+        "model_name": "owner/name: with a colon",
+        "hook_name": HOOKS[0],
+        "hook_name_out": HOOKS[1],
+    }
+    theirs = {path.name: {k: v.shape for k, v in load_file(path).items()}
+              for path in (PEERS / "clt_jumprelu").glob("W_*_1.safetensors")}  # fmt: skip
+    assert {name: set(held) for name, held in theirs.items()} == {
+        name: set(load_file(tmp_path / name)) for name in theirs
+    }
+    ours = load_file(tmp_path / "W_dec_1.safetensors")["W_dec_1"]
+    assert [*ours.shape] == [N, 2, D]
+
+
+def test_what_a_cross_layer_folder_has_no_place_for_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^save: .* got CrossLayerTranscoder; .* read as ReLU$"):
+        fastsae.save(clt(CrossLayerTranscoder, k=4), tmp_path / "a", format="circuit-tracer")
+    assert not (tmp_path / "a").exists()
+    fastsae.save(clt(), tmp_path / "b", format="circuit-tracer")
+    small = ReLUCrossLayerTranscoder(D, 2, N)
+    with pytest.raises(ValueError, match=r"^save: .* hold no other layers, .* got W_enc_2 or"):
+        fastsae.save(small, tmp_path / "b", format="circuit-tracer")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^save: expected a folder for a cross-layer transcoder"):
+        fastsae.save(clt(), tmp_path / "file", format="circuit-tracer")
+
+
+def _rewritten(file: Path, change) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    save_file(change(tensors), file)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error"),
+    [
+        ("W_enc_1", None, "^load: expected .* to hold W_enc_1.safetensors, found none$"),
+        ("W_dec_2", None, "^load: expected .* to hold W_dec_2.safetensors, found none$"),
+        ("W_enc_1", lambda t: {k: v for k, v in t.items() if k != "b_dec_1"},
+         "^load: expected .* to hold b_dec_1, got"),
+        ("W_enc_1", lambda t: {k: v for k, v in t.items() if k != "threshold_1"},
+         "^load: expected layers of .* a threshold or none, all of them, got another in layer 1$"),
+        ("W_enc_1", lambda t: t | {"W_skip_1": torch.ones(D, D)},
+         "^load: .* cannot be represented: tensors that are none of a transcoder's: W_skip_1$"),
+        ("W_enc_2", lambda t: t | {"threshold_2": -torch.ones(N)},
+         "^load: .* cannot be represented: thresholds below 0, above which"),
+        ("W_dec_1", lambda t: {"W_dec_1": torch.ones(N, 3, D)},
+         r"^load: expected W_dec_1 to be floating \[32, 2, 12\] in .*, got torch.float32 \[32, 3,"),
+        ("W_enc_0", lambda t: t | {"W_enc_0": torch.ones(N, D).int()},
+         r"^load: expected W_enc_0 to be floating \[d_transcoder, d\] in .*, got torch.int32"),
+        ("W_enc_1", lambda t: t | {"b_enc_1": torch.ones(N + 1)},
+         r"^load: expected b_enc_1 to be floating \[32\] in .*, got torch.float32 \[33\]$"),
+    ],
+)  # fmt: skip
+def test_a_damaged_cross_layer_folder_is_refused(tmp_path, name, change, error):
+    fastsae.save(clt(), tmp_path, format="circuit-tracer")
+    file = tmp_path / f"{name}.safetensors"
+    if change is None:
+        file.unlink()
+    else:
+        _rewritten(file, change)
+    with pytest.raises((ValueError, FileNotFoundError), match=error):
+        fastsae.load(tmp_path)
+
+
+def test_layers_of_a_cross_layer_folder_belong_together(tmp_path):
+    fastsae.save(clt(), tmp_path, format="circuit-tracer")
+    with pytest.raises(ValueError, match=r"^load: expected no layer= for .* together, got 1$"):
+        fastsae.load(tmp_path, layer=1)
+
+
+@pytest.mark.parametrize("decoders", ["full", "tied"])
+@pytest.mark.parametrize(
+    "cls",
+    [ReLUCrossLayerTranscoder, JumpReLUCrossLayerTranscoder, BatchTopKCrossLayerTranscoder],
+)
+def test_circuit_tracer_loads_and_computes_the_same(tmp_path, cls, decoders):
+    name = "circuit_tracer.transcoder.cross_layer_transcoder"
+    loader = pytest.importorskip(name, reason="circuit-tracer is not installed")
+    sae = clt(cls, decoders, torch.float64, k=4)
+    circuit_tracer.write_cross_layer(sae, tmp_path, "owner/name", *HOOKS)
+    x = torch.randn(40, 3 * D).double()
+    given = sae.layers(x).transpose(0, 1)
+    for lazy in (False, True):
+        theirs = loader.load_clt(
+            str(tmp_path), device=torch.device("cpu"), dtype=torch.float64,
+            lazy_decoder=lazy, lazy_encoder=lazy,
+        )  # fmt: skip
+        with torch.no_grad():
+            code = theirs.encode(given)
+            out = theirs.decode(code)
+        ours = sae.encode(x).unflatten(1, (3, N)).transpose(0, 1)
+        assert torch.equal(ours != 0, code != 0)
+        torch.testing.assert_close(ours, code, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(sae.layers(sae(x)).transpose(0, 1), out, rtol=1e-10, atol=1e-10)

@@ -44,7 +44,8 @@ def options(case: Path, about: dict[str, str]) -> dict:
         found["k"] = int(about["k"])
     if "threshold" in about:
         found["threshold"] = float(about["threshold"])
-    if case.parent.name == "circuit_tracer" and "layers" not in about:
+    whole = "layers" in about or case.name.startswith("clt")
+    if case.parent.name == "circuit_tracer" and not whole:
         found["layer"] = 0
     return found
 

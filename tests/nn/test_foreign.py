@@ -49,8 +49,7 @@ def test_a_run_without_b_dec_at_the_input_starts_at_the_center(caplog):
     trainer = Trainer(sae, x, TrainConfig(steps=60, batch_size=256, progress=False))
     result = trainer.fit()
     assert result.final["fvu"] < 0.35
-    with pytest.raises(ValueError, match="b_dec is not subtracted from the input"):
-        Trainer(sae, x, TrainConfig(steps=1, update="fused")).fit()
+    Trainer(sae, x, TrainConfig(steps=1, update="fused", progress=False)).fit()
 
 
 def test_a_transcoder_has_no_b_dec_at_the_input():

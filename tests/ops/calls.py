@@ -262,16 +262,23 @@ def _adam() -> list[Call]:
             rows = (latents, *(torch.randn(len(latents), *s[1:]).to(dtype) for s in shapes[:3]))
         grad_values, x = torch.randn(a.values.shape).to(dtype), torch.randn(n, d).to(dtype)
         error = torch.randn(n, d).to(dtype)
-        tensors = (*parameters, *averages, *squares, a.values, grad_values, a.indices, a.offsets)
-        options = (1e-2, 0.9, 0.999, 1e-8, 3, max_norm, True)
+        state = (*parameters, *averages, *squares)
+        entries = (a.values, a.indices, a.offsets, error, grad_values, None, None, x)
+        more: tuple[Tensor | None, ...] = (None,) * 5
+        if extra:
+            clip = torch.tensor([2.5, 1.0], dtype=torch.float64)
+            more = (None, None, torch.randn(m).to(dtype), torch.randn(d).to(dtype), clip)
+        options = (1e-2, 0.9, 0.999, 1e-8, 3, max_norm, True, True)
         case = f"{n}x{d}x{m}-{layout}-{dtype}-clip{max_norm}" + ("-rows" if extra else "")
         tolerance = 2e-5 if dtype == torch.float32 else 1e-11
-        call = (*tensors, x, error, *rows, *options)
-        found.append(Call("sparse_adam_step_", case, call, tolerance))
+        call = (*state, *entries, *rows, *more, *options)
+        found.append(Call("sparse_adam_step_", case, (*call, False), tolerance))
         if dtype == torch.float32:
             found.append(Call("sparse_adam_step_", f"{case}-bf16-rows", (*call, True), 2e-2))
-        mini = (*call[:8], squares[2], squares[2].clone(), *call[10:])
+        mini = (*call[:8], squares[2], squares[2].clone(), *call[10:], False)
         found.append(Call("sparse_adam_step_", f"{case}-mini", mini, tolerance))
+        alone = (*call[:-1], False, False)  # b_dec is not subtracted
+        found.append(Call("sparse_adam_step_", f"{case}-uncentered", alone, tolerance))
     return found
 
 

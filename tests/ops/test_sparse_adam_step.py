@@ -7,8 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from fastsae import ops, reference
+from fastsae.ops.sparse_adam_step import _as_rows
 from fastsae.train.adam_mini import AdamMini
-from fastsae.types import LatentGradients, SparseActs, StepTensors
+from fastsae.types import LatentGradients, MoreGradients, SparseActs, StepTensors
 from tests.ops.inputs import acts as make_acts
 
 SHAPES = ((5, 3, 9, 2), (20, 16, 64, 4), (33, 37, 200, 7), (40, 70, 131, 12))  # n, d, d_sae, k
@@ -201,15 +202,85 @@ def test_rows_of_the_decoder_have_norm_one_and_zero_rows_stay() -> None:
 
 def test_opcheck() -> None:
     state, acts, grad, x, error = make(6, 5, 20, 3, torch.float32)
-    arguments = (*sum(state, ()), acts.values, grad, acts.indices, None, x, error)
+    entries = (acts.values, acts.indices, None, error, grad, None, None, x)
     rows = extra_rows(20, 5, torch.float32)
-    rest = (1e-3, 0.9, 0.999, 1e-8, 1, 0.5, True)
+    more = (*(torch.randn_like(p) for p in state[0]), torch.ones(2, dtype=torch.float64))
+    rest = (1e-3, 0.9, 0.999, 1e-8, 1, 0.5, True, True, False)
     op = torch.ops.fastsae.sparse_adam_step_.default
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(op, (*arguments, *rows, *rest), test_utils=tests)
-    mini = (*sum(by_rows(state), ()), *arguments[12:], *rows, *rest)
+    torch.library.opcheck(op, (*sum(state, ()), *entries, *rows, *more, *rest), test_utils=tests)
+    mini = (*sum(by_rows(state), ()), *entries, *rows, *more, *rest)
     torch.library.opcheck(op, mini, test_utils=tests)
-    torch.library.opcheck(op, (*arguments, None, None, None, None, *rest), test_utils=tests)
+    own = (*entries[:5], acts.indices, None, x)
+    torch.library.opcheck(op, (*sum(state, ()), *own, *[None] * 9, *rest), test_utils=tests)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("mini", [False, True])
+@pytest.mark.parametrize("extra", [False, True])
+def test_a_decoder_of_another_width_and_codes_of_their_own(isa, own, clip, mini, extra) -> None:
+    """What transcoders, skip connections and losses of several decodes leave."""
+    n, d_in, d_out, d_sae = 30, 14, 9, 50
+    encoder, decoder = (make(n, d, d_sae, 4, torch.float64) for d in (d_in, d_out))
+    mixed = zip(encoder[0], decoder[0], strict=True)
+    state = [StepTensors(e.W_enc, d.W_dec, e.b_enc, d.b_dec) for e, d in mixed]
+    state = by_rows(state) if mini else state
+    acts, grad_output = decoder[1], decoder[4]
+    grad_values, x = encoder[2], encoder[3]
+    if own:
+        grad_values = make_acts(3 * n, d_sae, 2, torch.float64, "variable", "cpu")
+        x = torch.randn(3 * n, d_in, dtype=torch.float64)
+    more = MoreGradients(*(torch.randn_like(p) for p in state[0]))
+    latents = torch.randperm(d_sae)[:7].int()
+    rows = (torch.randn(7, *p.shape[1:], dtype=torch.float64) for p in state[0][:3])
+    options = {
+        "lr": 1e-2,
+        "step": 2,
+        "clip_grad_norm": clip,
+        "extra_grads": LatentGradients(latents, *rows) if extra else None,
+        "more_grads": more,
+        "apply_b_dec_to_input": False,
+        "other_squared": torch.tensor(30.0, dtype=torch.float64),
+    }
+    got, want = copies(state), copies(state)
+    factors = [
+        module.sparse_adam_step_(*tensors, acts, grad_values, x, grad_output, **options)
+        for module, tensors in ((ops, got), (reference, want))
+    ]
+    assert_close(*factors, rtol=1e-12, atol=1e-12)
+    assert (float(factors[0]) < 0.1) == (clip is not None)
+    for a, b, before in zip(sum(got, ()), sum(want, ()), sum(state, ()), strict=True):
+        assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert not torch.equal(a, before)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_more_gradients_of_whole_parameters(isa, own) -> None:
+    """They are added to what the entries give, and that of b_dec to the encoder's share."""
+    state, acts, grad, x, error = make(12, 6, 40, 3, torch.float64)
+    more = MoreGradients(*(torch.randn_like(p) for p in state[0]))
+    got, want = copies(state), copies(state)
+    given = SparseActs(grad, acts.indices, None, acts.d_sae) if own else grad
+    ops.sparse_adam_step_(*got, acts, given, x, error, lr=1e-2, step=1, more_grads=more)
+    reference.sparse_adam_step_(*want, acts, given, x, error, lr=1e-2, step=1, more_grads=more)
+    for a, b in zip(sum(got, ()), sum(want, ()), strict=True):
+        assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_gradients_of_matrices_as_rows_of_all_latents(extra) -> None:
+    """What a device without the kernel gets: the same step."""
+    state, acts, grad, x, error = make(12, 6, 40, 3, torch.float64)
+    rows = extra_rows(40, 6, torch.float64) if extra else None
+    more = MoreGradients(torch.randn(40, 6, dtype=torch.float64))
+    all_rows = _as_rows(state[0], more, rows)
+    got, want = copies(state), copies(state)
+    options = {"lr": 1e-2, "step": 1}
+    ops.sparse_adam_step_(*got, acts, grad, x, error, extra_grads=all_rows, **options)
+    ops.sparse_adam_step_(*want, acts, grad, x, error, extra_grads=rows, more_grads=more, **options)
+    for a, b in zip(sum(got, ()), sum(want, ()), strict=True):
+        assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_wrong_arguments() -> None:
@@ -228,6 +299,11 @@ def test_wrong_arguments() -> None:
         ValueError, match=r"exp_avg_sq.W_dec to be \[d_sae\] = \[20\], got \[20, 5\]"
     ):
         step(*mixed, acts, grad, x, error, lr=1e-3, step=1)
+    wrong = MoreGradients(b_enc=torch.ones(19))
+    with pytest.raises(ValueError, match=r"more_grads.b_enc to be like b_enc = \[20\], got \[19\]"):
+        step(*state, acts, grad, x, error, lr=1e-3, step=1, more_grads=wrong)
+    with pytest.raises(TypeError, match=r"other_squared to be float64, got torch.float32"):
+        step(*state, acts, grad, x, error, lr=1e-3, step=1, other_squared=torch.ones(()))
     half = StepTensors(*(t.bfloat16() for t in state[0]))
     with pytest.raises(TypeError, match=r"expected W_enc to be float32 or float64, got torch.bflo"):
         step(half, *state[1:], acts, grad, x, error, lr=1e-3, step=1)

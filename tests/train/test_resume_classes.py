@@ -30,6 +30,15 @@ CLASSES = {
     "Transcoder": lambda: fastsae.Transcoder(5, 3, 24, 3, skip=True),
     "JumpReLUTranscoder": lambda: fastsae.JumpReLUTranscoder(5, 3, 24, 3),
     "CrossCoder": lambda: fastsae.CrossCoder(4, 2, 24, 3),
+    "CrossLayer": lambda: fastsae.CrossLayerTranscoder(2, 2, 12, 3),
+    "TiedCrossLayer": lambda: fastsae.CrossLayerTranscoder(2, 2, 12, 3, decoders="tied"),
+    "LowRankCrossLayer": lambda: fastsae.CrossLayerTranscoder(
+        2, 2, 12, 3, decoders="low_rank", rank=1
+    ),
+    "BatchTopKCrossLayer": lambda: fastsae.BatchTopKCrossLayerTranscoder(
+        2, 2, 12, 2, select="layer"
+    ),
+    "JumpReLUCrossLayer": lambda: fastsae.JumpReLUCrossLayerTranscoder(2, 2, 12, 3),
 }
 
 
@@ -71,7 +80,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, device, tmp_path):
 
 
 @pytest.mark.parametrize("at", [4, 24, 39, 40])
-@pytest.mark.parametrize("name", ["BatchTopK", "Sampled", "FeatureChoice", "Matryoshka"])
+@pytest.mark.parametrize(
+    "name", ["BatchTopK", "Sampled", "FeatureChoice", "Matryoshka", "BatchTopKCrossLayer"]
+)
 def test_thresholds_are_estimated_from_the_same_last_batches(name, at, tmp_path):
     """The last 32 of 40 steps are 8 to 39: interrupted before them, among them, and after all."""
     torch.manual_seed(0)

@@ -23,6 +23,12 @@ SAES = {
 }  # fmt: skip
 SAES["Transcoder"] = (lambda: fastsae.Transcoder(D, 6, F, K, skip=True), D + 6)
 SAES["CrossCoder"] = (lambda: fastsae.CrossCoder(D, 3, F, K), 3 * D)
+SAES["CrossLayer"] = (lambda: fastsae.CrossLayerTranscoder(D, 2, F, K), 4 * D)
+SAES["TiedCrossLayer"] = (
+    lambda: fastsae.CrossLayerTranscoder(D, 2, F, K, decoders="tied"),
+    4 * D,
+)
+SAES["JumpReLUCrossLayer"] = (lambda: fastsae.JumpReLUCrossLayerTranscoder(D, 2, F, K), 4 * D)
 
 
 def data(width, n=1024):
@@ -53,7 +59,7 @@ def test_preparing_and_finishing_changes_nothing(name):
     make, width = SAES[name]
     sae, x = make(), data(width)
     Trainer(sae, x, TrainConfig(batch_size=128, steps=5)).fit()
-    given = x[:7, :D] if name == "Transcoder" else x[:7]
+    given = sae.columns.split(x[:7]).x
     before = sae(given)
     trainer = Trainer(sae, x, TrainConfig(batch_size=128, steps=5))
     trainer.prepare()
@@ -112,3 +118,25 @@ def test_a_folder_edited_elsewhere_is_refused(tmp_path):
             fastsae.load(tmp_path)
         file.write_text(json.dumps(cfg | {key: kept}))
     assert fastsae.load(tmp_path).k == K
+
+
+@pytest.mark.parametrize("decoders", ["full", "tied", "low_rank", None])
+def test_layers_of_different_size_are_trained_again_from_where_they_were(decoders, caplog):
+    """Rows have norm 1 in the units of training, and other norms in those of the model."""
+    torch.manual_seed(0)
+    if decoders is None:
+        sae, sizes = fastsae.TopKCrossCoder(D, 4, F, K), [1, 30, 5, 0.1]
+    else:
+        rank = 4 if decoders == "low_rank" else None
+        sae = fastsae.CrossLayerTranscoder(D, 2, F, K, decoders=decoders, rank=rank)
+        sizes = [1, 30, 5, 0.1]
+    x = data(4 * D) * torch.tensor(sizes).repeat_interleave(D)
+    Trainer(sae, x, TrainConfig(batch_size=128, steps=20, progress=False)).fit()
+    given = sae.columns.split(x[:20]).x
+    before = sae(given)
+    if decoders != "tied":  # whose scales are apart
+        assert (sae.decoder_norms() - 1).abs().max() > 0.5
+    Trainer(sae, x, TrainConfig(lr=1e-12, steps=1, batch_size=128, progress=False)).fit()
+    scale = before.abs().mean(0)
+    torch.testing.assert_close(sae(given) / scale, before / scale, rtol=1e-3, atol=1e-3)
+    assert "have norms from" not in caplog.text

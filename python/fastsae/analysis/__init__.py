@@ -6,6 +6,7 @@ from fastsae.analysis.attention import (
     source_attribution,
 )
 from fastsae.analysis.circuits import connections, latent_attribution
+from fastsae.analysis.cross_layer import cross_layer_attribution, virtual_weights
 from fastsae.analysis.error import ErrorAnatomy, error_anatomy
 from fastsae.analysis.examples import ActivatingExamples, Context, Latent
 from fastsae.analysis.head_codes import (
@@ -23,6 +24,7 @@ __all__ = [
     "ErrorAnatomy",
     "Latent",
     "connections",
+    "cross_layer_attribution",
     "edge_scores",
     "error_anatomy",
     "head_attribution",
@@ -34,4 +36,5 @@ __all__ = [
     "roc_auc",
     "source_attribution",
     "train_code_sae",
+    "virtual_weights",
 ]

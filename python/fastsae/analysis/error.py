@@ -115,7 +115,7 @@ def _target(error: Tensor) -> Tensor:
 
 def _regress(sae: SAE, rows: Tensor, batch_size: int) -> Tensor:
     """Return B and, as its last column, a: `[d_in, d_out + 1]`, float64."""
-    d_in, d_out = sae.d_in, sae.W_dec.shape[1]
+    d_in, d_out = sae.d_in, sae.b_dec.shape[0]
     gram = torch.zeros(d_in, d_in, dtype=torch.float64, device=sae.W_enc.device)
     moments = gram.new_zeros(d_in, d_out + 1)
     for x, y, y_hat in _reconstructions(sae, rows, batch_size):

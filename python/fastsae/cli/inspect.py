@@ -110,16 +110,17 @@ def _sae(path: Path, layer: int | None) -> dict[str, Any]:
 
     from fastsae.interop import load
     from fastsae.nn import NormalizedSAE
+    from fastsae.nn.cross_layer_base import CrossLayerMixin
 
     sae = load(path, layer=layer)
     around: dict[str, Any] = {}
     if isinstance(sae, NormalizedSAE):
         keys = ("normalize_activations", "reshape_activations")
         around, sae = {key: getattr(sae, key) for key in keys}, sae.sae
-    encoder, decoder = sae.W_enc.detach().t().float(), sae.W_dec.detach().float()
+    encoder = sae.W_enc.detach().t().float()
     aligned: dict[str, Any] = {}
-    if encoder.shape == decoder.shape:
-        cosine = torch.cosine_similarity(encoder, decoder, dim=1)
+    if not isinstance(sae, CrossLayerMixin) and encoder.shape == sae.W_dec.shape:
+        cosine = torch.cosine_similarity(encoder, sae.W_dec.detach().float(), dim=1)
         aligned["encoder_decoder_cosine"] = _spread(cosine)
     return {
         "kind": type(sae).__name__,
@@ -127,7 +128,7 @@ def _sae(path: Path, layer: int | None) -> dict[str, Any]:
         **around,
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in sae.parameters()),
-        "decoder_norm": _spread(decoder.norm(dim=1)),
+        "decoder_norm": _spread(sae.decoder_norms()),
         "encoder_norm": _spread(encoder.norm(dim=1)),
         **aligned,
         "finite": all(bool(p.isfinite().all()) for p in sae.parameters()),

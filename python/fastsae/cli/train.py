@@ -46,6 +46,10 @@ ARCHITECTURES = {
     "crosscoder": "CrossCoder",
     "topk-crosscoder": "TopKCrossCoder",
     "relu-crosscoder": "ReLUCrossCoder",
+    "clt": "CrossLayerTranscoder",
+    "batchtopk-clt": "BatchTopKCrossLayerTranscoder",
+    "jumprelu-clt": "JumpReLUCrossLayerTranscoder",
+    "relu-clt": "ReLUCrossLayerTranscoder",
 }
 """Names on the command line, and their classes in `fastsae.nn`."""
 
@@ -63,7 +67,8 @@ def add_to(subparsers: Any) -> None:
         "--site",
         action="append",
         help="which site, if the store has several; twice for a transcoder (its input, then its "
-        "output), once per layer for a crosscoder",
+        "output), once per layer for a crosscoder; for a clt the inputs of all layers in order, "
+        "then their outputs",
     )
     parser.add_argument("--arch", default="topk", choices=tuple(ARCHITECTURES))
     parser.add_argument("--k", type=positive, default=32, help="active latents per token")
@@ -222,7 +227,12 @@ def sites_of(arch: str, sites: list[str] | None) -> list[str] | None:
         raise ValueError(f"train: expected --site twice for {arch}, input and output, got {count}")
     if "crosscoder" in arch and count < 2:
         raise ValueError(f"train: expected --site once per layer for {arch}, got {count}")
-    if "coder" not in arch and count > 1:
+    if arch.endswith("clt") and (count < 2 or count % 2):
+        raise ValueError(
+            f"train: expected --site twice per layer for {arch}, inputs of all and then outputs, "
+            f"got {count}"
+        )
+    if not ("coder" in arch or arch.endswith("clt")) and count > 1:
         raise ValueError(f"train: expected --site once for {arch}, got {count}")
     if arch == "gradient":
         if not sites:
@@ -244,6 +254,10 @@ def build(args: argparse.Namespace, widths: list[int]) -> SAE:
         if len(set(widths)) > 1:
             raise ValueError(f"train: expected layers of one width for {args.arch}, got {widths}")
         sizes = [widths[0], len(widths), d_sae]
+    if args.arch.endswith("clt"):
+        if len(set(widths)) > 1:
+            raise ValueError(f"train: expected sites of one width for {args.arch}, got {widths}")
+        sizes = [widths[0], len(widths) // 2, d_sae]
     try:
         sae: SAE = cls(*sizes, args.k, device=args.device, **options(args.option))
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""circuit-tracer: sets of transcoders, one file for each layer, both ways.
+"""circuit-tracer: sets of transcoders, one file for each layer, and cross-layer ones, both ways.
 
     config.yaml            {model_name, model_kind, feature_input_hook, feature_output_hook, scan}
     layer_N.safetensors    W_enc [d_sae, d], W_dec [d_sae, d], b_enc, b_dec, and where there are any
@@ -6,8 +6,9 @@
 
     f = act(x W_enc^T + b_enc),   y = f W_dec + b_dec + x W_skip^T
 
-Formulas are those of circuit-tracer 0.5.0. The activation is a ReLU, or a JumpReLU where there is a
-threshold. That one has no ReLU, so a negative threshold lets negative values through.
+Files of cross-layer transcoders are in `circuit_tracer_clt`. Formulas are those of circuit-tracer
+0.5.0. The activation is a ReLU, or a JumpReLU where there is a threshold. That one has no ReLU, so
+a negative threshold lets negative values through.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from fastsae._files.read import TensorFile, read_yaml
 from fastsae._files.write import publish, reason, staging, write_file, write_tensors
+from fastsae.interop import circuit_tracer_clt
 from fastsae.interop.weights import Options, Weights, facts, listed, refuse, take, transposed
 from fastsae.nn import (
     SAE,
@@ -34,6 +36,7 @@ from fastsae.nn import (
     ReLUSAE,
     ReLUTranscoder,
 )
+from fastsae.nn.cross_layer_base import CrossLayerMixin
 
 NAME = "circuit-tracer"
 CONFIG = "config.yaml"
@@ -43,26 +46,30 @@ TENSORS = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
 OPTIONAL = {"W_skip": "W_skip", THRESHOLD: "threshold"}
 LARGEST_LOOK = 1 << 16
 LAYER_FILE = re.compile(r"layer_([0-9]{1,6})\.safetensors")
-CROSS_LAYER_FILE = re.compile(r"W_(enc|dec)_[0-9]+\.safetensors")
 
 
 def matches(path: Path) -> bool:
     """Return whether `path` is the folder of a set, or the file of a layer."""
     if path.is_dir():
-        return bool(_layers(path)) or _is_cross_layer(path) or _is_config(path / CONFIG)
+        held = _layers(path) or circuit_tracer_clt.layers_of(path)
+        return bool(held) or _is_config(path / CONFIG)
     return path.is_file() and LAYER_FILE.fullmatch(path.name) is not None
 
 
 def read(path: Path, options: Options) -> SAE | NormalizedSAE:
-    """Return the transcoder of one layer: of `options.layer` where `path` holds several.
+    """Return the transcoder of one layer: of `options.layer` where `path` holds several; or the
+    cross-layer transcoder of all.
 
     `config.yaml` beside a file is read for names only, and left out where PyYAML is missing.
     """
     if path.is_dir():
-        if _is_cross_layer(path):
-            raise refuse(path, "a cross-layer transcoder")
         config = read_yaml(path / CONFIG, "load") if (path / CONFIG).exists() else {}
-        _check_kind(config, path / CONFIG)
+        if circuit_tracer_clt.layers_of(path):
+            _check_kind(config, path / CONFIG, circuit_tracer_clt.KIND)
+            sae = circuit_tracer_clt.read(path, options)
+            sae.metadata = _metadata(config, None)
+            return sae
+        _check_kind(config, path / CONFIG, KIND)
         layer = _choose(path, config, options.layer)
         return _read_layer(path / f"layer_{layer}.safetensors", layer, config, options)
     beside = path.parent / CONFIG
@@ -89,8 +96,8 @@ def _read_layer(
     return weights.build(JumpReLUSAE, options, transcoder=True)
 
 
-def _check_kind(config: dict[str, Any], file: Path) -> None:
-    if (kind := config.get("model_kind", KIND)) != KIND:
+def _check_kind(config: dict[str, Any], file: Path, expected: str) -> None:
+    if (kind := config.get("model_kind", expected)) != expected:
         raise refuse(file, f"model_kind {kind!r}")
 
 
@@ -131,10 +138,6 @@ def _is_config(file: Path) -> bool:
         return b"model_kind" in stream.read(LARGEST_LOOK)
 
 
-def _is_cross_layer(folder: Path) -> bool:
-    return any(CROSS_LAYER_FILE.fullmatch(entry.name) for entry in folder.iterdir())
-
-
 def _metadata(config: dict[str, Any], layer: int | None) -> dict[str, str]:
     """Return names of the model and of its hooks, as circuit-tracer makes them of a layer."""
     found = facts(
@@ -147,13 +150,17 @@ def _metadata(config: dict[str, Any], layer: int | None) -> dict[str, str]:
 
 
 def write(sae: SAE, path: str | os.PathLike[str]) -> None:
-    """Write a transcoder into one file, best called `layer_N.safetensors`, atomically.
+    """Write a transcoder into one file, best called `layer_N.safetensors`, atomically; or a
+    cross-layer one into a folder, see `write_cross_layer`, without its config.yaml.
 
     Raises:
         ValueError: it is no transcoder that circuit-tracer computes.
         RuntimeError: the file cannot be written; what was there before is kept.
     """
     file = Path(path)
+    if isinstance(sae, CrossLayerMixin):
+        _write(file, _cross_layer_files(sae, file), {})
+        return
     if LAYER_FILE.fullmatch(file.name) is None or file.is_dir():
         raise ValueError(
             f"save: expected a file layer_N.safetensors for circuit-tracer, got {file}"
@@ -184,16 +191,66 @@ def write_set(
     folder = Path(folder)
     files = {f"layer_{layer}.safetensors": contents(sae) for layer, sae in sorted(saes.items())}
     _check_set(saes, folder, files.values())
+    config = _config(KIND, model_name, feature_input_hook, feature_output_hook)
+    _write(folder, files, {CONFIG: config})
+
+
+def write_cross_layer(
+    sae: CrossLayerMixin,
+    folder: str | os.PathLike[str],
+    model_name: str,
+    feature_input_hook: str,
+    feature_output_hook: str,
+) -> None:
+    """Write a cross-layer transcoder into a folder that circuit-tracer loads.
+
+    Decoders that are tied, of low rank or of single layers are written out in full, with a warning;
+    the threshold of a BatchTopK as one for each latent, as a JumpReLU has them.
+
+    Args:
+        sae: over ReLU, JumpReLU or BatchTopK.
+        folder: made if needed.
+        model_name: of the hub, such as `google/gemma-2-2b`.
+        feature_input_hook: where x is read in every block, such as `hook_resid_mid`.
+        feature_output_hook: where y is, such as `hook_mlp_out`.
+
+    Raises:
+        ValueError: it selects in a way that circuit-tracer does not, has no threshold yet, or the
+            folder holds files of other layers.
+        RuntimeError: a file cannot be written.
+    """
+    folder = Path(folder)
+    kind = circuit_tracer_clt.KIND
+    config = _config(kind, model_name, feature_input_hook, feature_output_hook)
+    _write(folder, _cross_layer_files(sae, folder), {CONFIG: config})
+
+
+def _cross_layer_files(sae: CrossLayerMixin, folder: Path) -> dict[str, dict[str, Tensor]]:
+    if folder.is_file():
+        raise ValueError(
+            f"save: expected a folder for a cross-layer transcoder of circuit-tracer, got {folder}"
+        )
+    files = circuit_tracer_clt.contents(sae)
+    held = circuit_tracer_clt.layers_of(folder) if folder.is_dir() else []
+    others = [layer for layer in held if layer >= sae.n_layers]
+    if others:
+        raise ValueError(
+            f"save: expected {folder} to hold no other layers, which would count as of the "
+            f"transcoder, got W_enc_{others[0]} or W_dec_{others[0]}"
+        )
+    return files
+
+
+def _config(kind: str, model_name: str, input_hook: str, output_hook: str) -> str:
+    """Return the text of config.yaml. A JSON value is one of YAML, and needs no quoting."""
     config = {
         "model_name": model_name,
-        "model_kind": KIND,
-        "feature_input_hook": feature_input_hook,
-        "feature_output_hook": feature_output_hook,
+        "model_kind": kind,
+        "feature_input_hook": input_hook,
+        "feature_output_hook": output_hook,
         "scan": None,
     }
-    # A JSON value is one of YAML, and so needs no quoting of its own.
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.items()]
-    _write(folder, files, {CONFIG: "".join(lines)})
+    return "".join(f"{k}: {json.dumps(value, ensure_ascii=False)}\n" for k, value in config.items())
 
 
 def contents(sae: SAE) -> dict[str, Tensor]:

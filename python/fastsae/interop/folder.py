@@ -50,6 +50,7 @@ from fastsae.nn import (
     ReLUSAE,
     TopKSAE,
 )
+from fastsae.nn.cross_layer_base import CrossLayerMixin
 from fastsae.nn.loss import upcast
 from fastsae.nn.normalized import KINDS, SHAPES
 from fastsae.nn.penalized import PenalizedSAE
@@ -67,7 +68,9 @@ DTYPES = {
 FOUR = {"W_enc_rows", "W_dec", "b_enc", "b_dec"}
 OWN = FOUR | {"threshold", "density", "budget", "batches_seen", "coefficient", "unit"}
 OWN |= {"log_threshold", "r_mag", "b_mag", "W_skip", "stop_norm"}
-"""Parameters and buffers of fastsae's classes: written as SAELens has them, or made anew."""
+OWN |= {"W_decs", "W_maps", "output_scale"}
+"""Parameters, lists of them and buffers of fastsae's classes: written as SAELens has them, or made
+anew."""
 UNIT = 1e-6
 """How far from 1 a norm may be that is 1."""
 RENAMED = {"aux_k": "k_aux", "aux_alpha": "auxk_alpha"}
@@ -120,6 +123,13 @@ def _(sae: BatchTopKSAE | FeatureChoiceSAE | JumpReLUSAE) -> Architecture:
     # Not by `clone`, which on the meta device takes a second to import what it needs.
     threshold = sae.threshold.new_empty(sae.d_sae).copy_(sae.threshold.detach())
     return Architecture({"architecture": "jumprelu"}, {"threshold": threshold})
+
+
+@architecture.register
+def _(sae: CrossLayerMixin) -> Architecture:
+    names = [name for name in ("threshold", "output_scale") if hasattr(sae, name)]
+    tensors = {name: getattr(sae, name).detach() for name in names}
+    return Architecture({"architecture": class_name(sae), "d_out": sae.d_out}, tensors)
 
 
 @architecture.register
@@ -218,7 +228,7 @@ def contents(
     around = _around(sae)
     sae = sae.sae if isinstance(sae, NormalizedSAE) else sae
     form = _form(sae)
-    tensors = {name: getattr(sae, own) for own, name in _parameter_names(sae).items()}
+    tensors = {name: _held(sae, own) for own, name in _parameter_names(sae).items()}
     cfg = {
         **_keys(sae, form),
         **around,
@@ -306,7 +316,7 @@ def _load(
     """Fill `sae` from the weights file."""
     device = options.device
     form, names = _form(sae), _parameter_names(sae)
-    expected = {name: getattr(sae, own).shape for own, name in names.items()}
+    expected = {name: _held(sae, own).shape for own, name in names.items()}
     expected |= {name: t.shape for name, t in (form.tensors | _extra(sae)).items()}
     for name, shape in expected.items():
         got = weights.shapes.get(name)
@@ -326,7 +336,10 @@ def _load(
         sae.to_empty(device=device)
     with torch.no_grad():
         for own, name in names.items():
-            setattr(sae, own, tensors[name])
+            if "." in own:
+                _held(sae, own).copy_(tensors[name])
+            else:
+                setattr(sae, own, tensors[name])
         for name, held in _extra(sae).items():
             held.data = tensors[name].to(held.device)
         _restore(sae, tensors, learned, file)
@@ -388,8 +401,16 @@ def _parameter_names(sae: SAE) -> dict[str, str]:
     matching pursuit has no encoder."""
     if isinstance(sae, MatchingPursuitSAE):
         return {"W_dec": "W_dec", "b_dec": "b_dec"}
+    if isinstance(sae, CrossLayerMixin):
+        lists = [name for name, _ in sae.named_parameters() if "." in name]
+        return {name: name for name in ("W_enc_rows", *lists, "b_enc", "b_dec")}
     b_enc = "b_gate" if isinstance(sae, GatedSAE) else "b_enc"
     return {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": b_enc, "b_dec": "b_dec"}
+
+
+def _held(sae: SAE, name: str) -> Tensor:
+    """Return a parameter, or one of a list by its place: `W_decs.0`."""
+    return sae.get_parameter(name) if "." in name else getattr(sae, name)
 
 
 def _keys(sae: SAE, form: Architecture) -> dict[str, Any]:
@@ -431,7 +452,7 @@ def _extra(sae: SAE) -> dict[str, Tensor]:
     extra = {
         name: tensor
         for name, tensor in sae.state_dict(keep_vars=True).items()
-        if name not in known and not name.startswith("parametrizations.")
+        if name.split(".")[0] not in known and not name.startswith("parametrizations.")
     }
     if extra and inside:
         raise ValueError(
@@ -461,7 +482,11 @@ def _restore(sae: SAE, tensors: dict[str, Tensor], learned: dict[str, Any], file
         getattr(sae, name).fill_(field(learned, name, float, file, "load"))
     if "." in class_name(sae):
         return
-    if isinstance(sae, BatchTopKSAE):
+    if isinstance(sae, CrossLayerMixin) and sae.decoders == "tied":
+        sae.output_scale.copy_(tensors["output_scale"])
+    if isinstance(sae, CrossLayerMixin) and isinstance(sae, BatchTopKSAE):
+        sae.threshold.copy_(tensors["threshold"])
+    elif isinstance(sae, BatchTopKSAE):
         lowest, highest = tensors["threshold"].aminmax()
         if lowest != highest:
             raise ValueError(

@@ -33,7 +33,8 @@ def save(
 
     Args:
         sae: for raw activations.
-        path: the folder; of circuit-tracer the file of a layer, `layer_3.safetensors`.
+        path: the folder; of circuit-tracer the file of a layer, `layer_3.safetensors`, unless it is
+            a cross-layer transcoder.
         format: None: fastsae's own; `saelens`: the same, but refused where SAELens would not read
             it; `sparsify`, `dictionary-learning`, `circuit-tracer`: what that library reads, with
             the same code and reconstruction, for the classes that it has.

@@ -3,6 +3,12 @@
 from fastsae.nn.average import average_saes
 from fastsae.nn.batch_topk import BatchTopKSAE, MutualChoiceSAE
 from fastsae.nn.context import StepContext, group_reduce
+from fastsae.nn.cross_layer import (
+    BatchTopKCrossLayerTranscoder,
+    CrossLayerTranscoder,
+    JumpReLUCrossLayerTranscoder,
+    ReLUCrossLayerTranscoder,
+)
 from fastsae.nn.crosscoder import CrossCoder, ReLUCrossCoder, TopKCrossCoder
 from fastsae.nn.feature_choice import FeatureChoiceSAE
 from fastsae.nn.gated import GatedSAE
@@ -31,16 +37,19 @@ from fastsae.nn.transcoder import (
 __all__ = [
     "SAE",
     "ActivationScaler",
+    "BatchTopKCrossLayerTranscoder",
     "BatchTopKSAE",
     "BatchTopKTranscoder",
     "Columns",
     "CrossCoder",
+    "CrossLayerTranscoder",
     "FeatureChoiceSAE",
     "GatedSAE",
     "GradientSAE",
     "GroupMaxSAE",
     "GroupMaxTranscoder",
     "HierarchicalTopKSAE",
+    "JumpReLUCrossLayerTranscoder",
     "JumpReLUSAE",
     "JumpReLUTranscoder",
     "MatchingPursuitSAE",
@@ -48,6 +57,7 @@ __all__ = [
     "MutualChoiceSAE",
     "NormalizedSAE",
     "ReLUCrossCoder",
+    "ReLUCrossLayerTranscoder",
     "ReLUSAE",
     "ReLUTranscoder",
     "SAEOutput",

@@ -36,14 +36,6 @@ class LatentRows(NamedTuple):
     mask: Tensor | None = None
     """bool [d_sae], only where `latents` is None."""
 
-    def as_leaves(self) -> LatentRows:
-        """Return the same rows cut from the graph, the matrices and b_enc requiring gradients."""
-        bias = None if self.input_bias is None else self.input_bias.detach()
-        W_enc, W_dec, b_enc = (
-            t.detach().requires_grad_() for t in (self.W_enc, self.W_dec, self.b_enc)
-        )
-        return LatentRows(self.latents, W_enc, W_dec, b_enc, bias)
-
 
 def auxk_loss(x: Tensor, error: Tensor, rows: LatentRows, k: int) -> Tensor:
     """Return how badly the k largest of `rows` reconstruct the residual -error, without a bias.

@@ -91,10 +91,12 @@ class BatchTopKSAE(ThresholdSAE):
         those of 1 / threshold_lr steps ago. `Trainer.finish` does this.
         """
         smallest = [self._encode_batch(self._rows(x, "x")).threshold for x in batches]
-        found = torch.stack(smallest) if smallest else self.threshold[None]
-        found = found[found.isfinite()]
-        if found.numel():
-            self.threshold.copy_(found.mean())
+        if not smallest:
+            return
+        found = torch.stack(smallest)
+        known = found.isfinite()
+        mean = torch.where(known, found, 0).sum(0) / known.sum(0)
+        self.threshold.copy_(torch.where(known.any(0), mean, self.threshold))
 
     @torch.no_grad()
     def calibrate_(self, x: Tensor) -> None:
@@ -108,7 +110,7 @@ class BatchTopKSAE(ThresholdSAE):
             ValueError: nothing in x is positive.
         """
         smallest = self._encode_batch(self._rows(x, "x")).threshold
-        if not bool(smallest.isfinite()):
+        if not bool(smallest.isfinite().all()):
             self._fail("x to have positive pre-activations, got none")
         self.threshold.copy_(smallest)
 

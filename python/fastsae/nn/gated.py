@@ -21,6 +21,22 @@ from fastsae.nn.scaler import ActivationScaler
 from fastsae.types import SparseActs
 
 
+class _Magnitudes(torch.autograd.Function):
+    """1[gate > 0] relu(gate scale + shift) of a dense code: few passes over it, both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        values = torch.addcmul(shift, gate, scale).relu_().masked_fill_(gate <= 0, 0)
+        ctx.save_for_backward(gate, scale, values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        gate, scale, values = ctx.saved_tensors
+        grad = grads[0].masked_fill(values == 0, 0)
+        return grad * scale, (grad * gate).sum(0), grad.sum(0)
+
+
 class GatedSAE(PenalizedSAE):
     """Sparse autoencoder whose gate and magnitudes share a matrix.
 
@@ -55,9 +71,13 @@ class GatedSAE(PenalizedSAE):
     def _open(self, gate: SparseActs) -> SparseActs:
         """Return f where the gate is open: the same entries with the other path's values."""
         b_enc, scale, b_mag = self.b_enc, self.r_mag.exp(), self.b_mag
-        if not gate.is_full:
-            j = gate.indices.long()
-            b_enc, scale, b_mag = b_enc[j], scale[j], b_mag[j]
+        if gate.is_full:
+            values = _Magnitudes.apply(gate.values, scale, b_mag - b_enc * scale)  # type: ignore[no-untyped-call]
+            return SparseActs(values, gate.indices, gate.offsets, gate.d_sae)
+        b_enc, scale, b_mag = (
+            t.index_select(0, gate.indices.flatten()) for t in (b_enc, scale, b_mag)
+        )
+        b_enc, scale, b_mag = (t.view(gate.values.shape) for t in (b_enc, scale, b_mag))
         magnitude = (gate.values - b_enc) * scale + b_mag
         values = torch.where(gate.values > 0, magnitude.relu(), 0).to(gate.values.dtype)
         return SparseActs(values, gate.indices, gate.offsets, gate.d_sae)

@@ -176,7 +176,7 @@ class JumpReLUSAE(PenalizedSAE):
         assert acts.offsets is not None
         entry = torch.arange(acts.values.shape[0], device=acts.values.device)
         z = torch.where(entry < acts.offsets[-1], acts.values, -math.inf)
-        return z, self.threshold[acts.indices.long()]
+        return z, self.threshold.index_select(0, acts.indices)
 
     def decode(self, acts: Tensor | SparseActs) -> Tensor:
         """See `SAE.decode`; entries of value 0 get gradients, which the estimates need."""
@@ -224,14 +224,21 @@ class JumpReLUSAE(PenalizedSAE):
                 "call initialize_from_data_(batch) first, or give threshold="
             )
         self._started, self.thresholds_in_units = True, False
-        smallest = ops.encode_batch_topk(
-            x, self.W_enc_rows, self.b_enc, self.k, b_dec=self._input_bias()
-        ).threshold
+        smallest = self._smallest_kept(x)
         unit = context.reduced((total_variance(x) / x.numel()).sqrt().float(), "mean")
         start = (context.reduced(smallest, "mean") / unit).log()
         fresh = (self.batches_seen == 0) & start.isfinite()
         self.unit.copy_(torch.where(fresh, unit, self.unit))
         self.log_threshold.copy_(torch.where(fresh, start.float(), self.log_threshold))
+
+    def _smallest_kept(self, x: Tensor, threshold: Tensor | None = None) -> Tensor:
+        """Return the smallest `[]` of the k n largest pre-activations of `x: [n, d_in]`, each over
+        its `threshold: [d_sae]`; inf where none is positive."""
+        assert self.k is not None
+        W_enc, b_enc, bias = self.W_enc_rows, self.b_enc, self._input_bias()
+        if threshold is not None:
+            return factor_for_k(x, W_enc, b_enc, bias, threshold, self.k)
+        return ops.encode_batch_topk(x, W_enc, b_enc, self.k, b_dec=bias).threshold
 
     def loss_of(
         self,
@@ -274,9 +281,7 @@ class JumpReLUSAE(PenalizedSAE):
         lowest, highest = (float(end) for end in self.threshold.aminmax())
         if lowest <= 1e-6 * highest:  # one factor would make of these nothing, and of others all
             self._fail(f"thresholds above 0, got {lowest:.3g} to {highest:.3g}")
-        factor = factor_for_k(
-            rows, self.W_enc_rows, self.b_enc, self._input_bias(), self.threshold, self.k
-        )
+        factor = self._smallest_kept(rows, self.threshold)
         if not bool(factor.isfinite()):
             self._fail("x to have positive pre-activations, got none")
         self.log_threshold.add_(factor.log())

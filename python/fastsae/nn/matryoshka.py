@@ -7,7 +7,7 @@ budgets" (arXiv 2505.24473), HierarchicalTopK.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -18,10 +18,16 @@ from fastsae import ops
 from fastsae.nn.auxk import LatentRows
 from fastsae.nn.batch_topk import BatchTopKSAE
 from fastsae.nn.context import STEP, StepContext
-from fastsae.nn.loss import SAEOutput, fvu, squared_error, upcast
+from fastsae.nn.loss import SAEOutput, error_of, fvu, squared_error, upcast
 from fastsae.nn.objective import total_loss
 from fastsae.nn.topk import TopKSAE
+from fastsae.ops import _tape
 from fastsae.types import SparseActs
+
+ROWS = 128
+"""Of a chunk that goes through all prefixes at once."""
+MOST_SUMS = 1 << 28
+"""Bytes up to which a training step keeps a vector for every entry of the code."""
 
 
 class MatryoshkaSAE(BatchTopKSAE):
@@ -124,44 +130,40 @@ class HierarchicalTopKSAE(TopKSAE):
         context: StepContext,
     ) -> SAEOutput:
         """See `SAE.loss_of`."""
-        out = super().loss_of(x, target, acts, dead, context)
+        x_hat = self.reconstruct(x, acts)
+        out = total_loss(self, x, target, acts, x_hat, None, dead)
         order = acts.values.detach().argsort(dim=1, descending=True, stable=True)
         values, indices = acts.values.gather(1, order), acts.indices.gather(1, order)
-        squared = _PrefixErrors.apply(
-            values, indices, self.W_dec, self.b_dec, target.reshape(x.shape[0], -1)
-        )  # type: ignore[no-untyped-call]
-        out.loss = out.loss - out.fvu + fvu(squared, target) / acts.values.shape[1]
+        start = error_of(target.reshape(x_hat.shape), self.reconstruct(x, _nothing(acts)))
+        squared = _PrefixErrors.apply(values, indices, self.W_dec, start)  # type: ignore[no-untyped-call]
+        prefixes = fvu(squared, target) / acts.values.shape[1]
+        out.loss = prefixes + self.auxk_alpha * out.aux_loss  # nothing behind out.fvu
         return out
 
 
-class _PrefixErrors(torch.autograd.Function):
-    """sum_n sum_j |x_n - x_hat_nj|^2 in memory for [n, d], not [n, k, d].
+def _nothing(acts: SparseActs) -> SparseActs:
+    """Return the code of as many tokens without a latent."""
+    return SparseActs(acts.values[:, :0], acts.indices[:, :0], None, acts.d_sae)
 
-    With e_j the error of the j largest and s_i = sum_(j >= i) e_j:
-        d/df_i = -2 <s_i, w_i>,   d/dw_i += -2 f_i s_i,   d/db = -2 s_1
-    Forwards e_j = e_(j-1) - f_j w_j; backwards the same undone, so nothing is kept.
+
+class _PrefixErrors(torch.autograd.Function):
+    """sum_n sum_j |e_nj|^2 of the errors that the j largest latents leave, in memory for [n, d].
+
+    With e_0 the error without any, e_j = e_(j-1) + f_j w_j and s_i = sum_(j >= i) e_j:
+        d/df_i = 2 <s_i, w_i>,   d/dw_i += 2 f_i s_i,   d/de_0 = 2 s_1
+    The errors are found again backwards by undoing, so nothing is kept but s where a training step
+    takes the entries in place of the gradient of W_dec.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor
-    ) -> Tensor:
-        W, f, latents = upcast(W_dec), upcast(values), indices.long()
-        e = upcast(target) - b_dec
-        total = e.new_zeros(())
-        for j in range(f.shape[1]):
-            e = torch.addcmul(e, f[:, j, None], W[latents[:, j]], value=-1)
-            total += e.square().sum()
-        df, dW, s = torch.zeros_like(f), torch.zeros_like(W), torch.zeros_like(e)
-        for j in reversed(range(f.shape[1])):
-            s += e
-            w = W[latents[:, j]]
-            df[:, j] = -2 * (s * w).sum(1)
-            dW.index_add_(0, latents[:, j], s * f[:, j, None], alpha=-2)
-            e = torch.addcmul(e, f[:, j, None], w)
-        db = -2 * s.sum(0)
-        df.masked_fill_(f == 0, 0)  # an inactive entry gets no gradient, as everywhere
-        ctx.save_for_backward(df.to(values.dtype), dW.to(W_dec.dtype), db.to(b_dec.dtype))
+    def forward(ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor, start: Tensor) -> Tensor:
+        error, f, W = start.clone(), upcast(values), upcast(W_dec)
+        total = error.new_zeros(())
+        for e, f_of, latents in _chunks(error, f, indices):
+            for j in range(f.shape[1]):
+                e.addcmul_(f_of[:, j, None], W.index_select(0, latents[j]))
+                total += torch.linalg.vector_norm(e).square()
+        ctx.save_for_backward(values, indices, W_dec, error)
         return total
 
     @staticmethod
@@ -172,5 +174,39 @@ class _PrefixErrors(torch.autograd.Function):
                 "HierarchicalTopKSAE: expected create_graph=False, the loss has no second "
                 "derivative"
             )
-        df, dW, db = (t * grads[0].to(t.dtype) for t in ctx.saved_tensors)
-        return df, None, dW, db, None
+        values, indices, W_dec, last = ctx.saved_tensors
+        f, W, scale = upcast(values), upcast(W_dec), 2 * grads[0]
+        error, df, dW = last.clone(), torch.zeros_like(f), None
+        k, total = f.shape[1], torch.zeros_like(last)
+        taped = k * last.numel() * last.element_size() <= MOST_SUMS and _tape.of(W_dec) is not None
+        sums = last.new_empty(k, *last.shape) if taped else None
+        if sums is None:
+            dW = torch.zeros_like(W)
+        for i, (e, f_of, latents) in enumerate(_chunks(error, f, indices)):
+            rows = slice(i * ROWS, i * ROWS + len(e))
+            s = total[rows]
+            for j in reversed(range(k)):
+                if sums is None:
+                    s += e
+                else:
+                    s = torch.add(s, e, out=sums[j, rows])
+                w = W.index_select(0, latents[j])
+                df[rows, j] = torch.linalg.vecdot(s, w)
+                if dW is not None:
+                    dW.index_add_(0, latents[j], s * f_of[:, j, None])
+                e.addcmul_(f_of[:, j, None], w, value=-1)
+            total[rows] = s
+        df = (scale * df).masked_fill_(f == 0, 0).to(values.dtype)  # inactive: no gradient
+        if sums is not None:
+            entries = (scale * f).t().reshape(-1, 1), indices.t().reshape(-1, 1), None
+            if not _tape.take_decoder(W_dec, *entries, sums.flatten(0, 1)):
+                dW = torch.zeros_like(W)
+                for j in range(k):
+                    dW.index_add_(0, indices[:, j], sums[j] * f[:, j, None])
+        return df, None, None if dW is None else (scale * dW).to(W_dec.dtype), scale * total
+
+
+def _chunks(error: Tensor, f: Tensor, indices: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield rows of both, and of the latents by rank [k, rows]: as many as stay in a cache."""
+    for e, f_of, latents in zip(*(t.split(ROWS) for t in (error, f, indices)), strict=True):
+        yield e, f_of, latents.t().contiguous()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastsae.nn.auxk import LatentRows, auxk_loss
 from fastsae.nn.loss import SAEOutput, error_of, fvu
+from fastsae.ops import _tape
 from fastsae.types import SparseActs
 
 
@@ -89,6 +90,10 @@ def dead_rows(sae: Dictionary, dead: Tensor | None) -> LatentRows | None:
     latents = dead.nonzero().squeeze(1)
     if latents.numel() == 0:
         return None
+    if (tape := _tape.of(sae.W_enc_rows)) is not None:
+        bias = None if bias is None else bias.detach()
+        W_enc, W_dec, b_enc = tape.copy_rows(latents)
+        return LatentRows(latents, W_enc, W_dec, b_enc, bias)
     W_enc, W_dec, b_enc = (
         t.index_select(0, latents) for t in (sae.W_enc_rows, sae.W_dec, sae.b_enc)
     )

@@ -51,15 +51,15 @@ class Parameters(nn.Module):
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             self._fail(f"dtype to be a floating torch.dtype, got {dtype!r}")
         self.d_in, self.d_sae = d_in, d_sae
-        rows = torch.empty(d_sae, d_in, dtype=dtype, device=device)
-        if not rows.is_meta:  # torch's shape functions of `norm` take seconds to import
-            rows = rows.normal_()
-            rows /= rows.norm(dim=1, keepdim=True)
-        self.W_dec = nn.Parameter(rows)
-        self.W_enc_rows = nn.Parameter(self.W_dec.detach().clone())
-        self._drawn = rows[:1].clone()
+        self._make_matrices(dtype, device)
+        self._drawn = self.W_enc_rows.detach()[:1].clone()
         self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype, device=device))
         self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype, device=device))
+
+    def _make_matrices(self, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+        """Make both matrices."""
+        self.W_dec = nn.Parameter(unit_rows(self.d_sae, self.d_in, dtype, device))
+        self.W_enc_rows = nn.Parameter(self.W_dec.detach().clone())
 
     @property
     def W_enc(self) -> Tensor:
@@ -71,15 +71,26 @@ class Parameters(nn.Module):
 
     @W_enc.setter
     def W_enc(self, value: Tensor) -> None:
-        if value.shape != (self.d_in, self.d_sae):
-            self._fail(f"W_enc to be {[self.d_in, self.d_sae]}, got {[*value.shape]}")
+        if value.shape != self.W_enc.shape:
+            self._fail(f"W_enc to be {[*self.W_enc.shape]}, got {[*value.shape]}")
         self.W_enc_rows = value.detach().t()
+
+    @property
+    def matrices(self) -> list[Tensor | None]:
+        """The parameters that are matrices: W_enc_rows, then W_dec; None for what is none itself,
+        as where it is parametrized."""
+        return [self._parameters.get(name) for name in ("W_enc_rows", "W_dec")]
+
+    @property
+    def trains_decoder(self) -> bool:
+        """Whether an update moves W_dec."""
+        return self.W_dec.requires_grad
 
     @property
     def is_fresh(self) -> bool:
         """Whether this is as constructed: biases of zeros, the random encoder drawn then, and both
         matrices parameters of their own that train."""
-        matrices = self._parameters.get("W_enc_rows"), self._parameters.get("W_dec")
+        matrices = self.matrices
         if not all(p is not None and p.requires_grad for p in matrices):
             return False
         if matrices[0] is matrices[1] or self.W_enc_rows.is_meta:
@@ -90,6 +101,12 @@ class Parameters(nn.Module):
         return torch.allclose(first, self._drawn.to(first), rtol=0, atol=1e-2)
 
     @torch.no_grad()
+    def decoder_norms(self) -> Tensor:
+        """Return the norm of what each latent writes, `[d_sae]`, in float32 or float64."""
+        norms: Tensor = torch.linalg.vector_norm(upcast(self.W_dec), dim=1)
+        return norms
+
+    @torch.no_grad()
     def normalize_decoder_(self) -> None:
         """Scale every row of W_dec to norm 1; rows of zeros stay.
 
@@ -97,10 +114,9 @@ class Parameters(nn.Module):
             RuntimeError: W_dec is parametrized and its rows have other norms, which only the
                 parametrization can change.
         """
-        W_dec = self.W_dec
-        norm = torch.linalg.vector_norm(upcast(W_dec), dim=1, keepdim=True)
+        norm = self.decoder_norms().unsqueeze(1)
         if not parametrize.is_parametrized(self, "W_dec"):
-            W_dec.div_(torch.where(norm > 0, norm, 1.0))
+            self.W_dec.div_(torch.where(norm > 0, norm, 1.0))
             return
         lowest, highest = (float(end) for end in norm.aminmax())
         if not 0.99 < lowest <= highest < 1.01:
@@ -118,10 +134,7 @@ class Parameters(nn.Module):
         """
         if "W_dec" not in self._parameters or (grad := self.W_dec.grad) is None:
             return
-        along = torch.einsum("fd,fd->f", grad, self.W_dec)
-        squared = torch.einsum("fd,fd->f", self.W_dec, self.W_dec)
-        share = torch.where(squared > 0, along / squared, 0.0)
-        grad.addcmul_(share.unsqueeze(1), self.W_dec, value=-1)
+        remove_parallel_(grad, self.W_dec)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A plain tensor is copied into the parameter, which keeps its layout and its optimizer
@@ -162,6 +175,25 @@ class Parameters(nn.Module):
 
     def _fail(self, expectation: str) -> NoReturn:
         raise ValueError(f"{type(self).__name__}: expected {expectation}")
+
+
+def unit_rows(
+    rows: int, width: int, dtype: torch.dtype | None, device: torch.device | str | None
+) -> Tensor:
+    """Return random rows of norm 1: `[rows, width]`; on the meta device their shape alone."""
+    drawn = torch.empty(rows, width, dtype=dtype, device=device)
+    if not drawn.is_meta:  # torch's shape functions of `norm` take seconds to import
+        drawn = drawn.normal_()
+        drawn /= drawn.norm(dim=1, keepdim=True)
+    return drawn
+
+
+def remove_parallel_(grad: Tensor, rows: Tensor) -> None:
+    """Remove from each row of `grad` what points along that of `rows`, in place: both `[f, d]`."""
+    along = torch.einsum("fd,fd->f", grad, rows)
+    squared = torch.einsum("fd,fd->f", rows, rows)
+    share = torch.where(squared > 0, along / squared, 0.0)
+    grad.addcmul_(share.unsqueeze(1), rows, value=-1)
 
 
 def plain(value: Any) -> Any:

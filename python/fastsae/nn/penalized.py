@@ -24,6 +24,7 @@ from fastsae.nn.sae import SAE
 from fastsae.nn.scaler import ActivationScaler
 from fastsae.nn.threshold_sae import entry_capacity
 from fastsae.ops._dense import looks_full
+from fastsae.ops._encode import attach, attachable
 from fastsae.types import SparseActs
 
 
@@ -88,22 +89,34 @@ class PenalizedSAE(SAE, register=False):
 
     def _above(self, x: Tensor, threshold: Tensor, context: StepContext) -> SparseActs:
         """Return the pre-activations of `x: [n, d_in]` above `threshold`: [] or [d_sae]."""
-        return ops.encode_threshold(
-            x,
-            self.W_enc_rows,
-            self.b_enc,
-            threshold.detach(),
-            self.capacity(x.shape[0]),
-            b_dec=self._input_bias(),
-            compute_dtype=context.compute_dtype,
-        )
+        W_enc, b_enc, bias = self.W_enc_rows, self.b_enc, self._input_bias()
+
+        def encode() -> SparseActs:
+            return ops.encode_threshold(
+                x,
+                W_enc,
+                b_enc,
+                threshold.detach(),
+                self.capacity(x.shape[0]),
+                b_dec=bias,
+                compute_dtype=context.compute_dtype,
+            )
+
+        if not attachable(x, W_enc, b_enc, bias):
+            return encode()
+        with torch.no_grad():  # what follows would go over the places that are not needed
+            acts = encode().trimmed()
+        return attach(acts, x, W_enc, b_enc, bias)
 
     def _positive(self, x: Tensor, context: StepContext) -> SparseActs:
         """Return relu of the pre-activations of `x: [n, d_in]`; with an entry for every latent
         where that is faster, and then without the limit of `capacity`."""
         W_enc, b_enc, bias = self.W_enc_rows, self.b_enc, self._input_bias()
         if looks_full(x, W_enc, b_enc, bias):
-            return SparseActs.full(F.linear(x if bias is None else x - bias, W_enc, b_enc).relu())
+            with torch.no_grad():
+                z = F.linear(x if bias is None else x - bias, W_enc, b_enc)
+                acts = SparseActs.full(z.relu_())
+            return attach(acts, x, W_enc, b_enc, bias)
         return self._above(x, b_enc.new_zeros(()), context)
 
     @property

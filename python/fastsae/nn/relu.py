@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsae.nn.context import STEP, StepContext
+from fastsae.nn.loss import upcast
 from fastsae.nn.parameters import plain
 from fastsae.nn.penalized import PenalizedSAE, mean_over_tokens
 from fastsae.types import SparseActs
@@ -75,10 +76,13 @@ class ReLUSAE(PenalizedSAE):
 
     def sparsity_loss(self, acts: SparseActs, context: StepContext) -> Tensor:
         """Return the weighted penalty on the code."""
+        if self.penalty == "l1":  # divided last: one pass over the values
+            l1 = mean_over_tokens(acts.values, acts.n) / upcast(self.unit)
+            return context.sparsity_scale * self._weigh(l1)
         values = acts.values / self.unit.to(acts.values.dtype)
         if self.penalty == "tanh":
             values = values.tanh()
-        elif self.penalty == "p_anneal":
+        else:
             p = 1 + (self.p_end - 1) * context.progress
             # The derivative of 0^p is infinite; padding has value 0.
             power = torch.where(values > 0, values, 1.0).pow(p).where(values > 0, 0.0)

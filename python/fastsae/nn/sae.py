@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ from fastsae.nn.init import center, directions, one_thread, some_rows
 from fastsae.nn.loss import SAEOutput, upcast
 from fastsae.nn.objective import dead_rows, total_loss
 from fastsae.nn.parameters import Parameters, plain
-from fastsae.nn.scaler import ActivationScaler, Columns
+from fastsae.nn.scaler import ActivationScaler, Columns, divided, per_column
 from fastsae.types import SparseActs
 
 CENTER_ROWS = 8192
@@ -212,7 +212,7 @@ class SAE(Parameters, ABC):
     def _directions(self, x: Tensor, seed: int) -> Tensor:
         x = upcast(x)
         middle = center(some_rows(x, CENTER_ROWS, seed), "geometric_median")
-        return directions(x - middle, self.d_sae, seed)
+        return directions(x - middle, self.start_rows, seed)
 
     @torch.no_grad()
     def initialize_from_data_(self, batch: Tensor, method: str = "geometric_median") -> None:
@@ -221,7 +221,7 @@ class SAE(Parameters, ABC):
         x, target, _ = self.columns.split(batch)
         self.initialize_b_dec_(target, method)
         if not self.apply_b_dec_to_input:
-            self.b_enc.copy_(-(center(x, method).to(x.dtype) @ self.W_enc))
+            self.b_enc.copy_(-self._projected(center(x, method).to(x.dtype)))
 
     @torch.no_grad()
     def fit_encoder_scale_(self, batch: Tensor) -> None:
@@ -253,10 +253,9 @@ class SAE(Parameters, ABC):
         """
         if not self.folds_norms:
             return False
-        norm = torch.linalg.vector_norm(upcast(self.W_dec), dim=1)
-        norm = torch.where(norm > 0, norm, 1.0)
-        self._scale_encoder_(norm)
-        self.W_dec.div_(norm.to(self.W_dec.dtype).unsqueeze(1))
+        norm = self.decoder_norms()
+        self._scale_encoder_(torch.where(norm > 0, norm, 1.0))
+        self.normalize_decoder_()
         return True
 
     @property
@@ -284,6 +283,15 @@ class SAE(Parameters, ABC):
         """
         self.b_dec.copy_(center(self._target_rows(x), method))
 
+    @torch.no_grad()
+    def divide_columns_(self, inputs: Sequence[float], targets: Sequence[float]) -> None:
+        """Divide the columns of W_enc_rows by a number for each input block, and those of W_dec by
+        one for each target block, rounding once; see `ActivationScaler.fold_`."""
+        by = per_column(inputs, self.columns.inputs, self.b_enc)
+        self.W_enc_rows.copy_(divided(self.W_enc_rows, by))
+        by = per_column(targets, self.columns.targets or self.columns.inputs, self.b_enc)
+        self.W_dec.copy_(divided(self.W_dec, by))
+
     def rescale_code_(self, scaler: ActivationScaler) -> None:
         """Divide what a subclass measures in units of the code by `scaler.code_scale`."""
 
@@ -295,6 +303,15 @@ class SAE(Parameters, ABC):
     def extra_repr(self) -> str:
         """Show the constructor arguments in `repr`."""
         return ", ".join(f"{key}={value}" for key, value in self.config().items())
+
+    @property
+    def start_rows(self) -> int:
+        """How many rows of the data `initialize_rows_` makes both matrices from."""
+        return self.d_sae
+
+    def _projected(self, x: Tensor) -> Tensor:
+        """Return `x W_enc`: `[d_sae]` for `x: [d_in]`."""
+        return x @ self.W_enc
 
     def _input_bias(self) -> Tensor | None:
         """Return what is subtracted from x before the encoder."""

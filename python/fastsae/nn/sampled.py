@@ -17,6 +17,7 @@ from fastsae import ops
 from fastsae.nn.batch_topk import BatchTopKSAE
 from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.parameters import plain
+from fastsae.ops._encode import attach, attachable
 from fastsae.types import SparseActs
 
 
@@ -103,6 +104,14 @@ class SampledSAE(BatchTopKSAE):
             compute_dtype=context.compute_dtype,
         )
         pool = ops.topk(scores, self.pool_size).indices  # ascending, so those of a token are too
+        W_enc, b_enc, b_dec = self.W_enc_rows, self.b_enc, self._input_bias()
+        if not attachable(x, W_enc, b_enc, b_dec):
+            return ops.BatchTopK(self._encode_from(pool, x, context), threshold)
+        with torch.no_grad():
+            acts = self._encode_from(pool, x, context)
+        return ops.BatchTopK(attach(acts, x, W_enc, b_enc, b_dec), threshold)
+
+    def _encode_from(self, pool: Tensor, x: Tensor, context: StepContext) -> SparseActs:
         acts = ops.encode_batch_topk(
             x,
             self.W_enc_rows.index_select(0, pool),
@@ -114,7 +123,7 @@ class SampledSAE(BatchTopKSAE):
         assert acts.offsets is not None
         places = torch.arange(acts.indices.shape[0], device=x.device)
         indices = torch.where(places < acts.offsets[-1], pool.index_select(0, acts.indices), 0)
-        return ops.BatchTopK(SparseActs(acts.values, indices, acts.offsets, self.d_sae), threshold)
+        return SparseActs(acts.values, indices, acts.offsets, self.d_sae)
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""

@@ -24,10 +24,11 @@ from fastsae.nn.loss import upcast
 class Foldable(Protocol):
     """What folding changes of an SAE."""
 
-    W_enc_rows: Tensor
-    W_dec: Tensor
     b_enc: Tensor
     b_dec: Tensor
+
+    def divide_columns_(self, inputs: Sequence[float], targets: Sequence[float]) -> None:
+        """See `SAE.divide_columns_`."""
 
     def rescale_code_(self, scaler: ActivationScaler) -> None:
         """See `SAE.rescale_code_`."""
@@ -141,25 +142,20 @@ class ActivationScaler:
 
     def unscale_target(self, target: Tensor) -> Tensor:
         """Return rows `[..., d_out]` of scaled targets in raw units."""
-        factor = self._of_columns(self.target_scales, self._target_widths, target)
-        return _divided(target, factor)
+        factor = per_column(self.target_scales, self._target_widths, target)
+        return divided(target, factor)
 
     @torch.no_grad()
     def fold_(self, sae: Foldable) -> None:
         """Turn an SAE of scaled rows into one of raw rows, in place."""
         c = self.code_scale
         if not self.keeps_matrices:
-            into = self._of_columns(
-                [c / s for s in self.input_scales], self.columns.inputs, sae.b_enc
+            sae.divide_columns_(
+                [c / s for s in self.input_scales], [s / c for s in self.target_scales]
             )
-            sae.W_enc_rows.copy_(_divided(sae.W_enc_rows, into))
-            out = self._of_columns(
-                [s / c for s in self.target_scales], self._target_widths, sae.b_enc
-            )
-            sae.W_dec.copy_(_divided(sae.W_dec, out))
         sae.b_enc.div_(c)
-        target = self._of_columns(self.target_scales, self._target_widths, sae.b_dec)
-        sae.b_dec.copy_(_divided(sae.b_dec, target))
+        target = per_column(self.target_scales, self._target_widths, sae.b_dec)
+        sae.b_dec.copy_(divided(sae.b_dec, target))
         sae.rescale_code_(self)
 
     def unfold_(self, sae: Foldable) -> None:
@@ -170,17 +166,17 @@ class ActivationScaler:
     def _target_widths(self) -> tuple[int, ...]:
         return self.columns.targets or self.columns.inputs
 
-    @staticmethod
-    def _of_columns(scales: list[float], widths: tuple[int, ...], like: Tensor) -> float | Tensor:
-        """Return the factor of every column on the device of `like`; one number for one block."""
-        if len(scales) == 1:
-            return scales[0]
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        factors = torch.tensor(scales, dtype=dtype, device=like.device)
-        return factors.repeat_interleave(torch.tensor(widths, device=like.device))
+
+def per_column(scales: Sequence[float], widths: Sequence[int], like: Tensor) -> float | Tensor:
+    """Return the factor of every column on the device of `like`; one number for one block."""
+    if len(scales) == 1:
+        return scales[0]
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    factors = torch.tensor(scales, dtype=dtype, device=like.device)
+    return factors.repeat_interleave(torch.tensor(widths, device=like.device))
 
 
-def _divided(x: Tensor, factor: float | Tensor) -> Tensor:
+def divided(x: Tensor, factor: float | Tensor) -> Tensor:
     """Return x / factor, computed in float32 or float64 and rounded once."""
     return (upcast(x) / factor).to(x.dtype)
 

@@ -124,8 +124,8 @@ def threshold_capacity(n: int, d_sae: int, k: float) -> int:
     return entry_capacity(n, d_sae, max(8 * math.ceil(k), 256))
 
 
-def entry_capacity(n: int, d_sae: int, per_token: int) -> int:
-    """Return room for `per_token` entries each, for 4 million at least, for all at most.
+def entry_capacity(n: int, d_sae: int, per_token: int, least: int = 1 << 22) -> int:
+    """Return room for `per_token` entries each, for `least` at least, for all at most.
 
     Raises:
         RuntimeError: in torch.jit.trace, which would fix it to that of the example.
@@ -135,7 +135,7 @@ def entry_capacity(n: int, d_sae: int, per_token: int) -> int:
             "SAE: expected torch.export or torch.compile, got torch.jit.trace, which fixes the "
             "number of entries to that of the example"
         )
-    capacity: int = torch.sym_min(n * d_sae, torch.sym_max(n * per_token, 1 << 22))
+    capacity: int = torch.sym_min(n * d_sae, torch.sym_max(n * per_token, least))
     return capacity
 
 

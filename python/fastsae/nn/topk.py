@@ -15,7 +15,9 @@ from fastsae.nn.auxk import LatentRows
 from fastsae.nn.check import is_whole
 from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.loss import SAEOutput, fvu, squared_error
+from fastsae.nn.objective import total_loss
 from fastsae.nn.sae import SAE
+from fastsae.ops._encode import attach, attachable
 from fastsae.types import SparseActs
 
 
@@ -38,7 +40,7 @@ class TopKSAE(SAE):
         absolute: whether selection looks at |z| and values keep their sign: AbsTopK (Zhu et al.
             2025, arXiv 2510.00404), in which a latent stands for a direction and its opposite.
         multi_topk: whether 4 k latents (at most d_sae) have to reconstruct as well (Gao et al.
-            2024, section 5.2); requires a second encode and decode.
+            2024, section 5.2), which takes a decode of the others.
         select_by_decoder_norm: whether selection looks at z times the norm of the latent's decoder
             row, which is how much it would write, while values stay z. Of rows of norm 1, as
             training keeps them, it changes nothing; SAEs of llamascopium have others.
@@ -70,27 +72,64 @@ class TopKSAE(SAE):
         return self._largest(x, self.k, context)
 
     def _largest(self, x: Tensor, k: int, context: StepContext = STEP) -> SparseActs:
-        W_enc, b_enc, norm = self.W_enc_rows, self.b_enc, None
-        if self.select_by_decoder_norm:  # z norm is what the encoder times the norm gives
-            norm = torch.linalg.vector_norm(self.W_dec.detach(), dim=1)
-            W_enc, b_enc = W_enc * norm.unsqueeze(1), b_enc * norm
+        W_enc, b_enc, b_dec = self.W_enc_rows, self.b_enc, self._input_bias()
+        if self.select_by_decoder_norm and attachable(x, W_enc, b_enc, b_dec):
+            with torch.no_grad():
+                acts = self._largest_by_norm(x, k, context)
+            return attach(acts, x, W_enc, b_enc, b_dec)
+        if self.select_by_decoder_norm:
+            return self._largest_by_norm(x, k, context)
         values, indices = ops.encode_topk(
             x,
             W_enc,
             b_enc,
             k,
-            b_dec=self._input_bias(),
+            b_dec=b_dec,
             absolute=self.absolute,
             compute_dtype=context.compute_dtype,
         )
-        if norm is not None:
-            values = torch.where(values > 0, values / norm[indices.long()], 0)
+        return SparseActs(values, indices, None, self.d_sae)
+
+    def _largest_by_norm(self, x: Tensor, k: int, context: StepContext) -> SparseActs:
+        # z norm is what the encoder times the norm gives
+        norm = torch.linalg.vector_norm(self.W_dec.detach(), dim=1)
+        values, indices = ops.encode_topk(
+            x,
+            self.W_enc_rows * norm.unsqueeze(1),
+            self.b_enc * norm,
+            k,
+            b_dec=self._input_bias(),
+            compute_dtype=context.compute_dtype,
+        )
+        values = torch.where(values > 0, values / norm[indices.long()], 0)
         return SparseActs(values, indices, None, self.d_sae)
 
     @property
     def folds_norms(self) -> bool:
         """See `SAE.folds_norms`: where selection looks at what folding gives."""
         return self.select_by_decoder_norm
+
+    def encode_for_training(self, x: Tensor, context: StepContext) -> SparseActs:
+        """See `SAE.encode_for_training`: with `multi_topk` the wider code, of which `loss_of` takes
+        the k largest."""
+        if not self.multi_topk:
+            return self._encode(x, context)
+        return self._largest(x, min(4 * self.k, self.d_sae), context)
+
+    def _parted(self, wide: SparseActs) -> tuple[SparseActs, SparseActs]:
+        """Return the k largest latents of each token of a code, and the others."""
+        size = wide.values.detach()
+        if self.absolute:
+            size = size.abs()
+        elif self.select_by_decoder_norm:
+            norm = torch.linalg.vector_norm(self.W_dec.detach(), dim=1)
+            size = size * norm[wide.indices.long()]
+        places = ops.topk(size, self.k).indices.long()
+        narrow = SparseActs(
+            wide.values.gather(1, places), wide.indices.gather(1, places), None, self.d_sae
+        )
+        rest = wide.values.scatter(1, places, 0.0)
+        return narrow, SparseActs(rest, wide.indices, None, self.d_sae)
 
     def loss_of(
         self,
@@ -101,11 +140,13 @@ class TopKSAE(SAE):
         context: StepContext,
     ) -> SAEOutput:
         """See `SAE.loss_of`."""
-        out = super().loss_of(x, target, acts, dead, context)
-        if self.multi_topk:
-            wide = self._largest(x, min(4 * self.k, self.d_sae), context)
-            squared = squared_error(target, self.reconstruct(x, wide))
-            out.loss = out.loss + fvu(squared, target) / 8
+        if not self.multi_topk:
+            return super().loss_of(x, target, acts, dead, context)
+        acts, rest = self._parted(acts)
+        x_hat = self.reconstruct(x, acts)
+        out = total_loss(self, x, target, acts, x_hat, None, dead)
+        squared = squared_error(target, x_hat + ops.sparse_decode(rest, self.W_dec))
+        out.loss = out.loss + fvu(squared, target) / 8
         return out
 
     def config(self) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def looks_full(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) ->
     """
     n, d_sae = x.shape[0], W_enc.shape[0]
     biases = [b_enc] if b_dec is None else [b_enc, b_dec]
-    if not LEAST <= n * d_sae <= MOST or not _plain([x, W_enc, *biases]):
+    if not LEAST <= n * d_sae <= MOST or not plain([x, W_enc, *biases]):
         return False
     if torch.is_autocast_enabled("cpu"):
         return False
@@ -69,7 +69,7 @@ def looks_full(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) ->
 def run(op: str, arguments: tuple[Any, ...]) -> Any:
     """Return what the native op returns, made of dense matmuls; None where they do not apply."""
     rule = _RULES.get(op)
-    if rule is None or not _plain([a for a in arguments if isinstance(a, Tensor)]):
+    if rule is None or not plain([a for a in arguments if isinstance(a, Tensor)]):
         return None
     try:
         with _float_matmuls():
@@ -83,7 +83,7 @@ def _float_matmuls() -> Any:
     return torch.autocast("cpu", enabled=False)
 
 
-def _plain(tensors: list[Tensor]) -> bool:
+def plain(tensors: list[Tensor]) -> bool:
     """Return whether tensors are ordinary ones on the CPU, all in float32 or all in float64."""
     if torch.compiler.is_compiling() or not all(map(_is_plain, tensors)):
         return False
@@ -214,7 +214,7 @@ def weight_grads(
         d_sae: number of latents.
         pairs: values, like indices, and x [n, d]: of each, weight [d_sae, d] and bias [d_sae].
     """
-    if not _plain([indices, *(t for pair in pairs for t in pair)]):
+    if not plain([indices, *(t for pair in pairs for t in pair)]):
         return None
     x = pairs[0][1]
     with _float_matmuls():

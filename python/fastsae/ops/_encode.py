@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae.ops import _autograd, _check
+from fastsae.ops import _autograd, _check, _dense, _tape
+from fastsae.types import SparseActs
 
 
 class EncodeInput(NamedTuple):
@@ -88,7 +89,43 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     x, W_enc, b_enc, b_dec = inputs[:4]
     offsets = output[2] if len(output) > 2 else None
     ctx.has_bias = b_enc is not None
+    ctx.b_enc = b_enc if _tape.of(W_enc) else None
     ctx.save_for_backward(x, W_enc, b_dec, output[0], output[1], offsets)
+
+
+def attachable(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> bool:
+    """Return whether `attach` does what the ops do: eagerly on a CPU, in reverse mode."""
+    tensors = [t for t in (x, W_enc, b_enc, b_dec) if t is not None]
+    plain = _dense.plain(tensors) and not torch.is_autocast_enabled("cpu")
+    return plain and _autograd.reverse_mode_alone()
+
+
+def attach(
+    acts: SparseActs, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None
+) -> SparseActs:
+    """Return the code `acts`, which has no graph, with the gradients that an encode op gives.
+
+    Its values are entries of `(x - b_dec) W_enc^T + b_enc`, found in any way, or 0, and are
+    taken over. Only where `attachable`.
+    """
+    if not torch.is_grad_enabled():
+        return acts
+    values = acts.values.clone() if acts.values._is_view() else acts.values
+    values = _Attached.apply(x, W_enc, b_enc, b_dec, values, acts.indices, acts.offsets)  # type: ignore[no-untyped-call]
+    return SparseActs(values, acts.indices, acts.offsets, acts.d_sae)
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        values: Tensor = inputs[4]
+        ctx.mark_dirty(values)
+        setup_context(ctx, inputs[:4], inputs[4:])
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *gradients(ctx, grads[0]), None, None, None
 
 
 def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,7 +141,10 @@ def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dx = dW = db_enc = db_dec = None
     if need_x:
         dx = _autograd.decode_entries(grad, indices, offsets, W_enc)
-    if need_W or need_b_enc or need_b_dec:
+    every = need_W and need_b_enc and need_b_dec is (b_dec is not None)
+    if every and _tape.take_encoder(W_enc, ctx.b_enc, b_dec, grad, indices, offsets, x):
+        pass
+    elif need_W or need_b_enc or need_b_dec:
         centered = x if b_dec is None else x - b_dec
         dW, db = _autograd.weight_grad(
             grad, indices, offsets, W_enc.shape[0], centered, active=values

@@ -48,6 +48,6 @@ def weight_grad(
 
 def adam_step(*arguments: Any, **_: Any) -> int:
     """The gradients of both matrices."""
-    values: Shape = arguments[12]
-    x: Shape = arguments[16]
-    return 4 * math.prod(values) * x[1]
+    shapes: list[Shape] = [arguments[i] for i in (12, 15, 16, 19)]
+    values, grad_output, grad_values, x = shapes
+    return 2 * (math.prod(values) * grad_output[1] + math.prod(grad_values) * x[1])

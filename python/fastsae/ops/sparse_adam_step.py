@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from fastsae import reference
 from fastsae._library import fake, fallback
 from fastsae.ops import _autograd, _check, _dense, _flops, _vmap
-from fastsae.types import LatentGradients, SparseActs, StepTensors
+from fastsae.types import LatentGradients, MoreGradients, SparseActs, StepTensors
 
 _OP = "sparse_adam_step_"
 
@@ -21,7 +23,7 @@ def sparse_adam_step_(
     exp_avg: StepTensors,
     exp_avg_sq: StepTensors,
     acts: SparseActs,
-    grad_values: Tensor,
+    grad_values: Tensor | SparseActs,
     x: Tensor,
     grad_output: Tensor,
     *,
@@ -32,12 +34,15 @@ def sparse_adam_step_(
     clip_grad_norm: float | None = None,
     unit_norm: bool = True,
     extra_grads: LatentGradients | None = None,
+    more_grads: MoreGradients | None = None,
+    apply_b_dec_to_input: bool = True,
+    other_squared: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
-) -> None:
+) -> Tensor | None:
     """Do one Adam step on all four parameters of an SAE, in place, latent by latent.
 
         g_dec[f] = sum over the entries of f of value * grad_output[row]
-        g_enc[f] = sum of g (x - b_dec)[row],   g_b_enc[f] = sum of g,   g = grad_values
+        g_enc[f] = sum of g (x - b_dec)[row],  g_b_enc[f] = sum of g,   g = grad_values
         g_b_dec  = sum of grad_output's rows - W_enc^T g_b_enc
         g_dec[f] -= (g_dec[f] . d) d,   d = W_dec[f] / |W_dec[f]|
 
@@ -45,16 +50,19 @@ def sparse_adam_step_(
     unit rows of W_dec.
 
     Args:
-        parameters: `StepTensors(W_enc [d_sae, d_in], W_dec [d_sae, d_in], b_enc [d_sae], b_dec
-            [d_in])`, float32 or float64, contiguous; changed in place, like the next two.
+        parameters: `StepTensors(W_enc [d_sae, d_in], W_dec [d_sae, d_out], b_enc [d_sae], b_dec
+            [d_out])`, float32 or float64, contiguous; changed in place, like the next two.
         exp_avg: Adam's average of the gradient, tensors like `parameters`.
         exp_avg_sq: Adam's average of its square. With `W_enc` and `W_dec` of shape [d_sae], one
             number for each row: the average of the mean square of the row's gradient, which makes
             it Adam-mini with a block per latent.
-        acts: the sparse code of the n tokens of x, values in the dtype of the parameters.
-        grad_values: the gradient of the loss in `acts.values`, same shape.
-        x: [n, d_in], what was encoded (b_dec not subtracted).
-        grad_output: [n, d_in], the gradient of the loss in the reconstruction.
+        acts: the sparse code that the decoder got, of n rows, values in the dtype of the
+            parameters.
+        grad_values: the gradient of the loss in `acts.values`, same shape. Where the encoder's
+            gradient is of other entries, a code of its own, over the rows of x. On CUDA not yet.
+        x: [n, d_in], what was encoded (b_dec not subtracted); one row for each of that code.
+        grad_output: [n, d_out], the gradient of the loss in the reconstruction. Of a loss that
+            decodes several times, the rows of all these under each other, and the same of `acts`.
         lr: learning rate.
         step: number of this step, from 1, for Adam's bias corrections.
         betas: decay rates of the averages.
@@ -62,17 +70,27 @@ def sparse_adam_step_(
         clip_grad_norm: largest norm of the whole gradient; None does not clip. Costs a second pass
             over the entries, no memory.
         unit_norm: scale rows of W_dec to norm 1 at the end; rows of zeros stay.
-        extra_grads: gradients of some latents from another loss, added to the above.
+        extra_grads: gradients of some latents from another loss, added to the above; that of b_enc
+            reaches b_dec through the encoder's input.
+        more_grads: gradients of whole parameters from other parts of the loss.
+        apply_b_dec_to_input: whether b_dec was subtracted from x, which takes d_out = d_in.
+        other_squared: [] float64, the squared norm of the gradients of other parameters, which are
+            clipped along with these.
         compute_dtype: `torch.bfloat16` rounds the rows of grad_output and of x - b_dec, of which
             g_dec and g_enc are sums, where that is faster (CUDA, float32 parameters); sums and
             everything else keep their precision.
+
+    Returns:
+        With `other_squared` the number [] float64 that clipping multiplied all gradients with, by
+        which those other gradients are still to be multiplied; else None.
 
     Raises:
         TypeError: a dtype is not as stated.
         ValueError: a shape, `step` or `compute_dtype` is not as stated.
         RuntimeError: a tensor is not contiguous or has a forward-mode tangent; vmap; an index is
             out of range or a latent of `extra_grads` comes twice (CPU; on CUDA such an entry is
-            ignored, and the last such row counts).
+            ignored, and the last such row counts); on CUDA, a code of the encoder's own, or d_out
+            other than d_in.
 
     Gradients:
         None: it runs without a graph, as an optimizer does.
@@ -94,13 +112,72 @@ def sparse_adam_step_(
         "Towards monosemanticity", appendix.
     """
     W_enc = parameters.W_enc
+    more = more_grads or MoreGradients()
+    own = grad_values if isinstance(grad_values, SparseActs) else None
+    g: Tensor = grad_values.values if isinstance(grad_values, SparseActs) else grad_values
+    _check_state(parameters, exp_avg, exp_avg_sq)
+    _check_batch(parameters, acts, grad_values, x, grad_output)
+    _check_more(parameters, more, other_squared)
+    d_in, d_out = W_enc.shape[1], parameters.W_dec.shape[1]
+    if apply_b_dec_to_input and d_in != d_out:
+        raise ValueError(
+            f"{_OP}: expected b_dec to be [d_in] with d_in = {d_in} where it is subtracted from x, "
+            f"got [{d_out}]"
+        )
+    if step < 1:
+        raise ValueError(f"{_OP}: expected step >= 1, got {step}")
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise ValueError(f"{_OP}: expected clip_grad_norm > 0 or None, got {clip_grad_norm}")
+    _autograd.no_tangents(_OP, *parameters, acts.values, g, x, grad_output)
+    bf16_rows = _check.rounds_to_bf16(_OP, compute_dtype, "W_enc", W_enc)
+    step_of = _Sums(acts, own, g, x, grad_output, more)
+    if W_enc.device.type == "cpu":
+        step_of = step_of.dense(parameters, apply_b_dec_to_input)
+    elif more.W_enc is not None or more.W_dec is not None:
+        extra_grads = _as_rows(parameters, more, extra_grads)
+        step_of.more = more._replace(W_enc=None, W_dec=None)
+    acts, own, g, more = step_of.acts, step_of.own, step_of.g, step_of.more
+    clip = None
+    if other_squared is not None:
+        clip = torch.stack([other_squared, torch.ones_like(other_squared)])
+    torch.ops.fastsae.sparse_adam_step_(
+        *parameters,
+        *exp_avg,
+        *exp_avg_sq,
+        acts.values,
+        acts.indices,
+        acts.offsets,
+        grad_output,
+        g,
+        None if own is None else own.indices,
+        None if own is None else own.offsets,
+        x,
+        *(extra_grads or (None, None, None, None)),
+        *more,
+        clip,
+        lr,
+        *betas,
+        eps,
+        step,
+        math.inf if clip_grad_norm is None else clip_grad_norm,
+        unit_norm,
+        apply_b_dec_to_input,
+        bf16_rows,
+    )
+    return None if clip is None else clip[1]
+
+
+def _check_state(parameters: StepTensors, exp_avg: StepTensors, exp_avg_sq: StepTensors) -> None:
+    W_enc = parameters.W_enc
     if W_enc.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{_OP}: expected W_enc to be float32 or float64, got {W_enc.dtype}")
-    if W_enc.ndim != 2:
-        raise ValueError(f"{_OP}: expected W_enc to be [d_sae, d_in], got {[*W_enc.shape]}")
-    d_sae, d_in = W_enc.shape
-    shapes = ((d_sae, d_in), (d_sae, d_in), (d_sae,), (d_in,))
-    meanings = ("[d_sae, d_in]", "[d_sae, d_in]", "[d_sae]", "[d_in]")
+    for name in ("W_enc", "W_dec"):
+        if (t := getattr(parameters, name)).ndim != 2:
+            width = "d_in" if name == "W_enc" else "d_out"
+            raise ValueError(f"{_OP}: expected {name} to be [d_sae, {width}], got {[*t.shape]}")
+    (d_sae, d_in), d_out = W_enc.shape, parameters.W_dec.shape[1]
+    shapes = ((d_sae, d_in), (d_sae, d_out), (d_sae,), (d_out,))
+    meanings = ("[d_sae, d_in]", "[d_sae, d_out]", "[d_sae]", "[d_out]")
     by_rows = exp_avg_sq.W_enc.ndim == 1
     for group, tensors in (("", parameters), ("exp_avg.", exp_avg), ("exp_avg_sq.", exp_avg_sq)):
         for name, tensor, size, meaning in zip(
@@ -110,79 +187,145 @@ def sparse_adam_step_(
                 size, meaning = shapes[2], meanings[2]
             _check.shape(_OP, group + name, tensor, size, meaning)
             _check.same(_OP, group + name, tensor, "W_enc", W_enc)
-    if acts.d_sae != d_sae:
-        raise ValueError(f"{_OP}: expected acts over d_sae = {d_sae} latents, got {acts.d_sae}")
-    _check.same(_OP, "acts.values", acts.values, "W_enc", W_enc)
-    _check.shape(_OP, "grad_values", grad_values, tuple(acts.values.shape), "like acts.values")
-    _check.same(_OP, "grad_values", grad_values, "W_enc", W_enc)
-    for name, tensor in (("x", x), ("grad_output", grad_output)):
-        _check.shape(_OP, name, tensor, (acts.n, d_in), "[n, d_in]")
-        _check.same(_OP, name, tensor, "W_enc", W_enc)
-    if step < 1:
-        raise ValueError(f"{_OP}: expected step >= 1, got {step}")
-    if clip_grad_norm is not None and not clip_grad_norm > 0:
-        raise ValueError(f"{_OP}: expected clip_grad_norm > 0 or None, got {clip_grad_norm}")
-    _autograd.no_tangents(_OP, *parameters, acts.values, grad_values, x, grad_output)
-    bf16_rows = _check.rounds_to_bf16(_OP, compute_dtype, "W_enc", W_enc)
-    if _fits(extra_grads, W_enc) and _dense.pays(
-        "sparse_weight_grad", _dense.counted(acts), acts.n, d_sae, d_in
+
+
+def _check_batch(
+    parameters: StepTensors,
+    acts: SparseActs,
+    grad_values: Tensor | SparseActs,
+    x: Tensor,
+    grad_output: Tensor,
+) -> None:
+    W_enc, W_dec, _, _ = parameters
+    rows = acts.n
+    for name, code in (("acts", acts), ("grad_values", grad_values)):
+        if not isinstance(code, SparseActs):
+            continue
+        if code.d_sae != W_enc.shape[0]:
+            raise ValueError(
+                f"{_OP}: expected {name} over d_sae = {W_enc.shape[0]} latents, got {code.d_sae}"
+            )
+        _check.same(_OP, f"{name}.values", code.values, "W_enc", W_enc)
+        rows = code.n
+    if not isinstance(grad_values, SparseActs):
+        _check.shape(_OP, "grad_values", grad_values, tuple(acts.values.shape), "like acts.values")
+        _check.same(_OP, "grad_values", grad_values, "W_enc", W_enc)
+    for name, tensor, n, W, meaning in (
+        ("x", x, rows, W_enc, "[n, d_in]"),
+        ("grad_output", grad_output, acts.n, W_dec, "[n, d_out]"),
     ):
-        active = torch.where(acts.values != 0, grad_values, 0)
-        pairs = [(active, x - parameters.b_dec), (acts.values, grad_output)]
-        found = _dense.weight_grads(acts.indices, acts.offsets, d_sae, pairs)
-        if found is not None:
-            extra_grads = _total(found, extra_grads)
-            acts, grad_values = _empty(acts), grad_values.new_empty(0)
-    torch.ops.fastsae.sparse_adam_step_(
-        *parameters,
-        *exp_avg,
-        *exp_avg_sq,
-        acts.values,
-        grad_values,
-        acts.indices,
-        acts.offsets,
-        x,
-        grad_output,
-        *(extra_grads or (None, None, None, None)),
-        lr,
-        *betas,
-        eps,
-        step,
-        math.inf if clip_grad_norm is None else clip_grad_norm,
-        unit_norm,
-        bf16_rows,
+        _check.shape(_OP, name, tensor, (n, W.shape[1]), meaning)
+        _check.same(_OP, name, tensor, "W_enc", W_enc)
+
+
+def _check_more(parameters: StepTensors, more: MoreGradients, other_squared: Tensor | None) -> None:
+    for name, tensor, like in zip(StepTensors._fields, more, parameters, strict=True):
+        if tensor is not None:
+            _check.shape(_OP, f"more_grads.{name}", tensor, tuple(like.shape), f"like {name}")
+            _check.same(_OP, f"more_grads.{name}", tensor, "W_enc", parameters.W_enc)
+    if other_squared is not None:
+        _check.shape(_OP, "other_squared", other_squared, (), "[]")
+        if other_squared.dtype != torch.float64:
+            raise TypeError(
+                f"{_OP}: expected other_squared to be float64, got {other_squared.dtype}"
+            )
+
+
+@dataclass
+class _Sums:
+    """What the gradients of a step are sums of."""
+
+    acts: SparseActs
+    own: SparseActs | None
+    """Entries of the encoder's own."""
+    g: Tensor
+    x: Tensor
+    grad_output: Tensor
+    more: MoreGradients
+
+    def dense(self, parameters: StepTensors, centers: bool) -> _Sums:
+        """Return the same with whole gradients in place of codes that are hardly sparse."""
+        bias = parameters.b_dec
+
+        def centered() -> Tensor:
+            return self.x - bias if centers else self.x
+
+        if self.own is None:
+            if not _pays(self.acts, parameters.W_enc):
+                return self
+            active = torch.where(self.acts.values != 0, self.g, 0)
+            pairs = [(self.acts.values, self.grad_output), (active, centered())]
+            found = _dense.weight_grads(*_places(self.acts), pairs)
+            if found is None:
+                return self
+            acts = _empty(self.acts)
+            more = self._with_decoder(found[0][0])._with_encoder(found[1], parameters, centers)
+            return replace(self, acts=acts, g=acts.values, more=more.more)
+        sums = self
+        if _pays(self.acts, parameters.W_dec):
+            pairs = [(self.acts.values, self.grad_output)]
+            if (found := _dense.weight_grads(*_places(self.acts), pairs)) is not None:
+                sums = replace(sums._with_decoder(found[0][0]), acts=_empty(self.acts))
+        if _pays(self.own, parameters.W_enc):
+            pairs = [(self.g, centered())]
+            if (found := _dense.weight_grads(*_places(self.own), pairs)) is not None:
+                own = _empty(self.own)
+                sums = sums._with_encoder(found[0], parameters, centers)
+                sums = replace(sums, own=own, g=own.values)
+        return sums
+
+    def _with_decoder(self, weight: Tensor) -> _Sums:
+        more = self.more
+        more = more._replace(W_dec=weight if more.W_dec is None else weight + more.W_dec)
+        return replace(self, more=more)
+
+    def _with_encoder(
+        self, found: tuple[Tensor, Tensor], parameters: StepTensors, centers: bool
+    ) -> _Sums:
+        (weight, bias), more = found, self.more
+        g_b_dec = more.b_dec
+        if centers:
+            rest = self.grad_output.sum(0) if g_b_dec is None else g_b_dec
+            g_b_dec = rest - bias @ parameters.W_enc
+        more = MoreGradients(
+            weight if more.W_enc is None else weight + more.W_enc,
+            more.W_dec,
+            bias if more.b_enc is None else bias + more.b_enc,
+            g_b_dec,
+        )
+        return replace(self, more=more)
+
+
+def _pays(acts: SparseActs, W: Tensor) -> bool:
+    return _dense.pays("sparse_weight_grad", _dense.counted(acts), acts.n, *W.shape)
+
+
+def _places(acts: SparseActs) -> tuple[Tensor, Tensor | None, int]:
+    return acts.indices, acts.offsets, acts.d_sae
+
+
+def _as_rows(
+    parameters: StepTensors, more: MoreGradients, extra: LatentGradients | None
+) -> LatentGradients:
+    """Return gradients of whole matrices as those of all latents, with those of some added."""
+    W_enc, W_dec, b_enc, _ = parameters
+    g_enc, g_dec, g_b = (
+        torch.zeros_like(like) if given is None else given.clone()
+        for given, like in ((more.W_enc, W_enc), (more.W_dec, W_dec), (None, b_enc))
     )
-
-
-def _fits(extra: LatentGradients | None, W_enc: Tensor) -> bool:
-    """Return whether gradients of other latents are what they should be; if not, the op says so."""
-    if extra is None:
-        return True
-    count, (d_sae, d_in) = extra.latents.numel(), W_enc.shape
-    shapes = [(count,), (count, d_in), (count, d_in), (count,)]
-    if [tuple(t.shape) for t in extra] != shapes or extra.latents.dtype != torch.int32:
-        return False
-    if any(t.dtype != W_enc.dtype or t.device != W_enc.device for t in extra[1:]):
-        return False
-    inside = bool(((extra.latents >= 0) & (extra.latents < d_sae)).all())
-    return inside and len(extra.latents.unique()) == count
-
-
-def _total(found: list[tuple[Tensor, Tensor]], extra: LatentGradients | None) -> LatentGradients:
-    """Return gradients of all latents, with those of some of them added."""
-    (g_enc, g_b), (g_dec, _) = found
     if extra is not None:
         latents = extra.latents.long()
-        for total, more in ((g_enc, extra.W_enc), (g_dec, extra.W_dec), (g_b, extra.b_enc)):
-            total.index_add_(0, latents, more)
-    every = torch.arange(g_b.shape[0], dtype=torch.int32, device=g_b.device)
+        for total, rows in ((g_enc, extra.W_enc), (g_dec, extra.W_dec), (g_b, extra.b_enc)):
+            total.index_add_(0, latents, rows)
+    every = torch.arange(W_enc.shape[0], dtype=torch.int32, device=W_enc.device)
     return LatentGradients(every, g_enc, g_dec, g_b)
 
 
 def _empty(acts: SparseActs) -> SparseActs:
     """Return the code of as many tokens without an entry."""
     offsets = torch.zeros(acts.n + 1, dtype=torch.int32, device=acts.values.device)
-    return SparseActs(acts.values.new_empty(0), acts.indices.new_empty(0), offsets, acts.d_sae)
+    nothing = acts.indices.reshape(-1)[:0]
+    return SparseActs(acts.values.new_empty(0), nothing, offsets, acts.d_sae)
 
 
 @fake(_OP)
@@ -191,26 +334,33 @@ def _fake(*_: object) -> None:
 
 
 @fallback(_OP)
-def _plain(*arguments: object) -> None:
-    tensors, (lr, beta1, beta2, eps, step, max_norm, unit_norm) = arguments[:22], arguments[22:29]
-    parameters, exp_avg, exp_avg_sq = (StepTensors(*tensors[i : i + 4]) for i in (0, 4, 8))  # type: ignore[arg-type]
-    values, grad_values, indices, offsets, x, grad_output, *rows = tensors[12:]
-    reference.sparse_adam_step_(
+def _plain(*arguments: Any) -> None:
+    parameters, exp_avg, exp_avg_sq = (StepTensors(*arguments[i : i + 4]) for i in (0, 4, 8))
+    values, indices, offsets, grad_output, g, enc_indices, enc_offsets, x = arguments[12:20]
+    rows, more, clip = arguments[20:24], arguments[24:28], arguments[28]
+    lr, beta1, beta2, eps, step, max_norm, unit_norm, apply_b_dec, _ = arguments[29:]
+    d_sae = parameters.W_enc.shape[0]
+    factor = reference.sparse_adam_step_(
         parameters,
         exp_avg,
         exp_avg_sq,
-        SparseActs(values, indices, offsets, parameters.W_enc.shape[0]),  # type: ignore[arg-type]
-        grad_values,  # type: ignore[arg-type]
-        x,  # type: ignore[arg-type]
-        grad_output,  # type: ignore[arg-type]
-        lr=lr,  # type: ignore[arg-type]
-        step=step,  # type: ignore[arg-type]
-        betas=(beta1, beta2),  # type: ignore[arg-type]
-        eps=eps,  # type: ignore[arg-type]
-        clip_grad_norm=None if max_norm == math.inf else max_norm,  # type: ignore[arg-type]
-        unit_norm=unit_norm,  # type: ignore[arg-type]
-        extra_grads=None if rows[0] is None else LatentGradients(*rows),  # type: ignore[arg-type]
+        SparseActs(values, indices, offsets, d_sae),
+        g if enc_indices is None else SparseActs(g, enc_indices, enc_offsets, d_sae),
+        x,
+        grad_output,
+        lr=lr,
+        step=step,
+        betas=(beta1, beta2),
+        eps=eps,
+        clip_grad_norm=None if max_norm == math.inf else max_norm,
+        unit_norm=unit_norm,
+        extra_grads=None if rows[0] is None else LatentGradients(*rows),
+        more_grads=MoreGradients(*more),
+        apply_b_dec_to_input=apply_b_dec,
+        other_squared=None if clip is None else clip[0],
     )
+    if clip is not None:
+        clip[1] = factor
 
 
 _vmap.refuse(_OP)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae._library import fake, fallback
-from fastsae.ops import _autograd, _check, _flops, _vmap
+from fastsae.ops import _autograd, _check, _flops, _tape, _vmap
 from fastsae.types import SparseActs
 
 
@@ -110,7 +110,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dvalues = dW = db = None
     if need_values:
         dvalues = torch.ops.fastsae.sparse_decode_values_grad(grad, values, indices, offsets, W_dec)
-    if need_W:
+    if need_W and not _tape.take_decoder(W_dec, values, indices, offsets, grad):
         dW = _autograd.weight_grad(values, indices, offsets, W_dec.shape[0], grad)[0]
     if need_b:
         db = grad.sum(0)
@@ -155,7 +155,7 @@ class _DecodeAll(torch.autograd.Function):
         dvalues = dW = None
         if need_values:
             dvalues = native.sparse_decode_values_grad(grad, every, indices, offsets, W_dec)
-        if need_W:
+        if need_W and not _tape.take_decoder(W_dec, values, indices, offsets, grad):
             # A second derivative needs the entries of value 0 too.
             listed = every if torch.is_grad_enabled() else values
             dW = _autograd.weight_grad(

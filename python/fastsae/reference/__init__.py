@@ -1,6 +1,15 @@
 """Every op in plain torch: the specification, and the answer that every test compares with."""
 
 from fastsae.reference.adam import sparse_adam_step_
+from fastsae.reference.cross_layer import (
+    cross_layer_batch_topk,
+    cross_layer_decoder,
+    cross_layer_fvu,
+    cross_layer_jumprelu,
+    cross_layer_outputs,
+    cross_layer_pre_activations,
+    cross_layer_topk,
+)
 from fastsae.reference.decode import (
     group_by_latent,
     sparse_decode,
@@ -26,6 +35,13 @@ from fastsae.reference.select import (
 
 __all__ = [
     "batch_topk",
+    "cross_layer_batch_topk",
+    "cross_layer_decoder",
+    "cross_layer_fvu",
+    "cross_layer_jumprelu",
+    "cross_layer_outputs",
+    "cross_layer_pre_activations",
+    "cross_layer_topk",
     "encode_batch_topk",
     "encode_gradient_topk",
     "encode_group_max",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsae.reference.decode import group_by_latent, sparse_weight_grad
-from fastsae.types import LatentGradients, SparseActs, StepTensors
+from fastsae.types import LatentGradients, MoreGradients, SparseActs, StepTensors
 
 
 def sparse_adam_step_(
@@ -16,7 +16,7 @@ def sparse_adam_step_(
     exp_avg: StepTensors,
     exp_avg_sq: StepTensors,
     acts: SparseActs,
-    grad_values: Tensor,
+    grad_values: Tensor | SparseActs,
     x: Tensor,
     grad_output: Tensor,
     *,
@@ -27,25 +27,40 @@ def sparse_adam_step_(
     clip_grad_norm: float | None = None,
     unit_norm: bool = True,
     extra_grads: LatentGradients | None = None,
-) -> None:
+    more_grads: MoreGradients | None = None,
+    apply_b_dec_to_input: bool = True,
+    other_squared: Tensor | None = None,
+) -> Tensor | None:
     """See `fastsae.ops.sparse_adam_step_`."""
     W_enc, W_dec, _, b_dec = parameters
     lists = group_by_latent(acts)
-    active = torch.where(acts.values != 0, grad_values, 0)
     g_dec, _ = sparse_weight_grad(acts.values, lists, grad_output)
-    g_enc, g_b = sparse_weight_grad(active, lists, x - b_dec)
+    centered = x - b_dec if apply_b_dec_to_input else x
+    if isinstance(grad_values, SparseActs):
+        g_enc, g_b = sparse_weight_grad(grad_values.values, group_by_latent(grad_values), centered)
+    else:
+        active = torch.where(acts.values != 0, grad_values, 0)
+        g_enc, g_b = sparse_weight_grad(active, lists, centered)
     if extra_grads is not None:
         latents = extra_grads.latents.long()
         g_enc = g_enc.index_add(0, latents, extra_grads.W_enc)
         g_dec = g_dec.index_add(0, latents, extra_grads.W_dec)
         g_b = g_b.index_add(0, latents, extra_grads.b_enc)
-    g_b_dec = grad_output.sum(0) - g_b @ W_enc
+    more = more_grads or MoreGradients()
+    g_b_dec = grad_output.sum(0) if more.b_dec is None else more.b_dec
+    if apply_b_dec_to_input:
+        g_b_dec = g_b_dec - g_b @ W_enc
+    g_enc = g_enc if more.W_enc is None else g_enc + more.W_enc
+    g_dec = g_dec if more.W_dec is None else g_dec + more.W_dec
+    g_b = g_b if more.b_enc is None else g_b + more.b_enc
     squared = W_dec.square().sum(1, keepdim=True)
     along = (g_dec * W_dec).sum(1, keepdim=True)
     g_dec = g_dec - torch.where(squared > 0, along / squared, 0) * W_dec
     gradients = StepTensors(g_enc, g_dec, g_b, g_b_dec)
+    factor = torch.ones((), dtype=torch.float64, device=W_enc.device)
     if clip_grad_norm is not None:
-        norm = torch.stack([g.norm() for g in gradients]).norm()
+        squares = torch.stack([g.double().square().sum() for g in gradients]).sum()
+        norm = (squares if other_squared is None else squares + other_squared).sqrt()
         factor = (clip_grad_norm / (norm + 1e-6)).clamp(max=1)
         gradients = StepTensors(*(g * factor for g in gradients))
     step_size = lr / (1 - betas[0] ** step)
@@ -61,3 +76,4 @@ def sparse_adam_step_(
     if unit_norm:
         norm = W_dec.norm(dim=1, keepdim=True)
         W_dec.div_(torch.where(norm > 0, norm, 1))
+    return None if other_squared is None else factor

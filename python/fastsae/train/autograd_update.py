@@ -27,8 +27,7 @@ class AutogradUpdate:
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         self.sae, self.config = sae, config
         self.parameters = {name: p for name, p in sae.named_parameters() if p.requires_grad}
-        self.optimizer = _optimizer(list(self.parameters.values()), config)
-        _make_state(self.optimizer)
+        self.optimizer = make_optimizer(list(self.parameters.values()), config)
 
     def step(self, batch: Tensor, context: StepContext, lr: float) -> SAEOutput:
         """See `Update.step`."""
@@ -38,7 +37,7 @@ class AutogradUpdate:
         optimizer.zero_grad()  # whatever somebody else's backward has left
         out = sae.training_loss(batch, context)
         out.loss.backward()
-        moves_decoder = sae.W_dec.requires_grad
+        moves_decoder = sae.trains_decoder
         if moves_decoder:
             sae.remove_parallel_grad_()
         if self.config.clip_grad_norm is not None:
@@ -62,6 +61,16 @@ class AutogradUpdate:
                 tensor.copy_(state[name][key])
 
 
+def make_optimizer(
+    parameters: list[torch.nn.Parameter], config: TrainConfig
+) -> torch.optim.Optimizer:
+    """Return the optimizer of a run, with its state before the first step: a checkpoint can be
+    loaded into it."""
+    optimizer = _optimizer(parameters, config)
+    _make_state(optimizer)
+    return optimizer
+
+
 def _optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "sgd_sai":
         return SGDSaI(parameters)
@@ -76,7 +85,6 @@ def _optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> tor
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its state before the first step, so that a checkpoint can be loaded."""
     if isinstance(optimizer, TensorwiseOptimizer):
         optimizer.prepare()
         return

@@ -1,7 +1,12 @@
-"""The update without gradients of matrices: everything inside `ops.sparse_adam_step_`."""
+"""The update without gradients of matrices: everything inside `ops.sparse_adam_step_`.
+
+The loss is the module's own. Its backward leaves the gradients of vectors, and on a tape what the
+gradients of both matrices are sums of.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,9 +14,11 @@ from torch import Tensor
 
 from fastsae import ops
 from fastsae.nn import SAE, SAEOutput, StepContext
-from fastsae.nn.objective import dead_rows, total_loss
+from fastsae.ops import _autograd, _tape
+from fastsae.ops._tape import Entries, Tape
 from fastsae.train.adam_mini import squares_like
-from fastsae.types import LatentGradients, SparseActs, StepTensors
+from fastsae.train.autograd_update import make_optimizer
+from fastsae.types import LatentGradients, MoreGradients, SparseActs, StepTensors
 
 if TYPE_CHECKING:
     from fastsae.train.config import TrainConfig
@@ -21,6 +28,9 @@ PARAMETERS = ("W_enc_rows", "W_dec", "b_enc", "b_dec")
 
 class FusedUpdate:
     """Adam or Adam-mini, latent by latent; see `train.update.why_not_fused` for where it applies.
+
+    Parameters besides those four (thresholds, gates, skip connections) have the same optimizer,
+    made by torch.
 
     Args:
         sae: moved in place.
@@ -33,50 +43,84 @@ class FusedUpdate:
         self.exp_avg = {name: torch.zeros_like(getattr(sae, name)) for name in PARAMETERS}
         zeros = squares_like if config.optimizer == "adam_mini" else torch.zeros_like
         self.exp_avg_sq = {name: zeros(getattr(sae, name)) for name in PARAMETERS}
+        self.others = {name: p for name, p in sae.named_parameters() if name not in PARAMETERS}
+        self.optimizer = make_optimizer(list(self.others.values()), config) if self.others else None
 
     def step(self, batch: Tensor, context: StepContext, lr: float) -> SAEOutput:
         """See `Update.step`."""
+        own = [getattr(self.sae, name) for name in PARAMETERS]
+        others = list(self.others.values())
+        with _tape.opened(StepTensors(*own), self.sae.apply_b_dec_to_input) as tape:
+            out = self.sae.training_loss(batch, context)
+            rows = [] if tape.rows is None else tape.rows[1]
+            with tape.recorded():
+                grads = torch.autograd.grad(out.loss, [*own, *rows, *others], allow_unused=True)
+        out.acts, out.reconstruction = out.acts.detach(), out.reconstruction.detach()
+        found = grads[len(own) + len(rows) :]
+        factor = self._move(tape, grads, found, context, lr)
+        self._move_others(found, factor, lr)
+        return out
+
+    def _move(
+        self,
+        tape: Tape,
+        grads: Sequence[Tensor | None],
+        others: Sequence[Tensor | None],
+        context: StepContext,
+        lr: float,
+    ) -> Tensor | None:
+        """Move the four parameters; return what clipping multiplied the gradients with."""
         sae, cfg = self.sae, self.config
-        with torch.no_grad():
-            code = sae.encode_for_training(batch, context)
-            x_hat = sae.decode(code)
-            dead = dead_rows(sae, context.dead)
-        values, x_hat = code.values.requires_grad_(), x_hat.requires_grad_()
-        acts = SparseActs(values, code.indices, code.offsets, code.d_sae)
-        leaves: list[Tensor] = []
-        if dead is not None:
-            dead = dead.as_leaves()
-            leaves = [dead.W_enc, dead.W_dec, dead.b_enc]
-        penalty = sae.sparsity_loss(acts, context)
-        out = total_loss(sae, batch, batch, acts, x_hat, penalty, dead)
-        inputs = [x_hat, *leaves] if penalty is None else [x_hat, *leaves, values]
-        grads = torch.autograd.grad(out.loss, inputs)
-        out.acts, out.reconstruction = acts.detach(), x_hat.detach()
-        grad_values = ops.sparse_decode_values_grad(grads[0], out.acts, sae.W_dec.detach())
-        if penalty is not None:
-            grad_values = grad_values + grads[-1]
+        parameters = StepTensors(*(getattr(sae, name).detach() for name in PARAMETERS))
+        more = MoreGradients(*grads[:4])
+        if more.b_dec is None:
+            more = more._replace(b_dec=torch.zeros_like(parameters.b_dec))
+        squared = None
+        if cfg.clip_grad_norm is not None and self.others:
+            squares = [g.double().square().sum() for g in others if g is not None]
+            squared = (
+                torch.stack(squares).sum() if squares else parameters.b_dec.new_zeros(()).double()
+            )
+        acts, grad_values, x, grad_output, more = _sums(tape, parameters, more)
         self.count += 1
-        ops.sparse_adam_step_(
-            StepTensors(*(getattr(sae, name).detach() for name in PARAMETERS)),
+        return ops.sparse_adam_step_(
+            parameters,
             StepTensors(**_named(self.exp_avg)),
             StepTensors(**_named(self.exp_avg_sq)),
-            out.acts,
+            acts,
             grad_values,
-            batch,
-            grads[0],
+            x,
+            grad_output,
             lr=lr,
             step=self.count,
             betas=cfg.betas,
             eps=cfg.eps,
             clip_grad_norm=cfg.clip_grad_norm,
-            extra_grads=_extra(dead.latents, grads[1:4]) if dead is not None else None,
+            extra_grads=_rows(tape, grads[4:7]),
+            more_grads=more,
+            apply_b_dec_to_input=sae.apply_b_dec_to_input,
+            other_squared=squared,
             compute_dtype=context.compute_dtype,
         )
-        return out
+
+    def _move_others(
+        self, grads: Sequence[Tensor | None], factor: Tensor | None, lr: float
+    ) -> None:
+        if self.optimizer is None:
+            return
+        for p, g in zip(self.others.values(), grads, strict=True):
+            p.grad = g if factor is None or g is None else g * factor.to(g.dtype)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """See `Update.state_dict`."""
-        return {"count": self.count, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        state = {"count": self.count, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        if self.optimizer is not None:
+            state["others"] = {n: dict(self.optimizer.state[p]) for n, p in self.others.items()}
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -85,12 +129,105 @@ class FusedUpdate:
         for own, saved in ((self.exp_avg, "exp_avg"), (self.exp_avg_sq, "exp_avg_sq")):
             for name, tensor in own.items():
                 tensor.copy_(state[saved][name])
+        for name, p in self.others.items():
+            assert self.optimizer is not None
+            for key, tensor in self.optimizer.state[p].items():
+                tensor.copy_(state["others"][name][key])
 
 
 def _named(averages: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removesuffix("_rows"): t for name, t in averages.items()}
 
 
-def _extra(latents: Tensor | None, grads: tuple[Tensor, ...]) -> LatentGradients:
-    assert latents is not None
-    return LatentGradients(latents.int(), *grads)
+def _rows(tape: Tape, grads: Sequence[Tensor | None]) -> LatentGradients | None:
+    """Return the gradients of the rows that a step has copied."""
+    if tape.rows is None:
+        return None
+    latents, leaves = tape.rows
+    found = (torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True))
+    return LatentGradients(latents.int(), *found)
+
+
+Sums = tuple[SparseActs, Tensor | SparseActs, Tensor, Tensor, MoreGradients]
+
+
+def _sums(tape: Tape, parameters: StepTensors, more: MoreGradients) -> Sums:
+    """Return what a step takes: acts, grad_values, x, grad_output and more_grads."""
+    d_sae = parameters.W_enc.shape[0]
+    encoder, decoder = tape.encoder, tape.decoder
+    if len(encoder) == len(decoder) == 1 and _share_entries(encoder[0], decoder[0]):
+        (enc,), (dec,) = encoder, decoder
+        acts = SparseActs(dec.values, dec.indices, dec.offsets, d_sae)
+        return acts, enc.values, enc.x, dec.x, more
+    if parameters.W_enc.device.type != "cpu":
+        return _gradients(tape, parameters, more)
+    acts, grad_output = _stacked(decoder, parameters.W_dec)
+    grad_acts, x = _stacked(encoder, parameters.W_enc)
+    return acts, grad_acts, x, grad_output, more
+
+
+def _share_entries(enc: Entries, dec: Entries) -> bool:
+    """Return whether one code says what both sums are of, without a full one: matmuls of both."""
+    if SparseActs(dec.values, dec.indices, dec.offsets, dec.values.shape[-1]).is_full:
+        return False
+    if enc.indices.data_ptr() != dec.indices.data_ptr() or enc.values.shape != dec.values.shape:
+        return False
+    if (enc.offsets is None) != (dec.offsets is None):
+        return False
+    if enc.offsets is not None and enc.offsets.data_ptr() != dec.offsets.data_ptr():  # type: ignore[union-attr]
+        return False
+    if enc.values.device.type != "cpu":  # asking would be a wait; the classes that come here
+        return True  # have no gradient where they have no value
+    return not bool(((dec.values == 0) & (enc.values != 0)).any())
+
+
+def _stacked(sums: list[Entries], W: Tensor) -> tuple[SparseActs, Tensor]:
+    """Return several sums as one: a code of all their rows, and the rows."""
+    d_sae, width = W.shape
+    if len(sums) == 1:
+        return SparseActs(*sums[0][:3], d_sae), sums[0].x
+    values, indices, ends = [W.new_empty(0)], [torch.empty(0, dtype=torch.int32)], [torch.zeros(1)]
+    total = 0
+    for one in sums:
+        if one.offsets is None:
+            n, k = one.values.shape
+            own = torch.arange(1, n + 1) * k
+        else:
+            own = one.offsets[1:].long()
+        count = int(own[-1]) if own.numel() else 0
+        values.append(one.values.reshape(-1)[:count])
+        indices.append(one.indices.reshape(-1)[:count])
+        ends.append(own + total)
+        total += count
+    offsets = torch.cat(ends).int()
+    acts = SparseActs(torch.cat(values), torch.cat(indices), offsets, d_sae)
+    return acts, torch.cat([W.new_empty(0, width), *(one.x for one in sums)])
+
+
+def _gradients(tape: Tape, parameters: StepTensors, more: MoreGradients) -> Sums:
+    """Return no sums, and their gradients among the others, for a device without the kernel."""
+    W_enc, W_dec, b_enc, b_dec = parameters
+    d_sae = W_enc.shape[0]
+    for values, indices, offsets, grad in tape.decoder:
+        g = _autograd.weight_grad(values, indices, offsets, d_sae, grad)[0]
+        more = more._replace(W_dec=_plus(more.W_dec, g))
+    for values, indices, offsets, x in tape.encoder:
+        centered = x - b_dec if tape.centered else x
+        g, g_b = _autograd.weight_grad(values, indices, offsets, d_sae, centered)
+        more = more._replace(W_enc=_plus(more.W_enc, g), b_enc=_plus(more.b_enc, g_b))
+        if tape.centered:
+            more = more._replace(b_dec=_plus(more.b_dec, -(g_b @ W_enc)))
+    none = torch.zeros(0, 1, dtype=torch.int32, device=W_enc.device)
+    acts = SparseActs(W_enc.new_empty(0, 1), none, None, d_sae)
+    nothing = b_enc.new_empty(0, 1)
+    return (
+        acts,
+        nothing,
+        W_enc.new_empty(0, W_enc.shape[1]),
+        W_dec.new_empty(0, W_dec.shape[1]),
+        more,
+    )
+
+
+def _plus(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
@@ -10,7 +9,6 @@ from fastsae._log import logger
 from fastsae.interop.folder import OWN
 from fastsae.nn import SAE, ActivationScaler
 from fastsae.nn.init import some_rows
-from fastsae.nn.loss import upcast
 from fastsae.train.config import TrainConfig
 from fastsae.train.outliers import inlier_mask, norm_limits
 
@@ -25,8 +23,8 @@ def _takes_rows(sae: SAE, config: TrainConfig) -> bool:
 
 
 def start_rows(sae: SAE, config: TrainConfig) -> int:
-    """Return how many rows of the data a start is made from: with new matrices, one a latent."""
-    return max(config.sample_rows, sae.d_sae if _takes_rows(sae, config) else 0)
+    """Return how many rows of the data a start is made from: new matrices need theirs."""
+    return max(config.sample_rows, sae.start_rows if _takes_rows(sae, config) else 0)
 
 
 def start_(
@@ -47,7 +45,6 @@ def start_(
         ValueError: rows are all equal.
     """
     fresh = not (bool(sae.b_enc.any()) or bool(sae.b_dec.any()))
-    _unit_rows_(sae)
     takes_rows = _takes_rows(sae, config)
     many = sample[inlier_mask(sae.columns.split(sample).x, config.outlier_norm)]
     few = many if few_rows is None else some_rows(many, few_rows, config.seed)
@@ -56,6 +53,7 @@ def start_(
         scaler = ActivationScaler.estimate(sae.columns, few)
         if not fresh or sae.holds_units:
             scaler.unfold_(sae)
+    _unit_rows_(sae)
     many, few = scaler.scale(many), scaler.scale(few)
     limits = norm_limits(sae.columns, few, config.outlier_norm)
     sae.train()
@@ -72,7 +70,7 @@ def start_(
 
 def _unit_rows_(sae: SAE) -> None:
     """Make rows of the decoder norm 1, as updates keep them; say so where the code changes."""
-    norms = torch.linalg.vector_norm(upcast(sae.W_dec.detach()), dim=1)
+    norms = sae.decoder_norms()
     norms = norms[norms > 0]
     if bool(((norms - 1).abs() <= UNIT).all()) or parametrize.is_parametrized(sae, "W_dec"):
         return
@@ -88,7 +86,7 @@ def _unit_rows_(sae: SAE) -> None:
 
 def _mention_units(sae: SAE) -> None:
     """Log which parameters folding the scale leaves alone, since it does not know them."""
-    own = [name for name, _ in sae.named_parameters() if name not in OWN]
+    own = [name for name, _ in sae.named_parameters() if name.split(".")[0] not in OWN]
     own = [name for name in own if not name.startswith("parametrizations.")]
     if own and type(sae).rescale_code_.__module__.startswith("fastsae."):
         logger.warning(

@@ -658,8 +658,8 @@ class Trainer:
 
     def _raw_copy(self) -> SAE:
         """Return a copy of the SAE that takes raw activations; it shares what folding keeps."""
-        kept = (self.sae.W_enc_rows, self.sae.W_dec) if self.scaler.keeps_matrices else ()
-        shared: dict[int, Any] = {id(p): p for p in kept}
+        kept = self.sae.matrices if self.scaler.keeps_matrices else []
+        shared: dict[int, Any] = {id(p): p for p in kept if p is not None}
         sae = copy.deepcopy(self.sae, shared)
         self.scaler.fold_(sae)
         return sae

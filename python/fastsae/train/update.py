@@ -35,7 +35,7 @@ from fastsae.train.autograd_update import AutogradUpdate
 from fastsae.train.config import TrainConfig
 from fastsae.train.fused_update import PARAMETERS, FusedUpdate
 
-FUSED: tuple[type[SAE], ...] = (
+ON_CUDA: tuple[type[SAE], ...] = (
     TopKSAE,
     BatchTopKSAE,
     FeatureChoiceSAE,
@@ -46,7 +46,10 @@ FUSED: tuple[type[SAE], ...] = (
     TopKCrossCoder,
     ReLUCrossCoder,
 )
-"""Classes whose gradients follow from those of the code, the reconstruction and dead rows."""
+"""Classes whose encoder and decoder have one code, which the CUDA kernel takes."""
+
+OTHERS = {"log_threshold", "r_mag", "b_mag", "W_skip"}
+"""Parameters of classes of fastsae besides those of every SAE."""
 
 HARMLESS = {"__doc__", "__module__", "__qualname__", "__init__", "__annotations__", "config"}
 HARMLESS |= {"extra_repr", "__static_attributes__", "__firstlineno__", "__abstractmethods__"}
@@ -99,20 +102,23 @@ def base_of(sae: SAE) -> type[SAE] | None:
 def why_not_fused(sae: SAE, config: TrainConfig) -> str | None:
     """Return why the fused update would not train `sae` as autograd does; None: it would.
 
-    It knows exactly four parameters and the loss of `FUSED` classes. So it applies to these and to
-    subclasses that override nothing of them, without another parameter or trained buffer, without
-    hooks and parametrizations, in float32 or float64 on a device that has the kernel, and to Adam.
+    It calls the loss of the module, and leaves out its backward what the kernel does. So it applies
+    to the classes of `fastsae.nn` and to subclasses that override nothing of them, without a
+    parameter or trained buffer of their own, without hooks and parametrizations, in float32 or
+    float64 on a device that has the kernel, and to Adam.
     """
     base, cls = base_of(sae), type(sae)
     if config.optimizer not in ("adam", "adam_mini"):
         return f"optimizer is {config.optimizer}"
-    if not sae.apply_b_dec_to_input:
-        return "b_dec is not subtracted from the input"
-    if base not in FUSED:
-        return f"{base.__name__ if base else cls.__name__} has no fused update"
-    if getattr(sae, "multi_topk", False):
-        return "multi_topk decodes a second, wider code"
+    if base is None:
+        return f"{cls.__name__} is no class of fastsae"
+    if sae.W_enc_rows.device.type == "cuda" and not _suits_cuda(sae, base):
+        return f"{base.__name__} has no fused update on CUDA"
     return _overridden(sae, base) or _foreign_tensors(sae) or _hooks(sae) or _unsuited_tensors(sae)
+
+
+def _suits_cuda(sae: SAE, base: type[SAE]) -> bool:
+    return base in ON_CUDA and sae.apply_b_dec_to_input and not getattr(sae, "multi_topk", False)
 
 
 def _overridden(sae: SAE, base: type[SAE]) -> str | None:
@@ -143,7 +149,7 @@ def _foreign_tensors(sae: SAE) -> str | None:
     """Return which parameter, trained buffer or submodule the fused update does not know."""
     names = [name for name, _ in sae.named_parameters()]  # a shared one comes once
     for name in names:
-        if name not in PARAMETERS:
+        if name not in PARAMETERS and name not in OTHERS:
             return f"{name} is a parameter that the fused update does not know"
     for name in PARAMETERS:
         if name not in names:
@@ -179,6 +185,8 @@ def _unsuited_tensors(sae: SAE) -> str | None:
             return f"{name} is a {type(p).__name__}"
         if not p.requires_grad:
             return f"{name} is frozen"
+        if name in OTHERS:
+            continue
         if p.device != device or p.dtype != dtype or not p.is_contiguous():
             return f"{name} is not contiguous, in {dtype} and on {device} like W_enc_rows"
     return None

@@ -98,15 +98,50 @@ def expect_set(case: Case, what: str) -> None:
 
 
 def make_cross_layer(cases: Cases) -> None:
-    """A cross-layer transcoder."""
+    """Cross-layer transcoders."""
+    for name, jumprelu in (("clt_relu", False), ("clt_jumprelu", True)):
+        case = cases(name)
+        save_cross_layer(case, jumprelu)
+        expect_cross_layer(case, f"cross-layer transcoder, {name.removeprefix('clt_')}, float32")
+    case = cases("clt")
+    save_cross_layer(case, True, change=-0.5)
+    reason = "a threshold below 0: its JumpReLU has no relu and passes negative values"
+    case.refuse(case.x(), "cross-layer transcoder, some thresholds below 0", reason)
+
+
+def save_cross_layer(case: Case, jumprelu: bool, change: float = 0.0) -> None:
+    """Save a cross-layer transcoder with generic weights."""
     from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder
 
-    case = cases("clt")
+    act = "jump_relu" if jumprelu else "relu"
     clt = CrossLayerTranscoder(
-        LAYERS, D_SAE, D_IN, "jump_relu", lazy_decoder=False, device=CPU, dtype=torch.float32
+        LAYERS, D_SAE, D_IN, act, lazy_decoder=False, device=CPU, dtype=torch.float32
     )
-    for parameter in clt.parameters():
+    for name, parameter in clt.named_parameters():
         parameter.data = case.randn(*parameter.shape)
+        if name == "W_enc":
+            parameter.data /= D_IN**0.5
+        if name.endswith("threshold"):
+            rows = [case.thresholds() for _ in range(LAYERS)]
+            parameter.data = torch.stack(rows).view(parameter.shape) + change
     clt.to_safetensors(str(case.folder))
     write_config(case, "cross_layer_transcoder")
-    case.refuse(case.x(), "cross-layer transcoder", "a latent writes to every later layer")
+
+
+def expect_cross_layer(case: Case, what: str) -> None:
+    """Write what it computes of activations of every layer side by side, x [n, layers * d]."""
+    from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
+
+    def at(dtype: torch.dtype) -> Compute:
+        clt = load_clt(str(case.folder), device=CPU, dtype=dtype, lazy_decoder=False)
+
+        def compute(x: Tensor) -> tuple[Tensor, Tensor]:
+            code = clt.encode(x.unflatten(1, (LAYERS, D_IN)).transpose(0, 1))
+            out = clt.decode(code)
+            return code.transpose(0, 1).flatten(1), out.transpose(0, 1).flatten(1)
+
+        return compute
+
+    what += "; x, code and out have the layers side by side"
+    x = torch.cat([case.x() for _ in range(LAYERS)], 1)
+    case.expect(x, at(torch.float32), at(torch.float64), what)

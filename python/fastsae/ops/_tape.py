@@ -1,0 +1,138 @@
+"""What a training step records in place of gradients of matrices.
+
+The gradient of an encoder or a decoder matrix is a sum of rows of activations, weighted by the
+entries of a code. `sparse_adam_step_` forms these sums itself, latent by latent, so that whoever
+calls it needs the entries and not the sum: while a tape is recording, the backward of an op that is
+given one of its matrices hands them over, and gives that matrix no gradient. What the tape cannot
+take remains a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae.types import StepTensors
+
+
+class Entries(NamedTuple):
+    """One sum: that of latent `indices[j]` has `values[j]` times the row of `x` that j is in."""
+
+    values: Tensor
+    indices: Tensor
+    offsets: Tensor | None
+    x: Tensor
+    """[n, d], b_dec not subtracted"""
+
+
+class Tape:
+    """The sums that one step leaves for the two matrices of a dictionary."""
+
+    def __init__(self, parameters: StepTensors, centered: bool) -> None:
+        self.parameters = parameters
+        self.centered = centered
+        """Whether b_dec is subtracted from what is encoded."""
+        self.encoder: list[Entries] = []
+        """With what b_enc gets, and b_dec if `centered`."""
+        self.decoder: list[Entries] = []
+        self.recording = False
+        self.rows: tuple[Tensor, list[Tensor]] | None = None
+        """Latents, and copies of their rows of W_enc, W_dec and b_enc: leaves of the graph."""
+
+    def copy_rows(self, latents: Tensor) -> list[Tensor]:
+        """Return leaves with the rows of `latents: [e]`, whose gradients the step takes as such.
+
+        They stand for their part of b_dec in the encoder too, which needs no gradient of its own.
+        """
+        assert self.rows is None, "one auxiliary loss in a step"
+        tensors = (self.parameters.W_enc, self.parameters.W_dec, self.parameters.b_enc)
+        leaves = [t.detach().index_select(0, latents).requires_grad_() for t in tensors]
+        self.rows = latents, leaves
+        return leaves
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Record what a backward inside leaves."""
+        self.recording = True
+        try:
+            yield
+        finally:
+            self.recording = False
+
+
+_open: dict[int, Tape] = {}
+"""By the address of a matrix: a backward may run in another thread."""
+
+
+@contextmanager
+def opened(parameters: StepTensors, centered: bool) -> Iterator[Tape]:
+    """Open a tape for a training step; `centered`: b_dec is subtracted from what is encoded.
+
+    Raises:
+        RuntimeError: another step is under way on one of the matrices.
+    """
+    tape = Tape(parameters, centered)
+    places = {_place(parameters.W_enc), _place(parameters.W_dec)}
+    if len(places) != 2 or places & _open.keys():
+        raise RuntimeError("fastsae: expected one step at a time, on two matrices of their own")
+    _open.update(dict.fromkeys(places, tape))
+    try:
+        yield tape
+    finally:
+        for place in places:
+            del _open[place]
+
+
+def of(matrix: Tensor) -> Tape | None:
+    """Return the open tape of a matrix, if it has one."""
+    return _open.get(_place(matrix)) if _open else None
+
+
+def take_decoder(
+    W_dec: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, grad: Tensor
+) -> bool:
+    """Record that W_dec gets the sum of `values` times the rows of `grad`; False without a tape."""
+    tape = _recording(W_dec)
+    if tape is None or _place(tape.parameters.W_dec) != _place(W_dec):
+        return False
+    if values.numel():
+        tape.decoder.append(Entries(values, indices, offsets, grad))
+    return True
+
+
+def take_encoder(
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    grad: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    x: Tensor,
+) -> bool:
+    """Record that all three get what the gradient `grad` of `(x - b_dec) W_enc^T + b_enc` in these
+    entries gives them; False without a tape, or where it would have to give something else."""
+    tape = _recording(W_enc)
+    if tape is None or b_enc is None:
+        return False
+    own = tape.parameters
+    known = _place(W_enc) == _place(own.W_enc) and _place(b_enc) == _place(own.b_enc)
+    if not known or (b_dec is not None and _place(b_dec) != _place(own.b_dec)):
+        return False
+    if tape.centered is not (b_dec is not None):
+        return False
+    tape.encoder.append(Entries(grad, indices, offsets, x))
+    return True
+
+
+def _recording(matrix: Tensor) -> Tape | None:
+    tape = of(matrix)
+    # A backward that builds a graph of its own is part of somebody's loss.
+    return None if tape is None or not tape.recording or torch.is_grad_enabled() else tape
+
+
+def _place(t: Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() else t.data_ptr()
