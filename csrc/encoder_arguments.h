@@ -52,6 +52,27 @@ inline EncoderArguments encoder_arguments(const char* op, const Tensor& x, const
   return in;
 }
 
+inline void check_groups(const char* op, int64_t k, int64_t d_sae) {
+  FASTSAE_CHECK(k >= 1 && k <= d_sae && d_sae % k == 0, op,
+                ": expected k to divide d_sae = ", d_sae, ", got k = ", k);
+}
+
+// The factors of the effects grad W_dec^T on what x passes through, and their weight.
+inline void check_effects(const char* op, const Tensor& x, int64_t d_sae, const Tensor& grad,
+                          const Tensor& W_dec, double beta) {
+  check_matrix(op, "grad", grad);
+  check_matrix(op, "W_dec", W_dec);
+  FASTSAE_CHECK(W_dec.size(0) == d_sae, op,
+                ": expected W_dec to be [d_sae, d_out] with d_sae = ", d_sae, ", got ",
+                shape_of(W_dec));
+  FASTSAE_CHECK(grad.size(0) == x.size(0) && grad.size(1) == W_dec.size(1), op,
+                ": expected grad to be [", x.size(0), ", ", W_dec.size(1), "], got ",
+                shape_of(grad));
+  check_same_type(op, "grad", grad, x.scalar_type());
+  check_same_type(op, "W_dec", W_dec, x.scalar_type());
+  FASTSAE_CHECK(beta > 0 && beta - beta == 0, op, ": expected 0 < beta < inf, got ", beta);
+}
+
 // How n rows of pre-activations are cut into chunks: `count` of them, all but the last of `rows`.
 struct RowChunks {
   int64_t count, rows;

@@ -38,10 +38,10 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
 
   // topk, batch_topk and threshold_select of (x - b_dec) W_enc^T + b_enc, which is never stored
   // whole. Only latents where mask [F] is true are eligible. bf16_product: both factors of the
-  // matmul may be rounded to bfloat16, its sums are float32.
+  // matmul may be rounded to bfloat16, its sums are float32. absolute: by magnitude.
   m.def(
       "encode_topk(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, int k, Tensor? mask,"
-      " bool relu, bool bf16_product) -> (Tensor values, Tensor indices)");
+      " bool relu, bool absolute, bool bf16_product) -> (Tensor values, Tensor indices)");
   m.def(
       "encode_batch_topk(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, SymInt budget,"
       " Tensor? mask, bool bf16_product, Tensor? threshold_guess)"
@@ -49,6 +49,24 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
   m.def(
       "encode_threshold(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor threshold,"
       " SymInt capacity, bool bf16_product) -> (Tensor values, Tensor indices, Tensor offsets)");
+
+  // relu of the largest of each of k equal groups of columns of that matrix.
+  m.def(
+      "encode_group_max(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, int k,"
+      " bool bf16_product) -> (Tensor values, Tensor indices)");
+
+  // relu of its entries z of each row where relu(z) (1 + beta |e|) is among the k largest, with
+  // e = grad W_dec^T, over the mean of |e| in the row if normalize.
+  m.def(
+      "encode_gradient_topk(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, Tensor grad,"
+      " Tensor W_dec, int k, float beta, bool normalize, bool bf16_product)"
+      " -> (Tensor values, Tensor indices)");
+
+  // Of each of its columns, with a = relu: the norm of a, or the entropy of a / sum(a); and the
+  // budget-th largest positive entry, as encode_batch_topk's threshold.
+  m.def(
+      "latent_scores(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, bool entropy,"
+      " SymInt budget, bool bf16_product) -> (Tensor scores, Tensor threshold)");
 
   // out[n, d] = sum over the active entries j of row n of values_j W_dec[indices_j] (+ b_dec).
   m.def(

@@ -1,7 +1,8 @@
-"""encode_topk, encode_batch_topk and encode_threshold against a linear layer and a selection."""
+"""The encode ops against a linear layer and a selection."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -138,3 +139,73 @@ def _other_cases(
         same_threshold,
         **product,
     )
+    yield from _rules(x, W, b, name, shape, product, tolerance)
+
+
+def _rules(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    name: str,
+    shape: Shape,
+    product: dict[str, Any],
+    tolerance: float,
+) -> Iterator[Case]:
+    """Yield the cases of what selects otherwise than by value."""
+    n, d, m, k = shape
+    groups = math.gcd(m, 1 << (k.bit_length() - 1))
+    grad, W_dec = torch.randn_like(x), torch.randn_like(W)
+
+    def torch_groups() -> tuple[Tensor, Tensor]:
+        values, place = linear(x, W, b).unflatten(1, (groups, -1)).max(2)
+        return values.relu(), place + torch.arange(0, m, m // groups, device=x.device)
+
+    def same_groups() -> None:
+        got = ops.encode_group_max(x, W, b, groups)
+        assert_close(got.values, torch_groups()[0], rtol=tolerance, atol=tolerance)
+
+    def scored() -> Any:
+        return ops.encode_gradient_topk(x, W, b, k, grad=grad, W_dec=W_dec)
+
+    def torch_scored() -> Tensor:
+        values, effect = linear(x, W, b).relu(), linear(grad, W_dec).abs()
+        score = values * (1 + effect / effect.mean(1, keepdim=True))
+        return values.gather(1, score.topk(k, sorted=False).indices)
+
+    def same_scored() -> None:
+        got, want = scored().values.sort(1).values, torch_scored().sort(1).values
+        wrong = (got - want).abs() > tolerance * (1 + want.abs())
+        assert wrong.float().mean() < 0.01  # rounding decides between near ties
+
+    def torch_scores() -> tuple[Tensor, Tensor]:
+        a = linear(x, W, b).relu()
+        return torch.linalg.vector_norm(a, dim=0), a.flatten().topk(k * n, sorted=False).values
+
+    def same_scores() -> None:
+        got = ops.latent_scores(x, W, b, k)
+        norm, kept = torch_scores()
+        assert_close(got.scores, norm.float(), rtol=10 * tolerance, atol=10 * tolerance)
+        assert_close(got.threshold, kept.min().float(), rtol=tolerance, atol=tolerance)
+
+    for op, ours, torch_name, theirs, same, products in (
+        (
+            "encode_group_max",
+            lambda: ops.encode_group_max(x, W, b, groups),
+            "linear + max",
+            torch_groups,
+            same_groups,
+            1,
+        ),
+        ("encode_gradient_topk", scored, "2 linear + topk", torch_scored, same_scored, 2),
+        (
+            "latent_scores",
+            lambda: ops.latent_scores(x, W, b, k),
+            "linear + norm + flatten + topk",
+            torch_scores,
+            same_scores,
+            1,
+        ),
+    ):
+        ways: dict[str, Work] = {torch_name: theirs}
+        rest = product | {"flops": products * 2.0 * n * d * m, "targets": {}}
+        yield Case(op, describe(name, shape), ours, ways, same, **rest)

@@ -1,9 +1,8 @@
 // values, indices [n, k] = topk of (x - b_dec) W_enc^T + b_enc, without that matrix.
 //
-// In blocks of tokens: the first latents are computed for all tokens of the block and kept; maxima
-// of groups of them give each token a lower bound of its k-th largest. From then on a
-// pre-activation leaves the registers only if it passes the bound of its token, which rises as
-// candidates gather.
+// In blocks of tokens, see block_topk.h: but for those of the first latents, a pre-activation
+// leaves the registers only if it passes the bound of its token.
+#include "cpu/block_topk.h"
 #include "cpu/encode_block.h"
 #include "cpu/row_select.h"
 
@@ -36,9 +35,17 @@ std::vector<int32_t> pad_latents(const std::vector<int32_t>& latents, int64_t k,
   return all;
 }
 
+// What is asked for.
+struct Choice {
+  int64_t k;
+  bool relu;      // selected negative values become 0
+  bool absolute;  // by magnitude
+};
+
 template <class T>
-void select_all(const EncoderInput& in, int64_t k, bool relu, T* values, int32_t* indices) {
+void select_all(const EncoderInput& in, const Choice& choice, T* values, int32_t* indices) {
   using A = Acc<T>;
+  const int64_t k = choice.k;
   std::vector<int32_t> from;
   const std::vector<int32_t> all = pad_latents(in.latents, k, from);
   const auto fill = [&](const T* pre, const A* bias, int64_t first, int64_t rows) {
@@ -50,7 +57,7 @@ void select_all(const EncoderInput& in, int64_t k, bool relu, T* values, int32_t
           v = widen(pre[r * m + from[j]]);
           if (bias) v += bias[from[j]];
         }
-        values[(first + r) * k + j] = narrow<T>(rectified(v, relu));
+        values[(first + r) * k + j] = narrow<T>(rectified(v, choice.relu));
         indices[(first + r) * k + j] = all[j];
       }
     }
@@ -60,19 +67,30 @@ void select_all(const EncoderInput& in, int64_t k, bool relu, T* values, int32_t
 }
 
 template <class T>
-void select_chunked(const EncoderInput& in, int64_t k, bool relu, T* values, int32_t* indices) {
-  const Kernels<T>& kernel = kernels<T>();
-  const int64_t m = in.latent_count();
-  for_each_chunk<T>(in, [&](const T* pre, const Acc<T>* bias, int64_t first, int64_t rows) {
+void select_chunked(const EncoderInput& in, const Choice& choice, T* values, int32_t* indices) {
+  using A = Acc<T>;
+  const int64_t m = in.latent_count(), k = choice.k;
+  for_each_chunk<T>(in, [&](const T* pre, const A* bias, int64_t first, int64_t rows) {
     const int64_t grain = std::max<int64_t>(1, 16384 / m);
     torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      thread_local RowScratch<Acc<T>> s;
+      thread_local RowScratch<A> s;
+      thread_local std::vector<A> magnitudes;
       for (int64_t r = begin; r < end; ++r) {
-        select_row(kernel, pre + r * m, bias, m, k, static_cast<const T*>(nullptr), s);
+        const T* row = pre + r * m;
+        const auto sum = [&](int64_t j) { return bias ? widen(row[j]) + bias[j] : widen(row[j]); };
+        if (choice.absolute) {
+          magnitudes.resize(static_cast<size_t>(m));
+          for (int64_t j = 0; j < m; ++j) magnitudes[j] = std::abs(sum(j));
+          select_row(kernels<A>(), magnitudes.data(), static_cast<const A*>(nullptr), m, k,
+                     static_cast<const A*>(nullptr), s);
+        } else {
+          select_row(kernels<T>(), row, bias, m, k, static_cast<const T*>(nullptr), s);
+        }
         T* v = values + (first + r) * k;
         int32_t* index = indices + (first + r) * k;
         for (int64_t j = 0; j < k; ++j) {
-          v[j] = narrow<T>(rectified(s.values[j], relu));
+          const A value = choice.absolute ? sum(s.indices[j]) : s.values[j];
+          v[j] = narrow<T>(rectified(value, choice.relu));
           index[j] = in.masked ? in.latents[s.indices[j]] : s.indices[j];
         }
       }
@@ -80,116 +98,19 @@ void select_chunked(const EncoderInput& in, int64_t k, bool relu, T* values, int
   });
 }
 
-// The candidates of every token of a block, and its bound.
-template <class A>
-class BlockTopK {
- public:
-  static constexpr int64_t kSeeds = 2048;  // latents that the first bounds come from, at least
-
-  BlockTopK(const Kernels<A>& kernel, int64_t k, int64_t latents)
-      : kernel_(kernel),
-        k_(k),
-        capacity_(std::max<int64_t>(1024, 3 * k)),
-        groups_((4 * k + 63) / 64 * 64),
-        seeds_(std::min(latents, std::max(kSeeds, 2 * groups_))) {}
-
-  // Latents that `seed` needs.
-  int64_t seeds() const { return seeds_; }
-
-  void reset(int64_t tokens, int64_t padded) {
-    // Padding never passes.
-    lower_bounds_.assign(static_cast<size_t>(padded), std::numeric_limits<A>::infinity());
-    std::fill_n(lower_bounds_.begin(), tokens, std::numeric_limits<A>::quiet_NaN());
-    counts_.assign(static_cast<size_t>(tokens), 0);
-    values_ = value_space_.reserve(tokens * capacity_);
-    latents_ = latent_space_.reserve(tokens * capacity_);
-    keys_ = key_space_.reserve(std::max(capacity_, groups_));
-  }
-
-  A* lower_bounds() { return lower_bounds_.data(); }
-
-  // Sets the bounds from pre[f * padded + t], f < seeds(), and takes the candidates among them.
-  void seed(const A* pre, int64_t padded) {
-    const int64_t tokens = static_cast<int64_t>(counts_.size());
-    if (2 * groups_ <= seeds_) bound(pre, padded);
-    A* values = filtered_.reserve(tokens + 64);
-    int32_t* at = filtered_at_.reserve(tokens + 64);
-    for (int64_t f = 0; f < seeds_; ++f) {
-      const int64_t found =
-          kernel_.filter(pre + f * padded, static_cast<const A*>(nullptr), tokens,
-                         lower_bounds_.data(), true, Pass::kNotBelow, 0, values, at);
-      for (int64_t j = 0; j < found; ++j) add(values[j], static_cast<int32_t>(f), at[j]);
-    }
-  }
-
-  void add(A value, int32_t latent, int64_t token) {
-    int64_t& count = counts_[token];
-    if (count == capacity_) tighten(token);
-    values_[token * capacity_ + count] = value;
-    latents_[token * capacity_ + count++] = latent;
-  }
-
-  // Leaves the k largest, ascending latent.
-  void finish(int64_t token, const A** values, const int32_t** latents) {
-    if (counts_[token] > k_) tighten(token);
-    *values = values_ + token * capacity_;
-    *latents = latents_ + token * capacity_;
-  }
-
- private:
-  void tighten(int64_t token) {
-    const A least = kernel_.keep_largest(values_ + token * capacity_, latents_ + token * capacity_,
-                                         counts_[token], k_, keys_);
-    counts_[token] = k_;
-    // What comes later and equals the least kept loses to it: strict is right. After k NaNs only a
-    // NaN would pass +inf, and lose as well.
-    lower_bounds_[token] = std::isnan(least) ? std::numeric_limits<A>::infinity() : least;
-  }
-
-  void bound(const A* pre, int64_t padded) {
-    constexpr A kInf = std::numeric_limits<A>::infinity();
-    A* maxima = maxima_.reserve(groups_ * padded);
-    std::fill_n(maxima, groups_ * padded, -kInf);
-    for (int64_t f = 0; f < seeds_; ++f) {
-      const A* row = pre + f * padded;
-      A* best = maxima + f % groups_ * padded;
-      for (int64_t t = 0; t < padded; ++t) best[t] = row[t] > best[t] ? row[t] : best[t];
-    }
-    A* column = column_.reserve(groups_);
-    for (size_t t = 0; t < counts_.size(); ++t) {
-      for (int64_t g = 0; g < groups_; ++g) column[g] = maxima[g * padded + t];
-      const A found = kernel_.kth_bound(column, groups_, k_, keys_);
-      // Entries equal to the bound belong: the filter is strict, so it gets the number below.
-      if (found > -kInf) lower_bounds_[t] = std::nextafter(found, -kInf);
-    }
-  }
-
-  const Kernels<A>& kernel_;
-  const int64_t k_, capacity_, groups_, seeds_;
-  std::vector<A> lower_bounds_;
-  std::vector<int64_t> counts_;
-  AlignedBuffer<A> value_space_, maxima_, column_, filtered_;
-  AlignedBuffer<int32_t> latent_space_, filtered_at_;
-  AlignedBuffer<typename Kernels<A>::Key> key_space_;
-  A* values_ = nullptr;
-  int32_t* latents_ = nullptr;
-  typename Kernels<A>::Key* keys_ = nullptr;
-};
-
 template <class T, class W>
-void select_in_blocks(const EncoderInput& in, int64_t k, bool relu, T* values, int32_t* indices) {
+void select_in_blocks(const EncoderInput& in, const Choice& choice, T* values, int32_t* indices) {
   using A = Acc<T>;
-  const int64_t n = in.x.size(0);
-  // The kept pre-activations of a block take at most 16 MiB.
-  constexpr int64_t kSeedBytes = int64_t{16} << 20;
-  const int64_t seeds = BlockTopK<A>(kernels<A>(), k, in.latent_count()).seeds();
+  const int64_t n = in.x.size(0), k = choice.k;
+  const bool absolute = choice.absolute;
+  const int64_t seeds = BlockTopK<A>(k, in.latent_count(), absolute).seeds();
   const int64_t block_tokens = std::clamp<int64_t>(
       kSeedBytes / (seeds * static_cast<int64_t>(sizeof(A))) / 32 * 32, 32, kBlockTokens);
   const BlockPlan plan = plan_blocks(n, block_tokens);
   torch::stable::parallel_for(0, plan.count, 1, [&](int64_t begin, int64_t end) {
     EncodeBlock<T, W> block(in);
-    BlockTopK<A> top(kernels<A>(), k, in.latent_count());
-    AlignedBuffer<A> pre;
+    BlockTopK<A> top(k, in.latent_count(), absolute);
+    AlignedBuffer<A> pre, magnitudes;
     for (int64_t b = begin; b < end; ++b) {
       const int64_t start = b * plan.size;
       block.pack(std::min(plan.size, n - start), [&](int64_t t) { return start + t; });
@@ -197,20 +118,28 @@ void select_in_blocks(const EncoderInput& in, int64_t k, bool relu, T* values, i
       const int64_t tiles = (top.seeds() + block.tile() - 1) / block.tile();
       A* first = pre.reserve(tiles * block.tile() * block.padded());
       block.store(0, top.seeds(), first);
-      top.seed(first, block.padded());
+      if (absolute) {
+        const int64_t size = top.seeds() * block.padded();
+        A* keys = magnitudes.reserve(size);
+        for (int64_t i = 0; i < size; ++i) keys[i] = std::abs(first[i]);
+        top.seed(keys, first, block.padded());
+      } else {
+        top.seed(first, nullptr, block.padded());
+      }
       // The tile that the seeds end in is computed again, from its start: what they have is
       // skipped.
       const int64_t next = top.seeds() / block.tile() * block.tile();
-      block.filter(next, top.lower_bounds(), false, Pass::kNotBelow,
+      block.filter(next, top.lower_bounds(), false, absolute ? Pass::kMagnitude : Pass::kNotBelow,
                    [&](A value, int32_t latent, int64_t token) {
-                     if (latent >= top.seeds()) top.add(value, latent, token);
+                     if (latent < top.seeds()) return;
+                     top.add(absolute ? std::abs(value) : value, value, latent, token);
                    });
       for (int64_t t = 0; t < block.count(); ++t) {
         const A* value;
         const int32_t* latent;
         top.finish(t, &value, &latent);
         for (int64_t j = 0; j < k; ++j) {
-          values[(start + t) * k + j] = narrow<T>(rectified(value[j], relu));
+          values[(start + t) * k + j] = narrow<T>(rectified(value[j], choice.relu));
           indices[(start + t) * k + j] = in.masked ? in.latents[latent[j]] : latent[j];
         }
       }
@@ -221,7 +150,7 @@ void select_in_blocks(const EncoderInput& in, int64_t k, bool relu, T* values, i
 std::tuple<Tensor, Tensor> encode_topk(const Tensor& x, const Tensor& W_enc,
                                        std::optional<Tensor> b_enc, std::optional<Tensor> b_dec,
                                        int64_t k, std::optional<Tensor> mask, bool relu,
-                                       bool bf16_product) {
+                                       bool absolute, bool bf16_product) {
   const EncoderInput in = encoder_input("encode_topk", x, W_enc, b_enc, b_dec, mask, bf16_product);
   check_k("encode_topk", k, in.d_sae);
   const int64_t n = in.x.size(0);
@@ -234,7 +163,8 @@ std::tuple<Tensor, Tensor> encode_topk(const Tensor& x, const Tensor& W_enc,
     const bool all = in.latent_count() < k;
     (all                     ? select_all<T>
      : encodes_in_blocks(in) ? select_in_blocks<T, W>
-                             : select_chunked<T>)(in, k, relu, mutable_data_of<T>(values),
+                             : select_chunked<T>)(in, Choice{k, relu, absolute},
+                                                  mutable_data_of<T>(values),
                                                   mutable_data_of<int32_t>(indices));
   });
   return {values, indices};

@@ -31,6 +31,11 @@ const TileKernels<W>& tile_kernels() {
   return at_level([](auto level) -> const TileKernels<W>& { return level.template tile<W>(); });
 }
 template <class A>
+const LatentKernels<A>& latent_kernels() {
+  return at_level(
+      [](auto level) -> const LatentKernels<A>& { return level.template latents<A>(); });
+}
+template <class A>
 const AdamKernels<A>& adam_kernels() {
   return at_level([](auto level) -> const AdamKernels<A>& { return level.template adam<A>(); });
 }
@@ -59,6 +64,8 @@ void round_row(const float*, int64_t, bf16x2*) {
 }
 #endif
 
+template const LatentKernels<float>& latent_kernels<float>();
+template const LatentKernels<double>& latent_kernels<double>();
 template const AdamKernels<float>& adam_kernels<float>();
 template const AdamKernels<double>& adam_kernels<double>();
 template const TileKernels<float>& tile_kernels<float>();

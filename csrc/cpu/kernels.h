@@ -13,8 +13,9 @@ namespace fastsae::cpu {
 
 // Which entries a filter lets through, for a lower bound b.
 enum class Pass {
-  kNotBelow,  // !(x <= b): above b, or unordered. A NaN entry passes; a NaN b passes all.
-  kAbove,     // x > b: a NaN entry never passes.
+  kNotBelow,   // !(x <= b): above b, or unordered. A NaN entry passes; a NaN b passes all.
+  kAbove,      // x > b: a NaN entry never passes.
+  kMagnitude,  // kNotBelow of |x|: of tiles, for one bound per token.
 };
 
 template <class T>
@@ -56,6 +57,28 @@ struct Kernels {
   void (*widen_max)(const T* x, int64_t n, A* out, A* best);
 };
 
+// What encoders do to rows of pre-activations, each of one latent and n tokens. Row r of several
+// starts at x + r * stride.
+template <class A>
+struct LatentKernels {
+  // best[t] = the largest of itself and of `rows` rows at t, and at[t] = first + r if that is of
+  // row r; the first one among equals. NaN is the largest, -0 equals +0.
+  void (*max_rows)(const A* x, int64_t rows, int64_t stride, int64_t n, int32_t first, A* best,
+                   int32_t* at);
+
+  // total[t] += sum over rows of |x[t]|.
+  void (*add_magnitudes)(const A* x, int64_t rows, int64_t stride, int64_t n, A* total);
+
+  // out[t] = relu(z[t]) * (base[t] + |effect[t]|).
+  void (*score)(const A* z, const A* effect, const A* base, int64_t n, A* out);
+
+  // The sum of relu(x[t]), or of its squares.
+  A (*sum_positive)(const A* x, int64_t n, bool squares);
+
+  // The sum of x[t] log x[t] over positive x[t].
+  A (*sum_log)(const A* x, int64_t n);
+};
+
 // The encoder's matmul: a tile of `latents` rows w against a panel of `tokens` packed columns x,
 // in words that are numbers of type A or pairs of bfloat16.
 template <class W>
@@ -95,6 +118,8 @@ struct Level {
   template <class W>
   static const TileKernels<W>& tile();
   template <class A>
+  static const LatentKernels<A>& latents();
+  template <class A>
   static const AdamKernels<A>& adam();
 };
 
@@ -106,6 +131,9 @@ void round_row(const float* x, int64_t n, bf16x2* out);
 // Those of the current level.
 template <class T>
 const Kernels<T>& kernels();
+
+template <class A>
+const LatentKernels<A>& latent_kernels();
 
 template <class A>
 const AdamKernels<A>& adam_kernels();

@@ -3,6 +3,7 @@
 #include "cpu/adam_impl.h"
 #include "cpu/filter_impl.h"
 #include "cpu/gather_impl.h"
+#include "cpu/latent_impl.h"
 #include "cpu/select_impl.h"
 #include "cpu/tile_impl.h"
 
@@ -28,6 +29,8 @@ FASTSAE_TABLE(Kernels, table, bf16, (kTable<VecF, bf16>))
 FASTSAE_TABLE(Kernels, table, fp16, (kTable<VecF, fp16>))
 FASTSAE_TABLE(TileKernels, tile, float, (kTileTable<VecF, PlainWords<VecF>>))
 FASTSAE_TABLE(TileKernels, tile, double, (kTileTable<VecD, PlainWords<VecD>>))
+FASTSAE_TABLE(LatentKernels, latents, float, kLatentTable<VecF>)
+FASTSAE_TABLE(LatentKernels, latents, double, kLatentTable<VecD>)
 FASTSAE_TABLE(AdamKernels, adam, float, kAdamTable<VecF>)
 FASTSAE_TABLE(AdamKernels, adam, double, kAdamTable<VecD>)
 

@@ -80,8 +80,10 @@ int64_t tile_filter_loop(const typename M::Word* w, int64_t stride, const typena
     for (int v = 0; v < T::kVectors; ++v) {
       const V bound = kPerLatent ? V::set1(lower_bound[l]) : V::load(lower_bound + v * V::kWidth);
       const V sum = tile.sum[l][v];
-      const unsigned mask =
-          V::bits(kPass == Pass::kAbove ? V::above(sum, bound) : V::not_below_or_equal(sum, bound));
+      const unsigned mask = V::bits(
+          kPass == Pass::kAbove
+              ? V::above(sum, bound)
+              : V::not_below_or_equal(kPass == Pass::kMagnitude ? V::abs(sum) : sum, bound));
       if (__builtin_expect(mask == 0, 1)) continue;
       count +=
           V::compress(sum, mask, l * T::kTokens + v * V::kWidth, values + count, codes + count);
@@ -101,6 +103,10 @@ int64_t tile_filter(const typename M::Word* w, int64_t stride, const typename M:
   if (pass == Pass::kAbove) {
     return tile_filter_loop<V, M, false, Pass::kAbove>(w, stride, x, depth, bias, lower_bound,
                                                        values, codes);
+  }
+  if (pass == Pass::kMagnitude) {
+    return tile_filter_loop<V, M, false, Pass::kMagnitude>(w, stride, x, depth, bias, lower_bound,
+                                                           values, codes);
   }
   return tile_filter_loop<V, M, false, Pass::kNotBelow>(w, stride, x, depth, bias, lower_bound,
                                                         values, codes);

@@ -57,6 +57,13 @@ struct VecF {
   using Mask = __m256;
   static Mask not_below_or_equal(VecF a, VecF b) { return _mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ); }
   static Mask above(VecF a, VecF b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
+  // Where x is larger than `best`, or NaN and `best` is not.
+  static Mask wins(VecF x, VecF best) {
+    const Mask ordered = _mm256_cmp_ps(best.v, best.v, _CMP_ORD_Q);
+    return _mm256_and_ps(ordered, _mm256_cmp_ps(x.v, best.v, _CMP_NLE_UQ));
+  }
+  static VecF select(Mask m, VecF a, VecF b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
+  static VecF abs(VecF a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
   static unsigned bits(Mask m) { return static_cast<unsigned>(_mm256_movemask_ps(m)); }
   static bool none(Mask a, Mask b, Mask c, Mask d) {
     return bits(_mm256_or_ps(_mm256_or_ps(a, b), _mm256_or_ps(c, d))) == 0;
@@ -116,6 +123,13 @@ struct VecD {
   using Mask = __m256d;
   static Mask not_below_or_equal(VecD a, VecD b) { return _mm256_cmp_pd(a.v, b.v, _CMP_NLE_UQ); }
   static Mask above(VecD a, VecD b) { return _mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ); }
+  // Where x is larger than `best`, or NaN and `best` is not.
+  static Mask wins(VecD x, VecD best) {
+    const Mask ordered = _mm256_cmp_pd(best.v, best.v, _CMP_ORD_Q);
+    return _mm256_and_pd(ordered, _mm256_cmp_pd(x.v, best.v, _CMP_NLE_UQ));
+  }
+  static VecD select(Mask m, VecD a, VecD b) { return {_mm256_blendv_pd(b.v, a.v, m)}; }
+  static VecD abs(VecD a) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v)}; }
   static unsigned bits(Mask m) { return static_cast<unsigned>(_mm256_movemask_pd(m)); }
   static bool none(Mask a, Mask b, Mask c, Mask d) {
     return bits(_mm256_or_pd(_mm256_or_pd(a, b), _mm256_or_pd(c, d))) == 0;

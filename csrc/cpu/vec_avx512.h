@@ -64,6 +64,13 @@ struct VecF {
     return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ);
   }
   static Mask above(VecF a, VecF b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+  // Where x is larger than `best`, or NaN and `best` is not.
+  static Mask wins(VecF x, VecF best) {
+    const Mask ordered = _mm512_cmp_ps_mask(best.v, best.v, _CMP_ORD_Q);
+    return _mm512_mask_cmp_ps_mask(ordered, x.v, best.v, _CMP_NLE_UQ);
+  }
+  static VecF select(Mask m, VecF a, VecF b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
+  static VecF abs(VecF a) { return {_mm512_abs_ps(a.v)}; }
   static unsigned bits(Mask m) { return m; }
   static bool none(Mask a, Mask b, Mask c, Mask d) {
     return _kortestz_mask16_u8(_kor_mask16(a, b), _kor_mask16(c, d));
@@ -116,6 +123,13 @@ struct VecD {
     return _mm512_cmp_pd_mask(a.v, b.v, _CMP_NLE_UQ);
   }
   static Mask above(VecD a, VecD b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
+  // Where x is larger than `best`, or NaN and `best` is not.
+  static Mask wins(VecD x, VecD best) {
+    const Mask ordered = _mm512_cmp_pd_mask(best.v, best.v, _CMP_ORD_Q);
+    return _mm512_mask_cmp_pd_mask(ordered, x.v, best.v, _CMP_NLE_UQ);
+  }
+  static VecD select(Mask m, VecD a, VecD b) { return {_mm512_mask_blend_pd(m, b.v, a.v)}; }
+  static VecD abs(VecD a) { return {_mm512_abs_pd(a.v)}; }
   static unsigned bits(Mask m) { return m; }
   static bool none(Mask a, Mask b, Mask c, Mask d) {
     return _kortestz_mask8_u8(_kor_mask8(a, b), _kor_mask8(c, d));

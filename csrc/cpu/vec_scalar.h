@@ -45,6 +45,13 @@ struct ScalarVec {
   using Mask = bool;
   static Mask not_below_or_equal(ScalarVec a, ScalarVec b) { return !(a.v <= b.v); }
   static Mask above(ScalarVec a, ScalarVec b) { return a.v > b.v; }
+  // Where x is larger than `best`, or NaN and `best` is not.
+  static Mask wins(ScalarVec x, ScalarVec best) { return best.v == best.v && !(x.v <= best.v); }
+  static ScalarVec select(Mask m, ScalarVec a, ScalarVec b) { return m ? a : b; }
+  static ScalarVec abs(ScalarVec a) {
+    if constexpr (sizeof(A) == sizeof(float)) return {__builtin_fabsf(a.v)};
+    else return {__builtin_fabs(a.v)};
+  }
   static unsigned bits(Mask m) { return m; }
   static bool none(Mask a, Mask b, Mask c, Mask d) { return !(a || b || c || d); }
   static int compress(ScalarVec x, unsigned mask, int32_t base, A* values, int32_t* indices) {

@@ -1,7 +1,6 @@
 // encode_topk on CUDA: topk of (x - b_dec) W_enc^T + b_enc, a chunk of rows at a time, on unrounded
 // sums.
-#include "cuda/encoder.h"
-#include "cuda/topk.h"
+#include "cuda/encode_by_score.h"
 
 namespace fastsae::cuda {
 namespace {
@@ -9,7 +8,7 @@ namespace {
 std::tuple<Tensor, Tensor> encode_topk(const Tensor& x, const Tensor& W_enc,
                                        std::optional<Tensor> b_enc, std::optional<Tensor> b_dec,
                                        int64_t k, std::optional<Tensor> mask, bool relu,
-                                       bool bf16_product) {
+                                       bool absolute, bool bf16_product) {
   constexpr const char* op = "encode_topk";
   format_of(op, "x", x);
   const DeviceScope device(x);
@@ -19,6 +18,16 @@ std::tuple<Tensor, Tensor> encode_topk(const Tensor& x, const Tensor& W_enc,
   Tensor values = new_empty(x, {n, k}, accumulator_type(x));
   Tensor indices = new_empty(x, {n, k}, ScalarType::Int);
   const Format format = format_of(op, "x", values);
+  if (absolute) {
+    Tensor buffer = new_empty(x, {chunks_of(in).rows, in.d_sae}, accumulator_type(x));
+    return encode_by_score(op, in, x, k, relu, device.stream(),
+                           [&](const void* pre, int64_t, int64_t rows) {
+                             const ScoreParams params{latent_rows(in, pre, rows), nullptr, 1.0,
+                                                      false, buffer.mutable_data_ptr()};
+                             check_launch(op, launch_scores(params, format, device.stream()));
+                             return buffer;
+                           });
+  }
   for_each_chunk(in, [&](const void* pre, int64_t first, int64_t rows) {
     Tensor some_values = values, some_indices = indices;
     some_values = torch::stable::narrow(some_values, 0, first, rows);

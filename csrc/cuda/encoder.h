@@ -44,20 +44,26 @@ inline RowChunks chunks_of(const EncoderArguments& in) {
   return row_chunks(in.x.size(0), 4 * in.d_sae, kChunkBytes, kMinChunkRows, 8);
 }
 
+// out [rows, F] = the pre-activations of rows first, first + 1, ... without the bias.
+inline void multiply(const EncoderArguments& in, int64_t first, int64_t rows, Tensor& out) {
+  Tensor x = in.x;
+  x = torch::stable::narrow(x, 0, first, rows);
+  const Tensor W = torch::stable::transpose(in.W_enc, 0, 1);
+  if (x.scalar_type() == out.scalar_type()) mm_out(x, W, out);
+  else mm_widening_out(x, W, out);
+}
+
 // Calls f(pre [rows, F] without the bias, first, rows) for consecutive chunks of rows.
 template <class Call>
 void for_each_chunk(const EncoderArguments& in, Call&& f) {
   const int64_t n = in.x.size(0);
   const RowChunks chunks = chunks_of(in);
-  const Tensor W = torch::stable::transpose(in.W_enc, 0, 1);
   const Tensor buffer = new_empty(in.x, {chunks.rows, in.d_sae}, accumulator_type(in.x));
   for (int64_t first = 0; first < n; first += chunks.rows) {
     const int64_t rows = std::min(chunks.rows, n - first);
-    Tensor x = in.x, out = buffer;
-    x = torch::stable::narrow(x, 0, first, rows);
+    Tensor out = buffer;
     out = torch::stable::narrow(out, 0, 0, rows);
-    if (in.x.scalar_type() == out.scalar_type()) mm_out(x, W, out);
-    else mm_widening_out(x, W, out);
+    multiply(in, first, rows, out);
     f(out.const_data_ptr(), first, rows);
   }
 }

@@ -82,12 +82,18 @@ def fake(op: str) -> Callable[[F], F]:
     return cast("Callable[[F], F]", torch.library.register_fake(f"fastsae::{op}"))
 
 
-def fallback(op: str) -> Callable[[F], F]:
-    """Register plain torch as `op` on every device that has no native kernel for it."""
+def fallback(op: str, *, slow: bool = True) -> Callable[[F], F]:
+    """Register plain torch as `op` on every device that has no native kernel for it.
+
+    Args:
+        op: its name.
+        slow: whether a GPU is told that a kernel is missing; False where plain torch is the way.
+    """
 
     def register(f: F) -> F:
         def plain(*arguments: Any) -> Any:
-            warn_if_slow(op, arguments)
+            if slow:
+                warn_if_slow(op, arguments)
             return _without_autocast(f, arguments)
 
         _fallbacks.impl(op, plain, "CompositeExplicitAutograd")

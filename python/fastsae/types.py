@@ -264,6 +264,15 @@ class BatchTopK(NamedTuple):
     threshold: Tensor
 
 
+class LatentScores(NamedTuple):
+    """What `latent_scores` returns."""
+
+    scores: Tensor
+    """[d_sae]: of every latent, over the batch."""
+    threshold: Tensor
+    """[]: the smallest value that BatchTopK among all latents would keep, +inf if none."""
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that sums and thresholds of `dtype` inputs are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -75,6 +75,8 @@ def cases() -> list[Case]:
     x, W, b, c, z = randn(N, D), randn(F, D), randn(F), randn(D), randn(N, F)
     encoder = (x, W, b, c)
     pre = pre_activations(*encoder)
+    grad = torch.linspace(-1, 2, D, dtype=torch.float64)
+    W_dec = torch.linspace(0.1, 2, F * D, dtype=torch.float64).sin().view(F, D)
     theta = torch.linspace(0.1, 0.6, F, dtype=torch.float64)
     m = torch.tensor([2, 0, 1, 1, 3, 1, 0, 2, 1], dtype=torch.int32)
 
@@ -116,6 +118,28 @@ def cases() -> list[Case]:
             encoder,
             lambda x, W, b, c: fixed(ops.encode_topk(x, W, b, K, b_dec=c)),
             encoded(largest_of_rows(pre) * (pre > 0)),
+        ),
+        Case(
+            "encode_topk-absolute",
+            encoder,
+            lambda x, W, b, c: fixed(ops.encode_topk(x, W, b, K, b_dec=c, absolute=True)),
+            encoded(largest_of_rows(pre.abs())),
+        ),
+        Case(
+            "encode_group_max",
+            encoder,
+            lambda x, W, b, c: fixed(ops.encode_group_max(x, W, b, 3, b_dec=c)),
+            encoded(largest_of_rows(pre.unflatten(1, (3, 3)), 1).flatten(1) * (pre > 0)),
+        ),
+        Case(
+            "encode_gradient_topk",
+            encoder,
+            lambda x, W, b, c: fixed(
+                ops.encode_gradient_topk(
+                    x, W, b, K, grad=grad.expand(x.shape), W_dec=W_dec, normalize=False, b_dec=c
+                )
+            ),
+            encoded(largest_of_rows(pre.relu() * (1 + (grad @ W_dec.t()).abs())) * (pre > 0)),
         ),
         Case(
             "encode_batch_topk",

@@ -21,6 +21,11 @@ def encoder():
 def encoders(x, W, b, c, threshold):
     return {
         "topk": SparseActs(*ops.encode_topk(x, W, b, K, b_dec=c), None, F),
+        "absolute": SparseActs(*ops.encode_topk(x, W, b, K, b_dec=c, absolute=True), None, F),
+        "group_max": SparseActs(*ops.encode_group_max(x, W, b, K, b_dec=c), None, F),
+        "gradient": SparseActs(
+            *ops.encode_gradient_topk(x, W, b, K, grad=x, W_dec=W, b_dec=c), None, F
+        ),
         "batch_topk": ops.encode_batch_topk(x, W, b, K, b_dec=c).acts,
         "threshold": ops.encode_threshold(x, W, b, threshold, N * F, b_dec=c),
         "feature_topk": ops.encode_feature_topk(

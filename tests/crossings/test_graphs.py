@@ -223,6 +223,7 @@ def test_opcheck_of_numbers_that_follow_from_a_shape(budget) -> None:
         lambda x: (x, W, B, None, budget * x.shape[0], None, False, None),
         x,
     )
+    check(native.latent_scores, lambda x: (x, W, B, None, False, budget * x.shape[0], False), x)
     check(native.encode_threshold, lambda x: (x, W, B, None, theta, budget * x.shape[0], False), x)
     check(
         native.encode_feature_topk,

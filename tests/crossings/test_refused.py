@@ -17,6 +17,11 @@ CALLS = {
     "threshold_select": lambda x: ops.threshold_select(x, torch.tensor(0.0), 20),
     "encode_topk": lambda x: ops.encode_topk(x, W, None, 2),
     "encode_batch_topk": lambda x: ops.encode_batch_topk(x, W, None, 2),
+    "encode_group_max": lambda x: ops.encode_group_max(x, W, None, 2),
+    "encode_gradient_topk": lambda x: ops.encode_gradient_topk(
+        x, W, None, 2, grad=torch.randn(4, 8), W_dec=W
+    ),
+    "latent_scores": lambda x: ops.latent_scores(x, W, None, 2),
     "encode_threshold": lambda x: ops.encode_threshold(x, W, None, torch.tensor(0.0), 20),
     "sparse_decode": lambda x: ops.sparse_decode(
         SparseActs(x, torch.zeros(4, 8, dtype=torch.int32), None, 20), W

@@ -121,6 +121,9 @@ def test_flops_are_counted() -> None:
     assert count(lambda: ops.encode_batch_topk(x, W, b, k)) == dense
     assert count(lambda: ops.encode_threshold(x, W, b, torch.tensor(1.0), 40)) == dense
     assert count(lambda: ops.encode_feature_topk(x, W, b, m, 64)) == dense
+    assert count(lambda: ops.encode_group_max(x, W, b, k)) == dense
+    assert count(lambda: ops.latent_scores(x, W, b, k)) == dense
+    assert count(lambda: ops.encode_gradient_topk(x, W, b, k, grad=x, W_dec=W)) == 2 * dense
     a = SparseActs(*ops.encode_topk(x, W, b, k), None, d_sae)
     assert count(lambda: ops.sparse_decode(a, W)) == sparse
     assert count(lambda: ops.sparse_decode(a, W).sum().backward(retain_graph=True)) == sparse * (

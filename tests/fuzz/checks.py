@@ -21,7 +21,7 @@ from fastsae.types import LatentGradients, LatentLists, SparseActs, StepTensors
 from tests.fuzz import inputs, oracle
 from tests.fuzz.inputs import Rng, bits_of, integers, laid_out, tensor
 from tests.fuzz.oracle import BF16, F16, F32, F64, Array, Format, numbers
-from tests.ops.calls import NAMES
+from tests.ops.calls import NAMES, has_kernel
 
 
 class Wrong(AssertionError):
@@ -62,8 +62,9 @@ def emulate() -> None:
     with warnings.catch_warnings():  # torch says once that it does what it was asked for
         warnings.simplefilter("ignore")
         for op in NAMES:
-            kernel = getattr(torch.ops.fastsae_emulated, op)
-            _held[-1].impl(op, kernel, "CPU", allow_override=True)
+            if has_kernel(op, "fastsae_emulated"):
+                kernel = getattr(torch.ops.fastsae_emulated, op)
+                _held[-1].impl(op, kernel, "CPU", allow_override=True)
     emulated = True
 
 
@@ -325,13 +326,20 @@ def encode_topk(rng: Rng) -> tuple[str, int]:
     """Call encode_topk; equal values may differ in the sign of a zero."""
     e = _Encoder(rng)
     k, relu = inputs.a_k(rng, e.d_sae), bool(rng.integers(0, 2))
-    what = f"encode_topk of {e.what}, k {k}, relu {relu}"
+    absolute = rng.random() < 0.3
+    what = f"encode_topk of {e.what}, k {k}, relu {relu}, absolute {absolute}"
     try:
         values, indices = ops.encode_topk(
-            *e.arguments, k, b_dec=e.b_dec, mask=e.torch_mask(), relu=relu, **e.options
+            *e.arguments,
+            k,
+            b_dec=e.b_dec,
+            mask=e.torch_mask(),
+            relu=relu,
+            absolute=absolute,
+            **e.options,
         )
-        columns, want = oracle.masked_topk(e.pre, k, e.mask)
-        want = np.where(want < 0, 0, want) if relu else want
+        columns, want = oracle.masked_topk(e.pre, k, e.mask, absolute)
+        want = np.where(want < 0, 0, want) if relu and not absolute else want
         want = oracle.rounded(want, e.f)
         got, got_values = integers(indices), bits_of(values, e.f)
         if emulated and e.mask is not None:
@@ -340,6 +348,23 @@ def encode_topk(rng: Rng) -> tuple[str, int]:
             got, got_values, columns, want = got[fair], got_values[fair], columns[fair], want[fair]
         _same_integers("indices", got, columns)
         _same_numbers("values", got_values, want, e.f)
+    except Exception as error:
+        raise Wrong(f"{what}: {error}") from error
+    return what, e.n
+
+
+def encode_group_max(rng: Rng) -> tuple[str, int]:
+    """Call encode_group_max; equal values may differ in the sign of a zero."""
+    e = _Encoder(rng)
+    k = int(rng.choice([k for k in range(1, e.d_sae + 1) if e.d_sae % k == 0]))
+    e.options.pop("select_dtype", None)
+    what = f"encode_group_max of {e.what}, k {k}"
+    try:
+        values, indices = ops.encode_group_max(*e.arguments, k, b_dec=e.b_dec, **e.options)
+        columns, want = oracle.group_max(e.pre, k)
+        want = oracle.rounded(np.where(want < 0, 0, want), e.f)
+        _same_integers("indices", integers(indices), columns)
+        _same_numbers("values", bits_of(values, e.f), want, e.f)
     except Exception as error:
         raise Wrong(f"{what}: {error}") from error
     return what, e.n
@@ -622,7 +647,7 @@ NAMED = {
 OPS = (
     *(batch_topk, threshold_select, feature_topk) * 3,
     *(encode_topk, encode_batch_topk) * 3,
-    *(encode_threshold, encode_feature_topk) * 2,
+    *(encode_threshold, encode_feature_topk, encode_group_max) * 2,
     *(sparse_decode, sparse_decode_values_grad, group_by_latent) * 2,
     *(sparse_weight_grad, sparse_adam_step) * 2,
 )

@@ -167,7 +167,9 @@ def pre_activations(x: Array, W: Array, b_enc: Array | None, b_dec: Array | None
         return pre if b_enc is None else pre + b_enc
 
 
-def masked_topk(pre: Array, k: int, mask: Array | None) -> tuple[Array, Array]:
+def masked_topk(
+    pre: Array, k: int, mask: Array | None, absolute: bool = False
+) -> tuple[Array, Array]:
     """Return the columns [n, k] that encode_topk selects, and their values before relu.
 
     With fewer than k latents in the mask: all of those, and the lowest others with value 0.
@@ -175,13 +177,23 @@ def masked_topk(pre: Array, k: int, mask: Array | None) -> tuple[Array, Array]:
     n = len(pre)
     allowed = np.arange(pre.shape[1]) if mask is None else np.flatnonzero(mask)
     if len(allowed) >= k:
-        columns = allowed[topk(rounded(pre[:, allowed], F64), F64, k, sorted=False)]
+        key = np.abs(pre[:, allowed]) if absolute else pre[:, allowed]
+        columns = allowed[topk(rounded(key, F64), F64, k, sorted=False)]
         return columns, np.take_along_axis(pre, columns, axis=1)
     assert mask is not None
     others = np.flatnonzero(~mask)[: k - len(allowed)]
     columns = np.sort(np.concatenate([allowed, others]))
     values = np.where(mask[columns], pre[:, columns], 0.0)
     return np.broadcast_to(columns, (n, k)), values
+
+
+def group_max(pre: Array, k: int) -> tuple[Array, Array]:
+    """Return the columns [n, k] of the largest of each of k equal groups, and their values."""
+    n, width = pre.shape
+    groups = pre.reshape(n * k, width // k)
+    place = topk(rounded(groups, F64), F64, 1, sorted=False).reshape(n, k)
+    columns = place + np.arange(0, width, width // k)
+    return columns, np.take_along_axis(pre, columns, axis=1)
 
 
 class Entries(NamedTuple):

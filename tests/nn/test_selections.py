@@ -5,7 +5,6 @@ import torch
 
 import fastsae
 from fastsae import GradientSAE, GroupMaxSAE, TopKSAE, TrainConfig, Trainer
-from fastsae.nn import select
 from tests.nn.randomized import make, rows
 
 
@@ -49,9 +48,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("chunk", [1, 1 << 26])
-def test_the_code_and_all_gradients_are_those_of_a_dense_one(case, chunk, monkeypatch):
-    monkeypatch.setattr(select, "CHUNK_BYTES", chunk)
+def test_the_code_and_all_gradients_are_those_of_a_dense_one(case):
     build, extra, dense = CASES[case]
     sae, x = build(), rows(20, 6).requires_grad_()
     acts = sae.encode_sparse(x, **extra)

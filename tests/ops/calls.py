@@ -25,6 +25,9 @@ NAMES = (
     "encode_topk",
     "encode_batch_topk",
     "encode_threshold",
+    "encode_group_max",
+    "encode_gradient_topk",
+    "latent_scores",
     "sparse_decode",
     "sparse_decode_values_grad",
     "group_by_latent",
@@ -179,9 +182,11 @@ def _encode() -> list[Call]:
         theta, thetas = torch.tensor(3.0, dtype=wide), torch.arange(m).remainder(9).to(wide)
         case = f"{n}x{d}x{m}-{dtype}" + ("-bf16" if bf16_product else "")
         budget, product = 4 * n + 1, bf16_product
+        absolute = (x, W, b_enc, b_dec, 8, mask, False, True, product)
         found += [
-            Call("encode_topk", case, (x, W, b_enc, b_dec, 7, None, True, product)),
-            Call("encode_topk", f"{case}-mask", (x, W, None, None, 9, mask, False, product)),
+            Call("encode_topk", case, (x, W, b_enc, b_dec, 7, None, True, False, product)),
+            Call("encode_topk", f"{case}-mask", (x, W, None, None, 9, mask, False, False, product)),
+            Call("encode_topk", f"{case}-absolute", absolute),
             Call("encode_batch_topk", case, (x, W, b_enc, b_dec, budget, None, product, None)),
             Call(
                 "encode_batch_topk",
@@ -190,6 +195,16 @@ def _encode() -> list[Call]:
             ),
             Call("encode_threshold", case, (x, W, b_enc, b_dec, theta, n * m, product)),
             Call("encode_threshold", f"{case}-few", (x, W, b_enc, None, thetas, budget, product)),
+        ]
+        grad, W_dec = _integers(n, d + 3, dtype=dtype), _integers(m, d + 3, dtype=dtype)
+        scored, groups = (x, W, b_enc, b_dec, grad, W_dec), 65 if m == 65 else 5
+        entropy = (x, W, b_enc, b_dec, True, budget, product)
+        found += [
+            Call("encode_group_max", case, (x, W, b_enc, b_dec, groups, product)),
+            Call("encode_gradient_topk", case, (*scored, 6, 1.5, True, product)),
+            Call("encode_gradient_topk", f"{case}-literal", (*scored, 6, 0.5, False, product)),
+            Call("latent_scores", case, (x, W, None, b_dec, False, budget, product), 1e-5),
+            Call("latent_scores", f"{case}-entropy", entropy, 1e-5),
         ]
     return found
 

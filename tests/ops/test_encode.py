@@ -340,8 +340,8 @@ def test_opcheck() -> None:
     W, b_enc, b_dec = (t.requires_grad_() for t in weights(20, 5))
     mask = torch.rand(20) < 0.7
     o = torch.ops.fastsae
-    torch.library.opcheck(o.encode_topk.default, (x, W, b_enc, b_dec, 3, mask, True, False))
-    torch.library.opcheck(o.encode_topk.default, (x, W, None, None, 3, None, False, True))
+    torch.library.opcheck(o.encode_topk.default, (x, W, b_enc, b_dec, 3, mask, True, False, False))
+    torch.library.opcheck(o.encode_topk.default, (x, W, None, None, 3, None, False, True, True))
     torch.library.opcheck(
         o.encode_batch_topk.default, (x, W, b_enc, b_dec, 13, mask, False, torch.tensor(0.3))
     )
@@ -391,7 +391,7 @@ def test_wrong_arguments() -> None:
     ):
         ops.encode_batch_topk(x, W, b_enc, 3, threshold_guess=torch.zeros(2))
     with pytest.raises(RuntimeError, match=r"encode_topk: expected b_dec to be \[5\], got \[20\]"):
-        torch.ops.fastsae.encode_topk(x, W, b_enc, b_enc, 3, None, True, False)
+        torch.ops.fastsae.encode_topk(x, W, b_enc, b_enc, 3, None, True, False, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -401,7 +401,8 @@ def test_stand_ins_agree_with_the_kernels(dtype) -> None:
     keys = DispatchKeySet(DispatchKey.CompositeExplicitAutograd)
     theta = torch.tensor(4.0)
     for op, arguments in (
-        ("encode_topk", (x, W, b, None, 5, None, True, True)),
+        ("encode_topk", (x, W, b, None, 5, None, True, False, True)),
+        ("encode_topk", (x, W, b, None, 5, None, False, True, True)),
         ("encode_batch_topk", (x, W, b, None, 77, None, False, theta)),
         ("encode_threshold", (x, W, b, None, theta, 900, False)),
         ("batch_topk", (x @ W.t(), 77, None)),

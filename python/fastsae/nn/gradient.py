@@ -18,7 +18,6 @@ from fastsae.nn.loss import SAEOutput
 from fastsae.nn.objective import dead_rows
 from fastsae.nn.parameters import plain
 from fastsae.nn.scaler import Columns
-from fastsae.nn.select import encode_selected
 from fastsae.nn.topk import TopKSAE
 from fastsae.types import SparseActs
 
@@ -109,18 +108,19 @@ class GradientSAE(TopKSAE):
             self._fail(f"grad to have {x.shape[0]} rows like x, got {g.shape[0]}")
         if self.beta == 0:
             return self._largest(x, self.k, context)
-        g, W_dec = g.detach(), self.W_dec.detach()
-
-        def select(z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-            values = z.relu()
-            effect = (g[rows] @ W_dec.t()).abs()
-            if self.normalize == "token":
-                effect /= effect.mean(1, keepdim=True).clamp_min(1e-30)
-            score = torch.addcmul(values, values, effect, value=self.beta)
-            indices = ops.topk(score, self.k).indices
-            return values.gather(1, indices.long()), indices
-
-        return encode_selected(x, self.W_enc_rows, self.b_enc, self._input_bias(), select)
+        values, indices = ops.encode_gradient_topk(
+            x,
+            self.W_enc_rows,
+            self.b_enc,
+            self.k,
+            grad=g,
+            W_dec=self.W_dec,
+            beta=self.beta,
+            normalize=self.normalize == "token",
+            b_dec=self._input_bias(),
+            compute_dtype=context.compute_dtype,
+        )
+        return SparseActs(values, indices, None, self.d_sae)
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from fastsae import ops
 from fastsae.nn.check import is_whole
 from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.sae import SAE
-from fastsae.nn.select import encode_selected
 from fastsae.types import SparseActs
 
 
@@ -43,15 +42,15 @@ class GroupMaxSAE(SAE):
         self.k = int(k)
 
     def _encode(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
-        return encode_selected(
-            x, self.W_enc_rows, self.b_enc, self._input_bias(), self._largest_of_groups
+        values, indices = ops.encode_group_max(
+            x,
+            self.W_enc_rows,
+            self.b_enc,
+            self.k,
+            b_dec=self._input_bias(),
+            compute_dtype=context.compute_dtype,
         )
-
-    def _largest_of_groups(self, z: Tensor, _: slice) -> tuple[Tensor, Tensor]:
-        size = self.d_sae // self.k
-        values, place = z.unflatten(1, (self.k, size)).max(2)
-        first = torch.arange(0, self.d_sae, size, device=z.device)
-        return values.relu(), (first + place).int()
+        return SparseActs(values, indices, None, self.d_sae)
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""

@@ -16,9 +16,7 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.nn.batch_topk import BatchTopKSAE
 from fastsae.nn.context import STEP, StepContext
-from fastsae.nn.loss import upcast
 from fastsae.nn.parameters import plain
-from fastsae.nn.select import chunk_rows
 from fastsae.ops._encode import attach, attachable
 from fastsae.types import SparseActs
 
@@ -39,9 +37,8 @@ class SampledSAE(BatchTopKSAE):
 
     Inference has no batch to choose a pool from, so it takes all latents, and the threshold is the
     one with which these give k per token: the smallest value that BatchTopK without a pool keeps.
-    That of the pool is lower, and would keep too much. Training averages it from the rows scored
-    first (the whole batch, up to 64 MiB of pre-activations); `estimate_threshold_` and
-    `calibrate_` do without a pool as well. See `BatchTopKSAE` for the other arguments.
+    That of the pool is lower, and would keep too much. `estimate_threshold_` and `calibrate_` do
+    without a pool as well. See `BatchTopKSAE` for the other arguments.
 
     Args:
         d_in: width of the activations.
@@ -53,8 +50,8 @@ class SampledSAE(BatchTopKSAE):
     Raises:
         ValueError: pool is below 1 or not finite, or another score.
 
-    Cost: scores need a second matmul like the encoder's in training, by torch and in the dtype of
-    the parameters; then the pool is encoded.
+    Cost: in training, scores and the threshold need a matmul like the encoder's; then the pool is
+    encoded.
     """
 
     def __init__(
@@ -97,7 +94,15 @@ class SampledSAE(BatchTopKSAE):
         """Return the code of `x: [n, d_in]` from its pool, and the threshold without a pool."""
         if self.pool_size == self.d_sae:
             return self._encode_batch(x, context)
-        scores, threshold = self._survey(x)
+        scores, threshold = ops.latent_scores(
+            x,
+            self.W_enc_rows,
+            self.b_enc,
+            self.k,
+            score=self.score,
+            b_dec=self._input_bias(),
+            compute_dtype=context.compute_dtype,
+        )
         pool = ops.topk(scores, self.pool_size).indices  # ascending, so those of a token are too
         W_enc, b_enc, b_dec = self.W_enc_rows, self.b_enc, self._input_bias()
         if not attachable(x, W_enc, b_enc, b_dec):
@@ -119,31 +124,6 @@ class SampledSAE(BatchTopKSAE):
         places = torch.arange(acts.indices.shape[0], device=x.device)
         indices = torch.where(places < acts.offsets[-1], pool.index_select(0, acts.indices), 0)
         return SparseActs(acts.values, indices, acts.offsets, self.d_sae)
-
-    @torch.no_grad()
-    def _survey(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scores [d_sae] of all latents, and the smallest value [] that BatchTopK keeps.
-
-        The latter is that of the first chunk of `x: [n, d_in]`, +inf where it keeps nothing.
-        """
-        bias = self._input_bias()
-        total = upcast(torch.zeros_like(self.b_enc))
-        other = torch.zeros_like(total)
-        threshold = torch.full_like(total[0], torch.inf)
-        for i, rows in enumerate(x.split(chunk_rows(self.d_sae, total.itemsize))):
-            centered = rows if bias is None else rows - bias
-            a = upcast(torch.addmm(self.b_enc, centered, self.W_enc)).relu_()
-            if i == 0:
-                threshold = ops.batch_topk(a, self.k).threshold
-            if self.score == "l2":
-                total += a.square().sum(0)
-            else:
-                total += a.sum(0)
-                other += torch.xlogy(a, a).sum(0)
-        if self.score == "l2":
-            return total.sqrt(), threshold
-        # -sum p log p = log S - (sum a log a) / S, with S the column's sum; -inf where that is 0.
-        return torch.where(total > 0, total.log() - other / total, -torch.inf), threshold
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""

@@ -17,7 +17,6 @@ from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.loss import SAEOutput, fvu, squared_error
 from fastsae.nn.objective import total_loss
 from fastsae.nn.sae import SAE
-from fastsae.nn.select import encode_selected
 from fastsae.ops._encode import attach, attachable
 from fastsae.types import SparseActs
 
@@ -73,8 +72,6 @@ class TopKSAE(SAE):
         return self._largest(x, self.k, context)
 
     def _largest(self, x: Tensor, k: int, context: StepContext = STEP) -> SparseActs:
-        if self.absolute:
-            return self._largest_absolute(x, k)
         W_enc, b_enc, b_dec = self.W_enc_rows, self.b_enc, self._input_bias()
         if self.select_by_decoder_norm and attachable(x, W_enc, b_enc, b_dec):
             with torch.no_grad():
@@ -83,7 +80,13 @@ class TopKSAE(SAE):
         if self.select_by_decoder_norm:
             return self._largest_by_norm(x, k, context)
         values, indices = ops.encode_topk(
-            x, W_enc, b_enc, k, b_dec=b_dec, compute_dtype=context.compute_dtype
+            x,
+            W_enc,
+            b_enc,
+            k,
+            b_dec=b_dec,
+            absolute=self.absolute,
+            compute_dtype=context.compute_dtype,
         )
         return SparseActs(values, indices, None, self.d_sae)
 
@@ -100,13 +103,6 @@ class TopKSAE(SAE):
         )
         values = torch.where(values > 0, values / norm[indices.long()], 0)
         return SparseActs(values, indices, None, self.d_sae)
-
-    def _largest_absolute(self, x: Tensor, k: int) -> SparseActs:
-        def select(z: Tensor, _: slice) -> tuple[Tensor, Tensor]:
-            indices = ops.topk(z.abs(), k).indices
-            return z.gather(1, indices.long()), indices
-
-        return encode_selected(x, self.W_enc_rows, self.b_enc, self._input_bias(), select)
 
     @property
     def folds_norms(self) -> bool:

@@ -9,10 +9,13 @@ work under `torch.func`, vmap, `torch.compile` and `torch.export`, with a dynami
 from fastsae.ops.batch_topk import batch_topk
 from fastsae.ops.encode_batch_topk import encode_batch_topk
 from fastsae.ops.encode_feature_topk import encode_feature_topk
+from fastsae.ops.encode_gradient_topk import encode_gradient_topk
+from fastsae.ops.encode_group_max import encode_group_max
 from fastsae.ops.encode_threshold import encode_threshold
 from fastsae.ops.encode_topk import encode_topk
 from fastsae.ops.feature_topk import feature_topk
 from fastsae.ops.group_by_latent import group_by_latent
+from fastsae.ops.latent_scores import latent_scores
 from fastsae.ops.sparse_adam_step import sparse_adam_step_
 from fastsae.ops.sparse_decode import sparse_decode
 from fastsae.ops.sparse_decode_values_grad import sparse_decode_values_grad
@@ -23,6 +26,7 @@ from fastsae.types import (
     BatchTopK,
     LatentGradients,
     LatentLists,
+    LatentScores,
     MoreGradients,
     SparseActs,
     StepTensors,
@@ -33,6 +37,7 @@ __all__ = [
     "BatchTopK",
     "LatentGradients",
     "LatentLists",
+    "LatentScores",
     "MoreGradients",
     "SparseActs",
     "StepTensors",
@@ -40,10 +45,13 @@ __all__ = [
     "batch_topk",
     "encode_batch_topk",
     "encode_feature_topk",
+    "encode_gradient_topk",
+    "encode_group_max",
     "encode_threshold",
     "encode_topk",
     "feature_topk",
     "group_by_latent",
+    "latent_scores",
     "sparse_adam_step_",
     "sparse_decode",
     "sparse_decode_values_grad",

@@ -50,6 +50,14 @@ def k_in_range(op: str, k: object, d_sae: int) -> None:
         raise ValueError(f"{op}: expected 1 <= k <= d_sae = {d_sae}, got k = {k}")
 
 
+def groups(op: str, k: object, d_sae: int) -> None:
+    """Raise unless `k` is an int that divides d_sae."""
+    if not isinstance(k, int):
+        raise TypeError(f"{op}: expected k to be an int, got {type(k).__name__}")
+    if not 1 <= k <= d_sae or d_sae % k:
+        raise ValueError(f"{op}: expected k to divide d_sae = {d_sae}, got k = {k}")
+
+
 def budget(op: str, k: float, n: int, d_sae: int) -> int:
     """Return how many entries of [n, d_sae] a mean of `k` per row is, at most all of them.
 

@@ -22,6 +22,7 @@ def encode_topk(
     b_dec: Tensor | None = None,
     mask: Tensor | None = None,
     relu: bool = True,
+    absolute: bool = False,
     select_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> TopK:
@@ -36,6 +37,8 @@ def encode_topk(
         mask: [d_sae] bool or None. Only latents where it is true carry values; when there are fewer
             than k of them, the rest of a row are other latents with value 0.
         relu: replace selected negative values by 0.
+        absolute: select the k largest absolute values instead; values keep their sign, whatever
+            `relu` is.
         select_dtype: float32 casts 16-bit inputs to float32 first. None multiplies them as they
             are; the sums are float32 and are selected on before rounding either way.
         compute_dtype: bfloat16 lets the matmul of float32 inputs round both factors to bfloat16,
@@ -72,7 +75,7 @@ def encode_topk(
     a = _encode.check("encode_topk", x, W_enc, b_enc, b_dec, mask, select_dtype, compute_dtype)
     _check.k_in_range("encode_topk", k, W_enc.shape[0])
     values, indices = torch.ops.fastsae.encode_topk(
-        a.x, a.W_enc, a.b_enc, a.b_dec, k, mask, relu, a.bf16_product
+        a.x, a.W_enc, a.b_enc, a.b_dec, k, mask, relu and not absolute, absolute, a.bf16_product
     )
     shape = (*x.shape[:-1], k)
     return TopK(values.to(a.out_dtype).view(shape), indices.view(shape))
@@ -87,6 +90,7 @@ def _fake(
     k: int,
     mask: Tensor | None,
     relu: bool,
+    absolute: bool,
     bf16_product: bool,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int32)
@@ -101,13 +105,17 @@ def _plain(
     k: int,
     mask: Tensor | None,
     relu: bool,
+    absolute: bool,
     bf16_product: bool,
 ) -> tuple[Tensor, ...]:
-    return tuple(reference.encode_topk(x, W_enc, b_enc, k, b_dec=b_dec, mask=mask, relu=relu))
+    found = reference.encode_topk(
+        x, W_enc, b_enc, k, b_dec=b_dec, mask=mask, relu=relu, absolute=absolute
+    )
+    return tuple(found)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return *_encode.gradients(ctx, grad), None, None, None, None
+    return *_encode.gradients(ctx, grad), None, None, None, None, None
 
 
 def _jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -18,8 +18,11 @@ from fastsae.reference.decode import (
 )
 from fastsae.reference.encode import (
     encode_batch_topk,
+    encode_gradient_topk,
+    encode_group_max,
     encode_threshold,
     encode_topk,
+    latent_scores,
     pre_activations,
 )
 from fastsae.reference.select import (
@@ -40,11 +43,14 @@ __all__ = [
     "cross_layer_pre_activations",
     "cross_layer_topk",
     "encode_batch_topk",
+    "encode_gradient_topk",
+    "encode_group_max",
     "encode_threshold",
     "encode_topk",
     "feature_topk",
     "group_by_latent",
     "keep_largest",
+    "latent_scores",
     "pre_activations",
     "sparse_adam_step_",
     "sparse_decode",
