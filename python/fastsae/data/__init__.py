@@ -2,6 +2,7 @@
 
 from fastsae.data.arrays import open_activations
 from fastsae.data.harvest import harvest
+from fastsae.data.inputs import ModelInputs
 from fastsae.data.source import ActivationSource, IterableSource, TensorSource
 from fastsae.data.store import ActivationStore
 from fastsae.data.stream import Stream, stream
@@ -10,6 +11,7 @@ __all__ = [
     "ActivationSource",
     "ActivationStore",
     "IterableSource",
+    "ModelInputs",
     "Stream",
     "TensorSource",
     "harvest",

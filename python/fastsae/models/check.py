@@ -88,7 +88,7 @@ def check_sites(
         ValueError: the model does not run on the inputs.
     """
     names = [names] if isinstance(names, str) else list(names)
-    if inputs is not None:
+    if inputs is not None and any(parse(name) is not None for name in names):
         look_up(model, inputs)
     probe = Probe(model, inputs)
     return {name: _report(model, name, probe, inputs is not None)[1] for name in names}

@@ -234,9 +234,9 @@ def final_tensor(output: Any, name: str) -> Tensor:
     logits: Tensor | None = getattr(output, "logits", None)
     if logits is not None and _is_float(logits):
         return logits
-    many: Any = output.values() if hasattr(output, "values") else output
+    many: Any = [output] if isinstance(output, Tensor) else output
     found: Tensor
-    for found in many if not isinstance(many, Tensor) else [many]:
+    for found in many.values() if hasattr(many, "values") else many:
         if _is_float(found) and found.ndim:
             return found
     raise ValueError(
