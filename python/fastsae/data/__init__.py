@@ -1,6 +1,7 @@
 """Activations: sources of rows, and harvests of a language model on disk."""
 
 from fastsae.data.arrays import open_activations
+from fastsae.data.by_site import SiteBatches, by_site
 from fastsae.data.harvest import harvest
 from fastsae.data.inputs import ModelInputs
 from fastsae.data.source import ActivationSource, IterableSource, TensorSource
@@ -12,8 +13,10 @@ __all__ = [
     "ActivationStore",
     "IterableSource",
     "ModelInputs",
+    "SiteBatches",
     "Stream",
     "TensorSource",
+    "by_site",
     "harvest",
     "open_activations",
     "stream",

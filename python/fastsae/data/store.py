@@ -93,6 +93,11 @@ class ActivationStore:
         )
 
     @property
+    def widths(self) -> dict[str, int]:
+        """Site -> its number of columns, in their order."""
+        return dict(zip(self.sites, self._widths, strict=True))
+
+    @property
     def max_norm(self) -> float | None:
         """Rows of a larger norm, at the first site, were not stored; None: nothing was filtered."""
         return self.manifest.max_norm.get(self.sites[0])

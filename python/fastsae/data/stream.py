@@ -184,6 +184,11 @@ class Stream:
         self.d_in = sum(reader.widths.values())
 
     @property
+    def widths(self) -> dict[str, int]:
+        """Site -> its number of columns, in their order."""
+        return {name: self.reader.widths[name] for name in self.sites}
+
+    @property
     def max_norm(self) -> float | None:
         """The largest norm that a row has at the first site; None where none is dropped."""
         return self.reader.max_norm.get(self.sites[0])
