@@ -105,7 +105,8 @@ class Rows(NamedTuple):
     acts: dict[str, Tensor]
     """Site -> [m, d], in the model's dtype, on the CPU; `grad.SITE` too if gradients are asked."""
     dropped: dict[str, int]
-    """Reason -> how many real tokens have no row: "prefix", "skipped" or "norm"."""
+    """Reason -> how many real tokens have no row: "prefix", "skipped", "norm", or "elsewhere": not
+    routed to an expert whose rows are read."""
     kinds: Tensor | None = None
     """[m], uint8, places in `fastsae.models.kinds.KINDS`; None of texts."""
 
@@ -166,6 +167,7 @@ class ContextReader:
         """Site -> d."""
         self.checks = {name: report.to_dict() for name, report in reports.items()}
         """Site -> what is known of it, as JSON values."""
+        self._routed = [site.name for site in self.sites if site.mixture is not None]
         self._masks = not all(report.causal for report in reports.values())
 
     def limit_norms(self, batches: ContextBatches, ratio: float) -> None:
@@ -173,7 +175,8 @@ class ContextReader:
         norms: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
         for batch in batches.peek():
             for name, x in self._read(*self._wanted(batch), gradients=False).items():
-                norms[name].append(x.float().norm(dim=1))
+                norm = x.float().norm(dim=1)
+                norms[name].append(norm[~norm.isnan()] if name in self._routed else norm)
             if sum(map(len, norms[self.sites[0].name])) >= NORM_ROWS:
                 break
         self.max_norm = usual_norms(norms, ratio)
@@ -189,8 +192,13 @@ class ContextReader:
         positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
         documents = torch.tensor([chunk.doc for chunk in batch]).unsqueeze(1).expand(tokens.shape)
         kept = torch.ones(int(keep.sum()), dtype=torch.bool)
+        for name in self._routed:
+            kept &= ~acts[name].isnan().any(1)
+        elsewhere = int((~kept).sum())
         for name, x in acts.items():
             norm = x.float().norm(dim=1)
+            if name in self._routed:
+                norm = norm.nan_to_num(nan=0.0)  # an expert that gives NaN is refused
             if not norm.isfinite().all():
                 raise ValueError(f"{self.owner}: site {name} gave an activation that is not finite")
             if name in self.max_norm:
@@ -198,7 +206,8 @@ class ContextReader:
         dropped = {
             "prefix": int(real[:, : self.drop_prefix].sum()),
             "skipped": int(real[:, self.drop_prefix :].sum() - keep.sum()),
-            "norm": int((~kept).sum()),
+            "norm": int((~kept).sum()) - elsewhere,
+            **({"elsewhere": elsewhere} if self._routed else {}),
         }
         return Rows(
             tokens[keep][kept],

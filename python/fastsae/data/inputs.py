@@ -161,6 +161,11 @@ class InputReader:
             if report.why:
                 logger.info("harvest: %s: %s", name, report.why)
         self.sites = [resolve(model, name) for name in sites]
+        if routed := [site.name for site in self.sites if site.mixture is not None]:
+            raise ValueError(
+                "harvest: expected sites with a row for each token with ModelInputs, got "
+                f"{routed[0]}"
+            )
         self.checks = {name: report.to_dict() for name, report in reports.items()}
         self.max_norm: dict[str, float] = {}
         self._unmasked = [name for name, report in reports.items() if not report.masked]

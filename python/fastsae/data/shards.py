@@ -86,7 +86,7 @@ class Manifest:
     documents: dict[str, int] = field(default_factory=dict)
     """Split -> number of documents."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Reason ("prefix", "skipped", "norm") -> number of rows not stored."""
+    """Reason ("prefix", "skipped", "norm", "elsewhere") -> number of rows not stored."""
     complete: bool = False
     """False until the harvest has come to its end."""
     settings: dict[str, Any] = field(default_factory=dict)

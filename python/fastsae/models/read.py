@@ -106,7 +106,7 @@ def read(
 
     Returns:
         `{site.name: [n, t, d]}` in the model's dtype and on its device; t counts patches and class
-        tokens in models of images.
+        tokens in models of images. Rows of an expert are NaN for tokens not routed to it.
 
     Raises:
         RuntimeError: a site was not reached by the forward pass.

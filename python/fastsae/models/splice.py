@@ -100,6 +100,8 @@ def intervene(
                 f"replace: expected {source.name if source else ''} to be reached before "
                 f"{site.name}, with as many rows"
             )
+        if site.mixture is not None:
+            touched &= ~x.isnan().any(-1)  # rows of tokens that the expert does not see
         if max_norm is not None:
             touched &= given.float().norm(dim=-1) <= max_norm
         out = x.clone()
