@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastsae.models.eager import uncompiled
 from fastsae.models.threads import only_here, probing
 
 ROWS, TOKENS = 2, 8
@@ -73,7 +74,7 @@ class Probe:
             hooks: each sets one.
             changed: inputs that replace those of the probe.
         """
-        with probing(), evaluating(self.model):
+        with probing(), evaluating(self.model), uncompiled(self.given):
             return self._run(hooks, changed)
 
     def _run(self, hooks: Sequence[Hook], changed: dict[str, Any]) -> Tensor:
