@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 import torch
 
-from fastsae import verify
+from fastsae import cli, verify
 from fastsae.data import ActivationStore, harvest
 from tests.data.test_harvest import content
 from tests.models.tiny import DOCUMENTS, CharTokenizer, tiny_model
@@ -198,3 +199,24 @@ def test_an_interrupted_addition_continues_or_begins_anew(model, tmp_path):
         map(len, [*DOCUMENTS, MORE[2]])
     )
     assert verify(other).ok
+
+
+def test_the_command_appends_and_rounds(tmp_path, monkeypatch, capsys):
+    loaded = (tiny_model(), CharTokenizer())
+    monkeypatch.setattr("fastsae.models.load.load_model", lambda name: loaded)
+    out = tmp_path / "acts"
+    counts = []
+    for number, texts in enumerate((DOCUMENTS, [MORE[0], MORE[2]])):
+        files = []
+        for i, text in enumerate(texts):
+            files.append(str(tmp_path / f"{number}-{i}.txt"))
+            (tmp_path / files[-1]).write_text(text)
+        command = ["harvest", "--model", "tiny", "--site", SITE, "--out", str(out), "--context"]
+        command += ["32", "--dtype", "int8", "--max-norm-ratio", "0", "--text", *files, "--json"]
+        assert cli.main(command + ["--append"] * number) == 0
+        result = json.loads(capsys.readouterr().out)
+        counts.append(result["train"] + result["val"])
+    assert counts == [sum(map(len, DOCUMENTS)), sum(map(len, [*DOCUMENTS, MORE[0], MORE[2]]))]
+    assert ActivationStore(out).manifest.dtype == "int8"
+    assert cli.main([*command, "--append", "--context", "64"]) != 0
+    assert "expected context = 32 as in the harvest" in capsys.readouterr().err

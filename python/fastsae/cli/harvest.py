@@ -10,6 +10,7 @@ from fastsae.cli.console import device_named, emit, positive, progress, subcomma
 EXAMPLE = """
 fastsae harvest --model ./my-llama --text corpus.jsonl --site resid_post.12 --out acts
 fastsae harvest --model smollm2 --text a.txt b.txt --site mlp_in.3 --site mlp_out.3 --out acts
+fastsae harvest --model ./my-llama --text more.jsonl --site resid_post.12 --out acts --append
 """
 
 
