@@ -371,7 +371,7 @@ def test_activations_that_do_not_fit_are_an_error(tmp_path):
         ({"shard_rows": 0}, "expected shard_rows >= 1, got 0"),
         ({"max_tokens": 0}, "expected max_tokens >= 1, got 0"),
         ({"max_norm_ratio": -1.0}, "expected max_norm_ratio > 0 or None, got -1.0"),
-        ({"dtype": torch.int8}, "expected dtype float16, bfloat16 or float32, got torch.int8"),
+        ({"dtype": torch.int16}, "expected dtype float16, .*, int8, got torch.int16"),
         ({"sites": [SITE, SITE]}, "expected one or more different sites"),
         ({"sites": "resid_post.9"}, "expected a layer in 0..2, got 9"),
         ({"texts": []}, "expected at least one token of text"),

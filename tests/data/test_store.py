@@ -238,7 +238,7 @@ def test_entries_of_a_manifest_are_checked(tmp_path, change, message):
         ActivationStore(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"dtype": "int8"}, {"sites": {"a": 0}}, {"sites": {"a": "3"}}])
+@pytest.mark.parametrize("change", [{"dtype": "int4"}, {"sites": {"a": 0}}, {"sites": {"a": "3"}}])
 def test_values_of_a_manifest_are_checked(tmp_path, change):
     write(tmp_path)
     put(tmp_path, manifest_of(tmp_path) | change)

@@ -10,6 +10,7 @@ from fastsae.cli.console import device_named, emit, positive, progress, subcomma
 EXAMPLE = """
 fastsae harvest --model ./my-llama --text corpus.jsonl --site resid_post.12 --out acts
 fastsae harvest --model smollm2 --text a.txt b.txt --site mlp_in.3 --site mlp_out.3 --out acts
+fastsae harvest --model ./my-llama --text more.jsonl --site resid_post.12 --out acts --append
 """
 
 
@@ -32,8 +33,9 @@ def add_to(subparsers: Any) -> None:
     parser.add_argument("--context", type=positive, default=256, help="tokens per context")
     parser.add_argument("--batch-size", type=positive, default=8, help="contexts per forward pass")
     parser.add_argument(
-        "--dtype", choices=("float16", "bfloat16", "float32"), help="default: float16"
-    )
+        "--dtype", choices=("float16", "bfloat16", "float32", "int8"),
+        help="default: float16; int8 is half of it, with one scale for each row",
+    )  # fmt: skip
     parser.add_argument(
         "--max-norm-ratio", type=float, default=3.0,
         help="drop tokens above this many times the median norm (default 3; 0 keeps all)",
@@ -47,6 +49,9 @@ def add_to(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="where the model runs, e.g. cuda")
     parser.add_argument("--overwrite", action="store_true", help="replace a harvest in --out")
+    parser.add_argument(
+        "--append", action="store_true", help="add to the harvest in --out, of the same settings"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -54,8 +59,6 @@ def run(args: argparse.Namespace) -> None:
     from fastsae.models.text import read_files
 
     texts = read_files(args.text)
-    import torch
-
     from fastsae.data import harvest
     from fastsae.models.load import load_model
 
@@ -71,11 +74,12 @@ def run(args: argparse.Namespace) -> None:
             context=args.context,
             batch_size=args.batch_size,
             max_tokens=args.tokens,
-            dtype=getattr(torch, args.dtype or ("bfloat16" if args.gradients else "float16")),
+            dtype=args.dtype or ("bfloat16" if args.gradients else "float16"),
             gradients=args.gradients,
             max_norm_ratio=args.max_norm_ratio or None,
             val_fraction=args.val_fraction,
             overwrite=args.overwrite,
+            append=args.append,
             progress=advance,
         )
     train, val = manifest.rows("train"), manifest.rows("val")

@@ -14,6 +14,8 @@ fastsae inspect fastsae-demo/activations --json
 fastsae inspect --model ./my-llama --site mlp_out.3
 """
 
+ROUNDING = "one scale for each row; an entry is off by at most max |row| / 254"
+
 
 def add_to(subparsers: Any) -> None:
     """Add the subcommand."""
@@ -88,6 +90,7 @@ def _store(path: Path) -> dict[str, Any]:
         "model": manifest.model,
         "sites": manifest.sites,
         "dtype": manifest.dtype,
+        **({"rounding": ROUNDING} if manifest.dtype == "int8" else {}),
         "rows": {split: manifest.rows(split) for split in ("train", "val")},
         "documents": manifest.documents,
         "shards": len(manifest.shards),

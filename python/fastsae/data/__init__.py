@@ -1,7 +1,9 @@
 """Activations: sources of rows, and harvests of a language model on disk."""
 
 from fastsae.data.arrays import open_activations
+from fastsae.data.by_site import SiteBatches, by_site
 from fastsae.data.harvest import harvest
+from fastsae.data.inputs import ModelInputs
 from fastsae.data.source import ActivationSource, IterableSource, TensorSource
 from fastsae.data.store import ActivationStore
 from fastsae.data.stream import Stream, stream
@@ -10,8 +12,11 @@ __all__ = [
     "ActivationSource",
     "ActivationStore",
     "IterableSource",
+    "ModelInputs",
+    "SiteBatches",
     "Stream",
     "TensorSource",
+    "by_site",
     "harvest",
     "open_activations",
     "stream",

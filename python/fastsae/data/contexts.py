@@ -34,8 +34,7 @@ def check_reading(
     max_norm_ratio: float | None,
 ) -> None:
     """Raise ValueError, in the name of `owner`, for what contexts cannot be read with."""
-    if not sites or len(set(sites)) != len(sites):
-        raise ValueError(f"{owner}: expected one or more different sites, got {sites}")
+    check_sites_given(owner, sites, max_norm_ratio)
     if context < 2:
         raise ValueError(f"{owner}: expected context >= 2, got {context}")
     if not 0 <= drop_prefix < context:
@@ -44,8 +43,6 @@ def check_reading(
         )
     if batch_size < 1:
         raise ValueError(f"{owner}: expected batch_size >= 1, got {batch_size}")
-    if max_norm_ratio is not None and not 0 < max_norm_ratio < float("inf"):
-        raise ValueError(f"{owner}: expected max_norm_ratio > 0 or None, got {max_norm_ratio}")
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = getattr(text, "max_position_embeddings", None)
@@ -53,6 +50,14 @@ def check_reading(
         raise ValueError(
             f"{owner}: expected context <= {longest}, the positions of the model, got {context}"
         )
+
+
+def check_sites_given(owner: str, sites: Sequence[str], max_norm_ratio: float | None) -> None:
+    """Raise ValueError for sites that are not one or several, or a ratio that is none."""
+    if not sites or len(set(sites)) != len(sites):
+        raise ValueError(f"{owner}: expected one or more different sites, got {sites}")
+    if max_norm_ratio is not None and not 0 < max_norm_ratio < float("inf"):
+        raise ValueError(f"{owner}: expected max_norm_ratio > 0 or None, got {max_norm_ratio}")
 
 
 class ContextBatches:
@@ -100,7 +105,10 @@ class Rows(NamedTuple):
     acts: dict[str, Tensor]
     """Site -> [m, d], in the model's dtype, on the CPU; `grad.SITE` too if gradients are asked."""
     dropped: dict[str, int]
-    """Reason -> how many real tokens have no row: "prefix", "skipped" or "norm"."""
+    """Reason -> how many real tokens have no row: "prefix", "skipped", "norm", or "elsewhere": not
+    routed to an expert whose rows are read."""
+    kinds: Tensor | None = None
+    """[m], uint8, places in `fastsae.models.kinds.KINDS`; None of texts."""
 
 
 class ContextReader:
@@ -136,8 +144,8 @@ class ContextReader:
         if takes != "input_ids":
             raise ValueError(
                 f"{owner}: expected a model that takes tokens, got {type(model).__name__}, which "
-                f"takes {takes}; fastsae.models.read takes its inputs by name, and a Trainer rows "
-                "of any origin"
+                f"takes {takes}; harvest(model, None, ModelInputs(batches), ...) takes its inputs "
+                "by name, as fastsae.models.read does"
             )
         self.sites = [resolve(model, name) for name in sites]
         self.prefix_id, self.drop_prefix, self.gradients = prefix_id, drop_prefix, gradients
@@ -159,6 +167,7 @@ class ContextReader:
         """Site -> d."""
         self.checks = {name: report.to_dict() for name, report in reports.items()}
         """Site -> what is known of it, as JSON values."""
+        self._routed = [site.name for site in self.sites if site.mixture is not None]
         self._masks = not all(report.causal for report in reports.values())
 
     def limit_norms(self, batches: ContextBatches, ratio: float) -> None:
@@ -166,13 +175,11 @@ class ContextReader:
         norms: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
         for batch in batches.peek():
             for name, x in self._read(*self._wanted(batch), gradients=False).items():
-                norms[name].append(x.float().norm(dim=1))
+                norm = x.float().norm(dim=1)
+                norms[name].append(norm[~norm.isnan()] if name in self._routed else norm)
             if sum(map(len, norms[self.sites[0].name])) >= NORM_ROWS:
                 break
-        found = {name: torch.cat(parts) for name, parts in norms.items() if parts}
-        self.max_norm = {
-            name: ratio * float(norm.median()) for name, norm in found.items() if len(norm)
-        }
+        self.max_norm = usual_norms(norms, ratio)
 
     def read(self, batch: list[Chunk]) -> Rows:
         """Return the rows of a batch, context by context.
@@ -185,8 +192,13 @@ class ContextReader:
         positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
         documents = torch.tensor([chunk.doc for chunk in batch]).unsqueeze(1).expand(tokens.shape)
         kept = torch.ones(int(keep.sum()), dtype=torch.bool)
+        for name in self._routed:
+            kept &= ~acts[name].isnan().any(1)
+        elsewhere = int((~kept).sum())
         for name, x in acts.items():
             norm = x.float().norm(dim=1)
+            if name in self._routed:
+                norm = norm.nan_to_num(nan=0.0)  # an expert that gives NaN is refused
             if not norm.isfinite().all():
                 raise ValueError(f"{self.owner}: site {name} gave an activation that is not finite")
             if name in self.max_norm:
@@ -194,7 +206,8 @@ class ContextReader:
         dropped = {
             "prefix": int(real[:, : self.drop_prefix].sum()),
             "skipped": int(real[:, self.drop_prefix :].sum() - keep.sum()),
-            "norm": int((~kept).sum()),
+            "norm": int((~kept).sum()) - elsewhere,
+            **({"elsewhere": elsewhere} if self._routed else {}),
         }
         return Rows(
             tokens[keep][kept],
@@ -231,6 +244,12 @@ class ContextReader:
         else:
             got = read(self.model, self.sites, there, attention_mask=mask)
         return {name: x[keep.to(x.device)].cpu() for name, x in got.items()}
+
+
+def usual_norms(norms: dict[str, list[Tensor]], ratio: float) -> dict[str, float]:
+    """Return a multiple of the median of some norms, by site."""
+    found = {name: torch.cat(parts) for name, parts in norms.items() if parts}
+    return {name: ratio * float(norm.median()) for name, norm in found.items() if len(norm)}
 
 
 def weights_checksum(model: nn.Module) -> str:

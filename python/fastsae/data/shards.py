@@ -1,7 +1,9 @@
 """The activation store on disk: safetensors shards and one manifest.
 
     OUT/manifest.json             what is here: sites, dtype, shards, their rows, what was dropped
-    OUT/shard-00000.safetensors   acts.<site> [rows, d]; token_ids, doc_ids, positions int32 [rows]
+    OUT/shard-00000.safetensors   acts.<site> [rows, d]; token_ids, doc_ids, positions int32 [rows];
+                                  scale.<site> float32 [rows] where acts are int8;
+                                  kinds uint8 [rows] of models with inputs of their own
 
 and while a harvest is under way:
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,6 +44,8 @@ from fastsae._files.write import (
 FORMAT = "fastsae-activations"
 VERSION = 2
 COLUMNS = ("token_ids", "doc_ids", "positions")
+STORED = ("float16", "bfloat16", "float32", "int8")
+"""What activations are stored as; int8 with one scale for each row."""
 SPLITS = ("train", "val")
 MANIFEST, PARTIAL, OLD = "manifest.json", "manifest.partial.json", "manifest.old.json"
 SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
@@ -81,13 +86,17 @@ class Manifest:
     documents: dict[str, int] = field(default_factory=dict)
     """Split -> number of documents."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Reason ("prefix", "skipped", "norm") -> number of rows not stored."""
+    """Reason ("prefix", "skipped", "norm", "elsewhere") -> number of rows not stored."""
     complete: bool = False
     """False until the harvest has come to its end."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The other arguments of `harvest` on which the rows depend, and a checksum of the model."""
     checks: dict[str, Any] = field(default_factory=dict)
     """Site -> the verdict of `fastsae.models.check_sites` on it, as JSON values."""
+    kinds: list[str] = field(default_factory=list)
+    """Names of the codes in the column `kinds`; empty: there is none, all rows are of text."""
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    """A checksum of the documents and the number of rows of each call that stored some."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Whatever the caller of `harvest` wanted to remember."""
 
@@ -161,8 +170,7 @@ def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
     ):
         named[name] = value_of(values, name, kind, path, OWNER)
         del values[name]
-    dtypes = ("float16", "bfloat16", "float32")
-    value_of(named, "dtype", str, path, OWNER, choices=dtypes)
+    value_of(named, "dtype", str, path, OWNER, choices=STORED)
     for name, kind, least in (
         ("sites", int, 1),
         ("max_norm", float, 0),
@@ -171,10 +179,13 @@ def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
     ):
         for key in named[name]:
             value_of(named[name], key, kind, path, OWNER, least=least)
-    named["checks"] = {}  # earlier versions had none
-    if "checks" in values:
-        named["checks"] = value_of(values, "checks", dict, path, OWNER)
-        del values["checks"]
+    for name, kind in (
+        ("checks", dict),
+        ("kinds", list),
+        ("parts", list),
+    ):  # earlier versions had none
+        named[name] = value_of(values, name, kind, path, OWNER) if name in values else kind()
+        values.pop(name, None)
     named["shards"] = [shard_from(shard, SHARD, path, version) for shard in named["shards"]]
     return Manifest(**named), values
 
@@ -281,16 +292,28 @@ class ShardWriter:
             file = open_shard(self.folder, shard)
             self.waiting[shard.split].append(file.tensors())
 
-    def close(self) -> None:
-        """Write what is left and put the manifest of a complete store in place of an old one."""
+    def close(self, before: Sequence[Shard] = ()) -> None:
+        """Write what is left and put the manifest of a complete store in place of an old one.
+
+        Args:
+            before: shards of the old one that stay, in front of the new ones.
+        """
         for split in SPLITS:
             if rows := self._rows_waiting(split):
                 self._write(split, rows)
+        self.manifest.shards = [*before, *self.manifest.shards]
         self.manifest.complete = True
         if (self.folder / MANIFEST).exists():
             write_atomic(self.folder / OLD, read_bytes(self.folder / MANIFEST, OWNER))
         write_json(self.folder / MANIFEST, sealed(self.manifest.to_dict()))
         clean_up(self.folder)
+
+    def discard(self) -> None:
+        """Remove all that was written, such that an old store is as it was."""
+        for name in files_of_harvest(self.folder, self.first):
+            (self.folder / name).unlink()
+        (self.folder / PARTIAL).unlink(missing_ok=True)
+        sync(self.folder)
 
     def _rows_waiting(self, split: str) -> int:
         return sum(len(part["token_ids"]) for part in self.waiting[split])
@@ -393,8 +416,9 @@ def shard_number(name: str) -> int | None:
 def _is_start_of(part: Manifest, first: int, whole: Manifest) -> bool:
     """Return whether the harvest that wrote `part` is the one that ended in `whole`."""
     same = part.settings == whole.settings and part.meta == whole.meta
-    begins = whole.shards and shard_number(whole.shards[0].file) == first
-    return bool(same and begins and part.shards == whole.shards[: len(part.shards)])
+    own = [shard for shard in whole.shards if (shard_number(shard.file) or 0) >= first]
+    begins = own and shard_number(own[0].file) == first
+    return bool(same and begins and part.shards == own[: len(part.shards)])
 
 
 def _together(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

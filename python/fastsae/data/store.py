@@ -15,12 +15,15 @@ from torch import Tensor
 from fastsae._files import checksum
 from fastsae._files.read import TensorFile, note_without_checksums
 from fastsae._files.write import DTYPES
+from fastsae.data.rounding import StoredRows
 from fastsae.data.shards import COLUMNS, Manifest, Shard, open_shard
 from fastsae.data.source import EpochBatches, Span, spread, within
 
 
 class ActivationStore:
     """The rows of one split of a harvest, of one site or several side by side, as float32.
+
+    Rows of int8 are multiplied by their scales: see `fastsae.data.rounding` for their error.
 
     An epoch visits every row exactly once, in an order that depends on `(seed, epoch)` only.
     Shards are shuffled and read in groups of at most `buffer_bytes`; the rows of a group are mixed.
@@ -68,11 +71,12 @@ class ActivationStore:
             raise ValueError(f"ActivationStore: expected split 'train' or 'val', got {split!r}")
         self.sites = tuple(str(name) for name in names)
         self.site, self.split, self.buffer_bytes = "+".join(self.sites), split, buffer_bytes
-        self.d_in = sum(self.manifest.sites[name] for name in self.sites)
+        self._widths = [self.manifest.sites[name] for name in self.sites]
+        self.d_in = sum(self._widths)
         self.shards = [shard for shard in self.manifest.shards if shard.split == split]
         self._spans = {shard.file: [(0, shard.rows)] for shard in self.shards if shard.rows}
         """Which rows of each shard belong to this store."""
-        self._held: Tensor | None = None
+        self._held: StoredRows | None = None
         self._files = {shard.file: self._checked(shard) for shard in self.shards}
         self._verified: set[tuple[str, str]] = set()
         if any(shard.seal is None for shard in self.shards):
@@ -87,6 +91,11 @@ class ActivationStore:
             f"ActivationStore({str(self.path)!r}, site={self.site!r}, split={self.split!r}): "
             f"{len(self)} rows of {self.d_in} in {len(self.shards)} shards"
         )
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Site -> its number of columns, in their order."""
+        return dict(zip(self.sites, self._widths, strict=True))
 
     @property
     def max_norm(self) -> float | None:
@@ -117,8 +126,9 @@ class ActivationStore:
 
     def _in_order(self, batch_size: int) -> Iterator[Tensor]:
         for shard, a, b in self._pieces():
-            for part in self._acts(shard)[a:b].split(batch_size):
-                yield part.float()
+            rows = self._acts(shard)
+            for start in range(a, b, batch_size):
+                yield rows[start : min(start + batch_size, b)].floats()
 
     def epoch(
         self, batch_size: int, seed: int = 0, epoch: int = 0, start: int = 0
@@ -133,7 +143,7 @@ class ActivationStore:
         """
         skip = start * batch_size
         rest = torch.empty(0, self.d_in)
-        buffer: Tensor | None = None
+        buffer: StoredRows | None = None
         for number, group in enumerate(self._groups(seed, epoch)):
             kept = self._kept(group)
             if skip >= len(kept):
@@ -145,7 +155,7 @@ class ActivationStore:
             buffer = x if buffer is None or len(x) > len(buffer) else buffer
             at = 0
             while at < len(order):
-                part = x[order[at : at + batch_size - len(rest)]].float()
+                part = x[order[at : at + batch_size - len(rest)]].floats()
                 at += len(part)
                 rest = torch.cat([rest, part]) if len(rest) else part
                 if len(rest) == batch_size:
@@ -156,10 +166,10 @@ class ActivationStore:
 
     def rows(self, rows: slice = slice(None)) -> Tensor:
         """Return rows in the order of the text: `[n, d_in]`, float32."""
-        return self._slice("acts", rows).float()
+        return self._slice("acts", rows)
 
     def token_ids(self, rows: slice = slice(None)) -> Tensor:
-        """Return the token of each row: `[n]`, int32."""
+        """Return the token of each row: `[n]`, int32; -1 of images and sound."""
         return self._slice("token_ids", rows)
 
     def doc_ids(self, rows: slice = slice(None)) -> Tensor:
@@ -169,6 +179,16 @@ class ActivationStore:
     def positions(self, rows: slice = slice(None)) -> Tensor:
         """Return the place of each row in its context, the prefix token being 0: `[n]`, int32."""
         return self._slice("positions", rows)
+
+    def kinds(self, rows: slice = slice(None)) -> Tensor:
+        """Return what each row is about, as places in `manifest.kinds`: `[n]`, uint8.
+
+        Raises:
+            ValueError: the store is of texts, and does not say.
+        """
+        if not self.manifest.kinds:
+            raise ValueError(f"ActivationStore: expected kinds in {self.path}, got rows of texts")
+        return self._slice("kinds", rows)
 
     def fingerprint(self) -> str:
         """Return a checksum of the rows: of the files, or of a sample where they have none."""
@@ -183,7 +203,7 @@ class ActivationStore:
         for shard, a, b in self._pieces():
             here = chosen[(chosen >= at) & (chosen < at + b - a)] - at
             if len(here):
-                parts.append(self._acts(shard)[a + here].float())
+                parts.append(self._acts(shard)[a + here].floats())
             at += b - a
         return torch.cat(parts)
 
@@ -230,7 +250,7 @@ class ActivationStore:
         if group:
             yield [self.shards[j] for j in sorted(group)]
 
-    def _load(self, group: list[Shard], buffer: Tensor | None) -> Tensor:
+    def _load(self, group: list[Shard], buffer: StoredRows | None) -> StoredRows:
         """Return the rows of a group, in `buffer` if they fit: new memory takes as long to map as
         to fill."""
         if self._held is not None:
@@ -239,7 +259,7 @@ class ActivationStore:
         if buffer is not None and len(buffer) >= rows:
             x = buffer[:rows]
         else:
-            x = torch.empty(rows, self.d_in, dtype=getattr(torch, self.manifest.dtype))
+            x = StoredRows.empty(rows, self._widths, getattr(torch, self.manifest.dtype))
         for shard in group:
             self._read_acts(shard, x[at : at + shard.rows])
             at += shard.rows
@@ -255,26 +275,39 @@ class ActivationStore:
         for shard, first, last in self._pieces():
             a, b = max(start - at, 0), min(stop - at, last - first)
             if a < b:
-                tensor = self._acts(shard) if name == "acts" else self._tensor(shard, name)
-                parts.append(tensor[first + a : first + b])
+                here = slice(first + a, first + b)
+                if name == "acts":
+                    parts.append(self._acts(shard)[here].floats())
+                else:
+                    parts.append(self._tensor(shard, name)[here])
             at += last - first
         if parts:
             return torch.cat(parts)
-        empty = torch.empty(0, dtype=torch.int32)
-        return empty if name in COLUMNS else torch.empty(0, self.d_in)
+        if name == "acts":
+            return torch.empty(0, self.d_in)
+        return torch.empty(0, dtype=torch.uint8 if name == "kinds" else torch.int32)
 
-    def _acts(self, shard: Shard) -> Tensor:
+    def _acts(self, shard: Shard) -> StoredRows:
         """Return the activations of a shard, the sites side by side."""
         blocks = [self._tensor(shard, f"acts.{name}") for name in self.sites]
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+        acts = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+        return StoredRows(acts, self._scales(shard), self._widths)
 
-    def _read_acts(self, shard: Shard, out: Tensor) -> None:
-        """Put the activations of a shard into `out: [rows, d_in]`."""
+    def _scales(self, shard: Shard) -> Tensor | None:
+        if self.manifest.dtype != "int8":
+            return None
+        return torch.stack([self._tensor(shard, f"scale.{name}") for name in self.sites], 1)
+
+    def _read_acts(self, shard: Shard, out: StoredRows) -> None:
+        """Put the activations of a shard into `out`, of as many rows."""
+        scales = self._scales(shard)
+        if out.scales is not None and scales is not None:
+            out.scales.copy_(scales)
         if len(self.sites) > 1:
-            out.copy_(self._acts(shard))
+            out.acts.copy_(self._acts(shard).acts)
             return
         key = shard.file, f"acts.{self.sites[0]}"
-        self._files[shard.file].read_into(key[1], out, verify=key not in self._verified)
+        self._files[shard.file].read_into(key[1], out.acts, verify=key not in self._verified)
         self._verified.add(key)
 
     def _tensor(self, shard: Shard, name: str) -> Tensor:
@@ -287,15 +320,20 @@ class ActivationStore:
     def _checked(self, shard: Shard) -> TensorFile:
         """Open the file of a shard, if it holds what the manifest says."""
         file = open_shard(self.path, shard)
-        acts = {f"acts.{name}": [shard.rows, self.manifest.sites[name]] for name in self.sites}
-        for name, want in {**acts, **{name: [shard.rows] for name in COLUMNS}}.items():
-            got = file.shapes.get(name)
-            if got != want:
+        stored = DTYPES[getattr(torch, self.manifest.dtype)]
+        wanted = {
+            f"acts.{name}": (stored, [shard.rows, self.manifest.sites[name]]) for name in self.sites
+        }
+        if stored == "I8":
+            wanted |= {f"scale.{name}": ("F32", [shard.rows]) for name in self.sites}
+        wanted |= {name: ("I32", [shard.rows]) for name in COLUMNS}
+        if self.manifest.kinds:
+            wanted["kinds"] = ("U8", [shard.rows])
+        for name, (dtype, shape) in wanted.items():
+            if (got := file.shapes.get(name)) != shape:
                 raise ValueError(
-                    f"ActivationStore: expected {file.path} to hold {name} {want}, got {got}"
+                    f"ActivationStore: expected {file.path} to hold {name} {shape}, got {got}"
                 )
-        dtype = DTYPES[getattr(torch, self.manifest.dtype)]
-        for name in acts:
             if file.dtypes[name] != dtype:
                 raise ValueError(
                     f"ActivationStore: expected {name} to be {dtype} in {file.path}, got "

@@ -36,7 +36,9 @@ def find_blocks(
     It is the one ModuleList whose entries each run once in a forward pass, in their order, where
     what one gives is what the next one takes, and what the last one gives changes the output. They
     may be of several classes; some may be left out of the pass. Lists inside of blocks, such as
-    experts, are none. Towers for images or sound do not run when there is only text.
+    experts, are none. Towers for images or sound do not run when there is only text. Of several
+    such lists, the one whose entries give what has the shape of what they take: convolutions in
+    front of blocks make sound shorter.
 
     The pass is made once, and the answer is kept with the model.
 
@@ -88,6 +90,7 @@ def _find(
     calls, clean = probe.record(entries)
     found: dict[str, tuple[bool, ...]] = {}
     why: dict[str, str] = {}
+    keeps: dict[str, bool] = {}
     for path, blocks in lists.items():
         own = [call for call in calls if call.name.rpartition(" ")[0] == path]
         order = [int(call.name.rpartition(" ")[2]) for call in own]
@@ -97,8 +100,11 @@ def _find(
             why[path] = "what the last one gives does not change the output"
         else:
             found[path] = tuple(i in order for i in range(len(blocks)))
+        keeps[path] = all(_keeps_shape(call) for call in own)
     if any(sum(ran) > 1 for ran in found.values()):
         found = {path: ran for path, ran in found.items() if sum(ran) > 1}
+    if len(found) > 1 and sum(keeps[path] for path in found) == 1:
+        found = {path: ran for path, ran in found.items() if keeps[path]}
     if not found:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in why.items())
         raise ValueError(
@@ -129,6 +135,13 @@ def _not_a_chain(order: list[int], calls: list[Call]) -> str:
             number = after.name.rpartition(" ")[2]
             return f"entry {number} does not take what the one before gave"
     return "gives no tensor" if calls[-1].output is None else ""
+
+
+def _keeps_shape(call: Call) -> bool:
+    """Return whether a module gives a tensor of the shape of what it takes."""
+    return call.output is not None and any(
+        call.output.shape == x.shape for x in call.inputs.values()
+    )
 
 
 def is_scaled(x: Tensor, y: Tensor) -> bool:

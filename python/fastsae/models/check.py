@@ -88,7 +88,7 @@ def check_sites(
         ValueError: the model does not run on the inputs.
     """
     names = [names] if isinstance(names, str) else list(names)
-    if inputs is not None:
+    if inputs is not None and any(parse(name) is not None for name in names):
         look_up(model, inputs)
     probe = Probe(model, inputs)
     return {name: _report(model, name, probe, inputs is not None)[1] for name in names}
@@ -145,7 +145,7 @@ def _examine(model: nn.Module, probe: Probe, name: str) -> tuple[Site, SiteRepor
     site = locate(model, name) if is_named(name) else by_path(model, name)
     report = _basics(model, probe, site)
     site = replace(site, in_place=report.in_place)
-    if report.ok and not report.reaches:
+    if report.ok and not report.reaches and site.mixture is None:
         site = replace(site, read_only=report.why)
     if kind in WRITES and report.ok:
         assert parsed is not None
@@ -211,9 +211,11 @@ def _basics(model: nn.Module, probe: Probe, site: Site) -> SiteReport:
         half = x.shape[1] // 2
         probe.run([lambda: site.hook(seen_again.take)], input_ids=_other_end(probe.inputs, half))
         share = max(torch.finfo(x.dtype).eps / 2, tolerance(torch.float32))  # of the same shapes
-        facts["causal"] = _close(seen_again.values[0][:, :half], x[:, :half], share)
+        before, now = (v.values[0][:, :half].nan_to_num() for v in (seen, seen_again))
+        facts["causal"] = _close(now, before, share)
         facts["masked"] = facts["causal"] or _masked(probe, site)
     report = SiteReport(**facts)
+    idle = site.mixture is not None and bool(x.isnan().all())
     problem = ""
     if report.fires != 1:
         problem = (
@@ -225,10 +227,12 @@ def _basics(model: nn.Module, probe: Probe, site: Site) -> SiteReport:
         problem = f"{wanted} in floating point, got {[*x.shape]} from {path}"
     elif not identity:
         problem = f"an activation that can be replaced by itself, got {path}, which cannot"
-    elif not report.reaches and (parse(site.name) or ("",))[0] != "router":
+    elif not report.reaches and not idle and (parse(site.name) or ("",))[0] != "router":
         problem = f"an activation that the output depends on, got {path}"
     if problem:
         return replace(report, ok=False, why=f"site {site.name}: expected {problem}")
+    if idle:
+        return replace(report, why="no token of the check was routed to it")
     if not report.reaches:
         return replace(report, why="the output does not depend on it, so it can only be read")
     if not report.causal:
@@ -248,7 +252,7 @@ def _masked(probe: Probe, site: Site) -> bool:
         probe.run([lambda: site.hook(lambda v: seen.append(v.clone()))], attention_mask=mask)
     except ValueError:  # there may be no such argument
         return False
-    return _close(seen[0], seen[1][:, :-3])
+    return _close(seen[0].nan_to_num(), seen[1][:, :-3].nan_to_num())
 
 
 def _lead(inputs: dict[str, Any]) -> torch.Size | None:

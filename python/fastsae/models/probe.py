@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastsae.models.eager import uncompiled
 from fastsae.models.threads import only_here, probing
 
 ROWS, TOKENS = 2, 8
@@ -73,7 +74,7 @@ class Probe:
             hooks: each sets one.
             changed: inputs that replace those of the probe.
         """
-        with probing(), evaluating(self.model):
+        with probing(), evaluating(self.model), uncompiled(self.given):
             return self._run(hooks, changed)
 
     def _run(self, hooks: Sequence[Hook], changed: dict[str, Any]) -> Tensor:
@@ -234,9 +235,9 @@ def final_tensor(output: Any, name: str) -> Tensor:
     logits: Tensor | None = getattr(output, "logits", None)
     if logits is not None and _is_float(logits):
         return logits
-    many: Any = output.values() if hasattr(output, "values") else output
+    many: Any = [output] if isinstance(output, Tensor) else output
     found: Tensor
-    for found in many if not isinstance(many, Tensor) else [many]:
+    for found in many.values() if hasattr(many, "values") else many:
         if _is_float(found) and found.ndim:
             return found
     raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastsae.models.eager import uncompiled
 from fastsae.models.probe import options
 from fastsae.models.sites import Site
 from fastsae.models.threads import only_here
@@ -55,7 +56,7 @@ def read_gradients(
     try:
         for p in trainable:
             p.requires_grad_(False)
-        with torch.enable_grad():
+        with torch.enable_grad(), uncompiled(model):
             output = model(input_ids=tokens, **_masked(attention_mask), **options(model))
             logits = output.logits[:, :-1]
             scored = real[:, 1:]
@@ -106,7 +107,7 @@ def read(
 
     Returns:
         `{site.name: [n, t, d]}` in the model's dtype and on its device; t counts patches and class
-        tokens in models of images.
+        tokens in models of images. Rows of an expert are NaN for tokens not routed to it.
 
     Raises:
         RuntimeError: a site was not reached by the forward pass.
@@ -141,7 +142,8 @@ def _read(
         for site in sites
     ]
     try:
-        model(**inputs, **options(model))
+        with uncompiled(model):
+            model(**inputs, **options(model))
     except _Stop:
         return got, versions
     finally:

@@ -13,6 +13,7 @@ A site is a module of the model and one side of it, its input or its output. It 
     attn_out.L     output of the attention of block L
     attn_write.L   what the attention of block L adds to the stream
     router.L       logits of the router of the experts of block L
+    expert.L.E     output of expert E of block L, where experts are modules; NaN for other tokens
     embed          output of the token embedding
     final          input of the unembedding: the stream after the last norm
     PATH[:in|:out] any module by its path in the model, e.g. model.layers.3.mlp:in; :out if unsaid
@@ -30,10 +31,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from fastsae.models.blocks import look_up
-from fastsae.models.probe import first_tensor, with_first
+from fastsae.models.experts import Guard, find_expert, hook_expert
+from fastsae.models.probe import Handle, first_tensor, with_first
 from fastsae.models.threads import not_elsewhere
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block", "shared_mlp")
@@ -62,9 +63,6 @@ MODEL_KINDS = {
 }
 
 
-Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
 class Base(NamedTuple):
     """An input of a module that is added to what a site's module gives."""
 
@@ -91,6 +89,8 @@ class Site:
         scale: of the module's tensor.
         base: what is added; None: nothing.
         in_place: whether the model changes the tensor later.
+        mixture: what routes tokens to the module, where that is an expert: x is NaN then for tokens
+            that are not routed to it, and the module takes no others.
         read_only: why replacing it would do nothing; empty where it does.
     """
 
@@ -102,6 +102,7 @@ class Site:
     scale: float = 1.0
     base: Base | None = None
     in_place: bool = False
+    mixture: nn.Module | None = None
     read_only: str = ""
 
     def hook(self, fn: Callable[[Tensor], Tensor | None], guard: Guard = not_elsewhere) -> Handles:
@@ -114,8 +115,10 @@ class Site:
         Returns:
             A handle; `handle.remove()` takes the hook off.
         """
+        if self.mixture is not None:
+            return Handles(hook_expert(self.module, self.mixture, self.name, fn, guard))
         seen = threading.local()  # what this pass has seen; another thread may run another one
-        handles: list[RemovableHandle] = []
+        handles: list[Handle] = []
         if self.block is not None and self.block is not self.module:
             handles.append(
                 self.block.register_forward_pre_hook(_note(seen, guard), with_kwargs=True)
@@ -179,7 +182,7 @@ class Site:
 class Handles:
     """Several hooks that come off together."""
 
-    def __init__(self, handles: list[RemovableHandle]) -> None:
+    def __init__(self, handles: list[Handle]) -> None:
         self._handles = handles
 
     def remove(self) -> None:
@@ -223,7 +226,7 @@ def parse(name: str) -> tuple[str, int, int | None] | None:
     if match is None:
         return None
     kind, layer, head = match[1], int(match[2]), match[3]
-    if kind == "head" and head is not None:
+    if kind in ("head", "expert") and head is not None:
         return kind, layer, int(head)
     return (kind, layer, None) if kind in BLOCK_KINDS and head is None else None
 
@@ -234,7 +237,9 @@ def describe(name: str) -> str:
         return MODEL_KINDS[name]
     if (parsed := parse(name)) is not None:
         kind, layer, head = parsed
-        return f"head {head} of block {layer}" if kind == "head" else f"{BLOCK_KINDS[kind]} {layer}"
+        if head is not None:
+            return f"{kind} {head} of block {layer}"
+        return f"{BLOCK_KINDS[kind]} {layer}"
     path, _, side = name.partition(":")
     return f"the {side or 'out'}put of {path}"
 
@@ -264,6 +269,9 @@ def locate(model: nn.Module, name: str) -> Site:
     if kind == "router":
         mlp, _ = mlp_of(block, name)
         return Site(name, _child(mlp, ROUTER_NAMES, name, "a router"), "out", block)
+    if kind == "expert" and head is not None:
+        mixture, _ = mlp_of(block, name)
+        return Site(name, find_expert(mixture, name, head), "out", block, mixture=mixture)
     attention = _attention(block, name)
     if kind == "attn_out":
         return Site(name, attention, "out", block)
@@ -364,7 +372,7 @@ def by_path(model: nn.Module, name: str) -> Site:
         children = dict(module.named_children())
         if part not in children:
             listed = ", ".join(list(children)[:12]) + (", ..." if len(children) > 12 else "")
-            kinds = [f"{kind}.L" for kind in BLOCK_KINDS] + ["head.L.H", *MODEL_KINDS]
+            kinds = [f"{kind}.L" for kind in BLOCK_KINDS] + ["head.L.H", "expert.L.E", *MODEL_KINDS]
             raise ValueError(
                 f"site {name}: expected {', '.join(kinds)} or a module path; {done} has no "
                 f"{part!r}, it has {listed or 'no children'}"

@@ -9,13 +9,17 @@ hide the quality of everything else.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint as checkpointing
 
+from fastsae.models.eager import uncompiled
 from fastsae.models.probe import Handle, evaluating
 from fastsae.models.resolve import resolve
 from fastsae.models.sites import Site
@@ -86,6 +90,7 @@ def intervene(
 
     def hook(x: Tensor) -> Tensor:
         call.fired = True
+        call.expect_no_checkpoint(site.name)
         if x.ndim != 3:
             raise ValueError(
                 f"replace: expected an activation [n, t, d] at {site.name}, got {[*x.shape]}"
@@ -100,6 +105,8 @@ def intervene(
                 f"replace: expected {source.name if source else ''} to be reached before "
                 f"{site.name}, with as many rows"
             )
+        if site.mixture is not None:
+            touched &= ~x.isnan().any(-1)  # rows of tokens that the expert does not see
         if max_norm is not None:
             touched &= given.float().norm(dim=-1) <= max_norm
         out = x.clone()
@@ -119,7 +126,8 @@ def intervene(
         model.register_forward_hook(not_elsewhere(call.end), always_call=True),
     ]
     try:
-        yield
+        with uncompiled(model):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -137,6 +145,8 @@ def _of_samples(keep: Tensor, rows: int) -> Tensor:
     return keep.repeat_interleave(rows // len(keep), 0)
 
 
+CHECKPOINT = checkpointing.__file__
+
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """Arguments that hold earlier keys and values; transformers 5.24 calls them `cache`, and warns of
 the name that it had before."""
@@ -148,6 +158,8 @@ class _Call:
     def __init__(self) -> None:
         self.count = 0
         self.fired = False
+        self.grad = False
+        """Whether the running pass is to have gradients."""
         self.start = 0
         """Positions before those of this call."""
         self.source: Tensor | None = None
@@ -164,6 +176,7 @@ class _Call:
         """Note the cache and the attention mask of a call."""
         self.count += 1
         self._running = True
+        self.grad = torch.is_grad_enabled()
         signature = inspect.signature(model.forward)
         takes = signature.parameters.values()
         if len(args) > 1 and any(p.kind is p.VAR_POSITIONAL for p in takes):
@@ -186,6 +199,20 @@ class _Call:
     def end(self, *_: Any) -> None:
         """Note that the call is over."""
         self._running, self.source = False, None
+
+    def expect_no_checkpoint(self, name: str) -> None:
+        """Raise RuntimeError in a part of the model that the backward pass runs once more."""
+        if self._running and not self.grad:
+            return
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_filename == CHECKPOINT:
+                raise RuntimeError(
+                    f"replace: expected {name} to lie outside of gradient checkpointing, whose "
+                    "backward pass runs it again without the replacement, got it inside; call "
+                    "model.eval(), turn checkpointing off, or use torch.no_grad()"
+                )
+            frame = frame.f_back
 
     def positions(self, x: Tensor) -> Tensor:
         """Return the place of every row of `x: [batch, t, d]` in its context; -1 for padding."""
