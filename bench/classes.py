@@ -108,7 +108,7 @@ def theirs(name: str, at: str, x: Tensor, args: argparse.Namespace) -> Callable[
     if name == "JumpReLU":
         zeros = torch.zeros(args.d_sae)
         by = lower(zeros, sae.W_enc.t(), x, args.k)
-        sae.log_threshold.data.fill_(by).log_()
+        sae.threshold.data.fill_(by)
     elif at == "target" and name in PENALIZED:
         bias = sae.b_gate if name == "Gated" else sae.b_enc
         lower(bias.data, sae.W_enc.t(), x, args.k)

@@ -8,7 +8,6 @@ diffing", Transformer Circuits, October update.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -142,18 +141,19 @@ class CrossLayerMixin(LayerEncoders, SAE, register=False):
         if acts.shape[-1] != self.d_sae:
             self._fail(f"acts to be [..., d_sae] with d_sae = {self.d_sae}, got {[*acts.shape]}")
         if isinstance(acts, SparseActs):
-            return self._decode(separated(acts, self.n_layers))
+            return (self._written(acts) + self.b_dec).to(self.b_dec.dtype)
         blocks = acts.split(self.d_transcoder, -1)
         y_hat = self._summed(lambda layer: blocks[layer] @ self.W_decs[layer]) + self.b_dec
         return y_hat.to(acts.dtype)
 
-    def _decode(self, parts: Sequence[SparseActs]) -> Tensor:
+    def _written(self, acts: SparseActs) -> Tensor:
+        parts = separated(acts, self.n_layers)
         every = isinstance(self, JumpReLUSAE) and parts[0].values.requires_grad
 
         def write(layer: int) -> Tensor:
             return ops.sparse_decode(parts[layer], self.W_decs[layer], inactive_grad=every)
 
-        return (self._summed(write) + self.b_dec).to(self.b_dec.dtype)
+        return self._summed(write)
 
     def loss(
         self, x: Tensor, target: Tensor | None = None, *, context: StepContext = STEP

@@ -24,7 +24,7 @@ from fastsae.nn.topk import TopKSAE
 from fastsae.ops import _tape
 from fastsae.types import SparseActs
 
-ROWS = 128
+ROWS = 256
 """Of a chunk that goes through all prefixes at once."""
 MOST_SUMS = 1 << 28
 """Bytes up to which a training step keeps a vector for every entry of the code."""
@@ -178,8 +178,9 @@ class _PrefixErrors(torch.autograd.Function):
         f, W, scale = upcast(values), upcast(W_dec), 2 * grads[0]
         error, df, dW = last.clone(), torch.zeros_like(f), None
         k, total = f.shape[1], torch.zeros_like(last)
-        taped = k * last.numel() * last.element_size() <= MOST_SUMS and _tape.of(W_dec) is not None
-        sums = last.new_empty(k, *last.shape) if taped else None
+        sums, tape = None, _tape.of(W_dec)
+        if tape is not None and k * last.numel() * last.element_size() <= MOST_SUMS:
+            sums = tape.buffer("prefix errors", (k, *last.shape), last)
         if sums is None:
             dW = torch.zeros_like(W)
         for i, (e, f_of, latents) in enumerate(_chunks(error, f, indices)):

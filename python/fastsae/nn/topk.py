@@ -131,6 +131,10 @@ class TopKSAE(SAE):
         rest = wide.values.scatter(1, places, 0.0)
         return narrow, SparseActs(rest, wide.indices, None, self.d_sae)
 
+    def _written(self, acts: SparseActs) -> Tensor:
+        """Return what latents write, without b_dec: [n, d_out]."""
+        return ops.sparse_decode(acts, self.W_dec)
+
     def loss_of(
         self,
         x: Tensor,
@@ -145,7 +149,7 @@ class TopKSAE(SAE):
         acts, rest = self._parted(acts)
         x_hat = self.reconstruct(x, acts)
         out = total_loss(self, x, target, acts, x_hat, None, dead)
-        squared = squared_error(target, x_hat + self.decode(rest) - self.b_dec)
+        squared = squared_error(target, x_hat + self._written(rest))
         out.loss = out.loss + fvu(squared, target) / 8
         return out
 

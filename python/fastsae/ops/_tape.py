@@ -9,6 +9,7 @@ take remains a gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -32,8 +33,12 @@ class Entries(NamedTuple):
 class Tape:
     """The sums that one step leaves for the two matrices of a dictionary."""
 
-    def __init__(self, parameters: StepTensors, centered: bool) -> None:
+    def __init__(
+        self, parameters: StepTensors, centered: bool, buffers: dict[str, Tensor] | None = None
+    ) -> None:
         self.parameters = parameters
+        self.buffers = {} if buffers is None else buffers
+        """Memory that stays from step to step: new pages cost more than what is written to them."""
         self.centered = centered
         """Whether b_dec is subtracted from what is encoded."""
         self.encoder: list[Entries] = []
@@ -42,6 +47,14 @@ class Tape:
         self.recording = False
         self.rows: tuple[Tensor, list[Tensor]] | None = None
         """Latents, and copies of their rows of W_enc, W_dec and b_enc: leaves of the graph."""
+
+    def buffer(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Return uninitialized memory, the same in every step of a run."""
+        size = math.prod(shape)
+        held = self.buffers.get(name)
+        if held is None or held.numel() < size or held.dtype != like.dtype:
+            held = self.buffers[name] = like.new_empty(size)
+        return held[:size].view(*shape)
 
     def copy_rows(self, latents: Tensor) -> list[Tensor]:
         """Return leaves with the rows of `latents: [e]`, whose gradients the step takes as such.
@@ -60,14 +73,20 @@ _open: dict[int, Tape] = {}
 
 
 @contextmanager
-def opened(dictionaries: Sequence[StepTensors], centered: bool) -> Iterator[list[Tape]]:
-    """Open a tape for each dictionary of a training step; `centered`: b_dec is subtracted from what
-    is encoded.
+def opened(
+    dictionaries: Sequence[StepTensors], centered: bool, buffers: dict[str, Tensor] | None = None
+) -> Iterator[list[Tape]]:
+    """Open a tape for each dictionary of a training step.
+
+    Args:
+        dictionaries: their parameters.
+        centered: whether b_dec is subtracted from what is encoded.
+        buffers: what a step has left for the next one.
 
     Raises:
         RuntimeError: another step is under way on one of the matrices.
     """
-    tapes = [Tape(parameters, centered) for parameters in dictionaries]
+    tapes = [Tape(parameters, centered, buffers) for parameters in dictionaries]
     places = {_place(W): tape for tape in tapes for W in tape.parameters[:2]}
     if len(places) != 2 * len(tapes) or places.keys() & _open.keys():
         raise RuntimeError("fastsae: expected one step at a time, on two matrices of their own")

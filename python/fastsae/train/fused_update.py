@@ -61,6 +61,7 @@ class FusedUpdate:
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         self.sae, self.config = sae, config
         self.count = 0
+        self.buffers: dict[str, Tensor] = {}
         moved = moved_parameters(sae)
         self.exp_avg = {name: torch.zeros_like(p) for name, p in moved.items()}
         zeros = squares_like if config.optimizer == "adam_mini" else torch.zeros_like
@@ -72,7 +73,7 @@ class FusedUpdate:
         """See `Update.step`."""
         moved, others = moved_parameters(self.sae), list(self.others.values())
         centered = self.sae.apply_b_dec_to_input
-        with _tape.opened(_dictionaries(moved, moved), centered) as tapes:
+        with _tape.opened(_dictionaries(moved, moved), centered, self.buffers) as tapes:
             out = self.sae.training_loss(batch, context)
             rows = [leaf for tape in tapes if tape.rows is not None for leaf in tape.rows[1]]
             inputs = [*moved.values(), *rows, *others]
