@@ -92,7 +92,9 @@ def ours(
             sae.b_mag.data.sub_(by)
 
     def step() -> Any:
-        trainer._dead.tokens_since_fired[: args.dead] = 1 << 40
+        if args.dead:
+            trainer._dead.tokens_since_fired.zero_()[: args.dead] = 1 << 40
+            trainer._tokens_done = 1 << 40  # before, no latent can be dead
         return trainer.step(batch)
 
     return step, trainer

