@@ -102,7 +102,7 @@ class PenalizedSAE(SAE, register=False):
                 compute_dtype=context.compute_dtype,
             )
 
-        if not attachable(x, W_enc, b_enc, bias):
+        if x.device.type != "cpu" or not attachable(x, W_enc, b_enc, bias):
             return encode()
         with torch.no_grad():  # what follows would go over the places that are not needed
             acts = encode().trimmed()

@@ -94,10 +94,13 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def attachable(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> bool:
-    """Return whether `attach` does what the ops do: eagerly on a CPU, in reverse mode."""
-    tensors = [t for t in (x, W_enc, b_enc, b_dec) if t is not None]
-    plain = _dense.plain(tensors) and not torch.is_autocast_enabled("cpu")
-    return plain and _autograd.reverse_mode_alone()
+    """Return whether `attach` does what the ops do: eagerly, in reverse mode, without autocast."""
+    kind = x.device.type
+    if not _autograd.reverse_mode_alone() or kind not in ("cpu", "cuda"):
+        return False
+    if torch.is_autocast_enabled(kind):
+        return False
+    return all(_dense.is_plain(t) for t in (x, W_enc, b_enc, b_dec) if t is not None)
 
 
 def attach(
