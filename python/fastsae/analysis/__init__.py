@@ -1,4 +1,4 @@
-"""What one does with a trained SAE: attribution, circuits, examples, the anatomy of its error."""
+"""What one does with a trained SAE: attribution, circuits, examples, its error, steering."""
 
 from fastsae.analysis.attention import (
     head_attribution,
@@ -9,6 +9,7 @@ from fastsae.analysis.circuits import connections, latent_attribution
 from fastsae.analysis.cross_layer import cross_layer_attribution, virtual_weights
 from fastsae.analysis.error import ErrorAnatomy, error_anatomy
 from fastsae.analysis.examples import ActivatingExamples, Context, Latent
+from fastsae.analysis.firing import Firing, firing
 from fastsae.analysis.head_codes import (
     edge_scores,
     head_codes,
@@ -17,16 +18,19 @@ from fastsae.analysis.head_codes import (
     train_code_sae,
 )
 from fastsae.analysis.lens import promoted_tokens
+from fastsae.analysis.steer import steer
 
 __all__ = [
     "ActivatingExamples",
     "Context",
     "ErrorAnatomy",
+    "Firing",
     "Latent",
     "connections",
     "cross_layer_attribution",
     "edge_scores",
     "error_anatomy",
+    "firing",
     "head_attribution",
     "head_codes",
     "latent_attribution",
@@ -35,6 +39,7 @@ __all__ = [
     "recursive_attribution",
     "roc_auc",
     "source_attribution",
+    "steer",
     "train_code_sae",
     "virtual_weights",
 ]
