@@ -7,6 +7,7 @@ from fastsae.analysis.attention import (
 )
 from fastsae.analysis.circuits import connections, latent_attribution
 from fastsae.analysis.cross_layer import cross_layer_attribution, virtual_weights
+from fastsae.analysis.effect import EffectCurve, EffectRow, effect_curve
 from fastsae.analysis.error import ErrorAnatomy, error_anatomy
 from fastsae.analysis.examples import ActivatingExamples, Context, Latent
 from fastsae.analysis.firing import Firing, firing
@@ -23,12 +24,15 @@ from fastsae.analysis.steer import steer
 __all__ = [
     "ActivatingExamples",
     "Context",
+    "EffectCurve",
+    "EffectRow",
     "ErrorAnatomy",
     "Firing",
     "Latent",
     "connections",
     "cross_layer_attribution",
     "edge_scores",
+    "effect_curve",
     "error_anatomy",
     "firing",
     "head_attribution",
