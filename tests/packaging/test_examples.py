@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.models.tiny import CharTokenizer, tiny_model
+
 FOLDER = Path(__file__).parents[2] / "examples"
 
 
@@ -28,8 +32,16 @@ def test_load_and_steer() -> None:
     assert 0 < moved["spliced"] < moved["steered"]
 
 
+def test_steer() -> None:
+    pytest.importorskip("transformers")
+    main = runpy.run_path(str(FOLDER / "steer.py"))["main"]
+    curve, texts = main(tiny_model(), CharTokenizer(), "resid_post.1", contexts=40)
+    assert next(row.value for row in curve.of("latent", "logit")) == 0
+    assert len(curve.controls) == len(texts) == 3
+
+
 def test_every_example_is_tested_and_starts_by_itself() -> None:
-    tested = {"train_two.py", "op_in_your_code.py", "load_and_steer.py"}
+    tested = {"train_two.py", "op_in_your_code.py", "load_and_steer.py", "steer.py"}
     assert {path.name for path in FOLDER.glob("*.py")} == tested
     command = [sys.executable, str(FOLDER / "op_in_your_code.py")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What one does with a trained SAE: attribution, circuits, examples, the anatomy of its error."""
+"""What one does with a trained SAE: attribution, circuits, examples, its error, steering."""
 
 from fastsae.analysis.attention import (
     head_attribution,
@@ -7,8 +7,10 @@ from fastsae.analysis.attention import (
 )
 from fastsae.analysis.circuits import connections, latent_attribution
 from fastsae.analysis.cross_layer import cross_layer_attribution, virtual_weights
+from fastsae.analysis.effect import EffectCurve, EffectRow, effect_curve
 from fastsae.analysis.error import ErrorAnatomy, error_anatomy
 from fastsae.analysis.examples import ActivatingExamples, Context, Latent
+from fastsae.analysis.firing import Firing, firing
 from fastsae.analysis.head_codes import (
     edge_scores,
     head_codes,
@@ -17,16 +19,22 @@ from fastsae.analysis.head_codes import (
     train_code_sae,
 )
 from fastsae.analysis.lens import promoted_tokens
+from fastsae.analysis.steer import steer
 
 __all__ = [
     "ActivatingExamples",
     "Context",
+    "EffectCurve",
+    "EffectRow",
     "ErrorAnatomy",
+    "Firing",
     "Latent",
     "connections",
     "cross_layer_attribution",
     "edge_scores",
+    "effect_curve",
     "error_anatomy",
+    "firing",
     "head_attribution",
     "head_codes",
     "latent_attribution",
@@ -35,6 +43,7 @@ __all__ = [
     "recursive_attribution",
     "roc_auc",
     "source_attribution",
+    "steer",
     "train_code_sae",
     "virtual_weights",
 ]

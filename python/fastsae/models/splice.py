@@ -65,7 +65,7 @@ def replace(
 def intervene(
     model: nn.Module,
     site: str | Site,
-    fn: Callable[[Tensor, Tensor], Tensor],
+    fn: Callable[[Tensor, Tensor], Tensor | None],
     source: str | Site | None,
     keep: Tensor | None,
     drop_prefix: int,
@@ -76,7 +76,8 @@ def intervene(
     Args:
         model: as in `replace`, like all that is not said here.
         site: where rows are replaced.
-        fn: takes the rows of the source and those to replace.
+        fn: takes the rows of the source and those to replace; returns theirs, or None where no row
+            is to change, which leaves the activation to the bit as it is.
         source: a site that is reached before; None: `site`. Its norms are what max_norm is about.
         keep: as in `replace`.
         drop_prefix: as in `replace`.
@@ -88,7 +89,7 @@ def intervene(
         raise ValueError(f"site {site.name}: expected one that can be replaced; {site.read_only}")
     call = _Call()
 
-    def hook(x: Tensor) -> Tensor:
+    def hook(x: Tensor) -> Tensor | None:
         call.fired = True
         call.expect_no_checkpoint(site.name)
         if x.ndim != 3:
@@ -109,8 +110,10 @@ def intervene(
             touched &= ~x.isnan().any(-1)  # rows of tokens that the expert does not see
         if max_norm is not None:
             touched &= given.float().norm(dim=-1) <= max_norm
-        out = x.clone()
         rows = fn(given[touched], x[touched])
+        if rows is None:
+            return None
+        out = x.clone()
         if rows.shape != x[touched].shape:
             raise ValueError(
                 f"replace: expected {[*x[touched].shape]} for the rows of {site.name}, got "
@@ -296,17 +299,7 @@ def splice(
     Raises:
         ValueError: one site for a transcoder, two for an SAE, or an SAE that reads several.
     """
-    source, target = (None, site) if isinstance(site, str | Site) else site
-    columns: Any = getattr(sae, "columns", None)
-    if columns is not None:
-        if len(columns.inputs) != 1 or len(columns.targets) > 1:
-            raise ValueError(
-                f"splice: expected an SAE that reads one site, got {type(sae).__name__}, which "
-                f"reads {len(columns.inputs)}"
-            )
-        if (source is None) == bool(columns.targets):
-            wanted = "(SITE_READ, SITE_REPLACED)" if columns.targets else "one site"
-            raise ValueError(f"splice: expected {wanted} for {type(sae).__name__}, got {site}")
+    source, target = read_and_replaced("splice", site, sae)
     parameter = next(sae.parameters(), None)
 
     def reconstruct(read: Tensor, own: Tensor) -> Tensor:
@@ -316,6 +309,28 @@ def splice(
     keeping = intervene(model, target, reconstruct, source, keep, drop_prefix, max_norm)
     with evaluating(sae), keeping:
         yield
+
+
+def read_and_replaced(
+    owner: str, site: str | Site | tuple[str | Site, str | Site], sae: nn.Module
+) -> tuple[str | Site | None, str | Site]:
+    """Return the site that an SAE reads, None for the one that it replaces, and the latter.
+
+    Raises:
+        ValueError: one site for a transcoder, two for an SAE, or an SAE that reads several.
+    """
+    source, target = (None, site) if isinstance(site, str | Site) else site
+    columns: Any = getattr(sae, "columns", None)
+    if columns is not None:
+        if len(columns.inputs) != 1 or len(columns.targets) > 1:
+            raise ValueError(
+                f"{owner}: expected an SAE that reads one site, got {type(sae).__name__}, which "
+                f"reads {len(columns.inputs)}"
+            )
+        if (source is None) == bool(columns.targets):
+            wanted = "(SITE_READ, SITE_REPLACED)" if columns.targets else "one site"
+            raise ValueError(f"{owner}: expected {wanted} for {type(sae).__name__}, got {site}")
+    return source, target
 
 
 @contextmanager

@@ -114,6 +114,11 @@ class NormalizedSAE(nn.Module):
         """Return what the SAE takes for `x: [..., d_in]`; same shape, in its dtype."""
         return self._normalized(self._flat(x))[0]
 
+    def output_scale(self, x: Tensor) -> Tensor | float:
+        """Return what the decoder's output for `x: [..., d_in]` is multiplied with: `[..., 1]`, or
+        1 where nothing is put back."""
+        return self._normalized(self._flat(x))[2] if self._restores else 1.0
+
     def encode_sparse(self, x: Tensor) -> SparseActs:
         """Return the sparse code of `x: [..., d_in]`, leading dimensions flattened to rows."""
         return self.sae.encode_sparse(self.normalize(x))
