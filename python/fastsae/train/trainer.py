@@ -337,7 +337,7 @@ class Trainer:
 
     @property
     def held_back(self) -> int:
-        """Rows that `fit` keeps from training; 0 where the data cannot."""
+        """Rows that `fit` keeps from training, if the data can hold some back."""
         return self._calibration.rows
 
     def check_out(self, resume: bool) -> None:
