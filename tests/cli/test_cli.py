@@ -126,7 +126,7 @@ def several(tiny, corpus, tmp_path, capsys):
 
 
 def test_every_architecture_trains_and_is_measured(several, tmp_path, capsys) -> None:
-    for arch, cls in cli.train.ARCHITECTURES.items():
+    for arch, cls in cli.recipe.ARCHITECTURES.items():
         sites = ["resid_post.0"]
         if "coder" in arch:
             sites += ["mlp_out.1" if "trans" in arch else "resid_post.1"]

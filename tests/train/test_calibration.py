@@ -127,6 +127,21 @@ def test_only_classes_with_a_threshold_and_a_k_give_up_rows():
     assert [torch.equal(call, x[470:530]) for call in own.calls] == [True]
 
 
+def test_hold_back_keeps_rows_from_any_class():
+    x = rows()
+    other = x.clone()
+    other[470:530] = 3 * rows(60, seed=5)
+    config = settings(hold_back=60)
+    a, b = (fit(CLASSES["TopK"], data, config) for data in (x, other))
+    assert_same(a, b)
+    sae = fit(CLASSES["BatchTopK"], x, config)
+    assert_same(sae, fit(CLASSES["BatchTopK"], x, settings(calibration_rows=60)))
+    with pytest.raises(ValueError, match=r"^Trainer: expected hold_back <= 500 of 1000 rows of da"):
+        Trainer(CLASSES["TopK"](), x, settings(hold_back=501))
+    none = fit(CLASSES["BatchTopK"], x, settings(hold_back=0))
+    assert_same(none, fit(CLASSES["BatchTopK"], x, settings(calibration_rows=0)))
+
+
 def test_a_class_with_its_own_calibration_keeps_the_fused_update():
     class Own(fastsae.BatchTopKSAE):
         def calibrate_(self, x):

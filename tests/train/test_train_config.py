@@ -21,6 +21,11 @@ from fastsae.train.schedule import lr_at, make_plan
         ({"decay_fraction": 1.5}, "expected 0 <= decay_fraction <= 1, got 1.5"),
         ({"warmup_steps": -1}, "expected warmup_steps >= 0 or None, got -1"),
         ({"calibration_rows": -1}, "expected calibration_rows >= 0 or None, got -1"),
+        ({"hold_back": -1}, "expected hold_back >= 0 or None, got -1"),
+        ({"hold_back": 3, "calibration_rows": 0}, "expected at most one of hold_back and "
+         "calibration_rows, got 3"),
+        ({"start_seed": -1}, "expected 0 <= start_seed < 2^32 or None, got -1"),
+        ({"start_seed": "a"}, "expected start_seed to be an integer or None, got 'a'"),
         ({"b_dec_init": "median"}, "expected b_dec_init in geometric_median, mean, zeros, "
          "got 'median'"),
         ({"outlier_norm": 1.0}, "expected outlier_norm > 1, got 1.0"),

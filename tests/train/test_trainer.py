@@ -283,6 +283,18 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(name, tmp_path):
     assert same_tensors(whole / "sae_weights.safetensors", cut / "sae_weights.safetensors")
 
 
+def test_a_signal_during_a_validation_leaves_a_checkpoint_too(tmp_path):
+    class Slow(TensorSource):
+        def batches(self, batch_size, *, seed=0):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().batches(batch_size, seed=seed)
+
+    config = settings(out=tmp_path, eval_every=20)
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM at step 20 of 50"):
+        Trainer(make(), rows(), config, val=Slow(rows())).fit()
+    assert latest(tmp_path / "checkpoints").name == "step_000000020"
+
+
 def test_a_signal_without_a_folder_says_that_nothing_was_saved():
     def send(i):
         if i == 2:

@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     try:
         args = make_parser().parse_args(argv)
+        args.argv = [*(sys.argv[1:] if argv is None else argv)]
     except SystemExit as exit:  # argparse has said what was wrong, or printed --help
         return exit.code if isinstance(exit.code, int) else 2
     try:

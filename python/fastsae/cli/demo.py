@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastsae.cli.budget import within
 from fastsae.cli.console import duration, emit, narrated, positive, progress, say, subcommand
+from fastsae.cli.recipe import metadata_of
 from fastsae.cli.summary import facts, summary
-from fastsae.cli.train import metadata_of
 from fastsae.models.load import SMOLLM2, load_model
 from fastsae.models.text import pieces, python_topics, read_files
 
@@ -206,7 +206,7 @@ def _train(
             remove(folder)
     torch.manual_seed(args.seed)
     sae = TopKSAE(data.d_in, args.expansion * data.d_in, args.k)
-    sae.metadata = metadata_of(data)
+    sae.metadata = metadata_of(data, data.sites)
     config = TrainConfig(
         lr=args.lr,
         epochs=args.epochs,

@@ -383,9 +383,8 @@ def hold_back(source: ActivationSource, n: int) -> tuple[ActivationSource, Activ
 
 def known_rows(source: ActivationSource) -> int | None:
     """Return the number of rows of one pass, of a list of tensors too; None where nobody knows."""
-    if isinstance(source, IterableSource):
-        return source.known_rows()
-    return source_len(source)
+    method = getattr(source, "known_rows", None)
+    return source_len(source) if method is None else method()
 
 
 def source_len(source: ActivationSource) -> int | None:

@@ -34,7 +34,8 @@ def calibration_rows(config: TrainConfig, sae: SAE, rows: int | None, plan: RunP
     """Return how many rows are held back.
 
     Args:
-        config: of the run; its `calibration_rows` counts if the class calibrates.
+        config: of the run; its `calibration_rows` counts if the class calibrates, its `hold_back`
+            in any case.
         sae: what is trained.
         rows: of the data; None: nobody knows, and those that the run needs count instead.
         plan: length of the run and of a batch.
@@ -42,14 +43,17 @@ def calibration_rows(config: TrainConfig, sae: SAE, rows: int | None, plan: RunP
     Raises:
         ValueError: so many do not fit.
     """
-    if not calibrates(sae) or config.calibration_rows == 0:
-        return 0
+    asked, name = config.hold_back, "hold_back"
+    if asked is None:
+        if not calibrates(sae) or config.calibration_rows == 0:
+            return 0
+        asked, name = config.calibration_rows, "calibration_rows"
     total = plan.steps * plan.batch_size if rows is None else rows
-    if (n := config.calibration_rows) is not None:
+    if (n := asked) is not None:
         most = min(total // 2, total - plan.batch_size)
         if rows is not None and n > most:
             raise ValueError(
-                f"Trainer: expected calibration_rows <= {max(most, 0)} of {rows} rows of data with "
+                f"Trainer: expected {name} <= {max(most, 0)} of {rows} rows of data with "
                 f"batch_size = {plan.batch_size}, got {n}"
             )
         return n
@@ -75,16 +79,21 @@ class Calibration:
         self, config: TrainConfig, sae: SAE, data: ActivationSource | None, plan: RunPlan
     ) -> None:
         self._config, self._sae, self._data, self._plan = config, sae, data, plan
-        self._rows = calibration_rows(config, sae, None if data is None else known_rows(data), plan)
+        self.rows = calibration_rows(config, sae, None if data is None else known_rows(data), plan)
+        """How many are held back."""
         self._held: ActivationSource | None = None
         self.training_rows = data
         """The data without what is held back."""
 
     def hold_back(self) -> None:
-        """Keep rows of the data from training, if the class has thresholds to calibrate."""
-        data, n, parts = self._data, self._rows, None
+        """Keep rows of the data from training, if the class has thresholds to calibrate, or if the
+        settings say so."""
+        data, n, parts = self._data, self.rows, None
         self.training_rows, self._held = data, None
-        if data is None or not calibrates(self._sae) or self._config.calibration_rows == 0:
+        if data is None:
+            return
+        none = 0 in (self._config.hold_back, self._config.calibration_rows)
+        if not n and (none or not calibrates(self._sae)):
             return
         if n:
             parts = hold_back(data, n)
@@ -100,7 +109,7 @@ class Calibration:
         Args:
             scaled: checks raw rows `[n, columns]` and returns what the module takes.
         """
-        if self._held is None:
+        if self._held is None or not calibrates(self._sae):
             return
         rows = list(self._held.batches(self._plan.batch_size, seed=None))
         try:

@@ -12,6 +12,7 @@ from fastsae.nn.parameters import plain
 INTEGERS: tuple[str, ...] = ("batch_size", "steps", "total_tokens", "warmup_steps", "seed")
 INTEGERS += ("sparsity_warmup_steps", "dead_after_tokens", "sample_rows", "log_every")
 INTEGERS += ("eval_every", "checkpoint_every", "keep_checkpoints", "calibration_rows")
+INTEGERS += ("hold_back", "start_seed")
 NUMBERS = ("lr", "eps", "epochs", "decay_fraction", "clip_grad_norm", "outlier_norm")
 SWITCHES = ("normalize", "clip_outliers", "tensorboard", "progress")
 STRINGS = ("optimizer", "update", "compute_dtype", "b_dec_init", "weight_init")
@@ -94,8 +95,15 @@ class TrainConfig:
     pieces of 64 rows spread evenly over the data, or the rows that follow in an iterator. None
     takes a twentieth of the data, 512 to 8192 rows, or none where that is more than a tenth. 0:
     thresholds are those of the last training batches."""
+    hold_back: int | None = None
+    """Rows that are kept from training whatever the class, in place of `calibration_rows`: SAEs of
+    several classes then train on the same rows. Thresholds, if there are some, are calibrated on
+    them. None: as `calibration_rows` says."""
     seed: int = 0
     """Seed of the order of the data."""
+    start_seed: int | None = None
+    """Seed of where the rows of a new module start; None: `seed`. Runs that differ in nothing else
+    read the same batches."""
     log_every: int = 50
     """Updates between two rows of metrics."""
     eval_every: int | None = None
@@ -134,12 +142,19 @@ class TrainConfig:
             self._expect(value is None or 0 < value < math.inf, f"{name} > 0 or None", name)
         self._expect(all(0 <= b < 1 for b in self.betas), "two betas in [0, 1)", "betas")
         self._expect(self.eps > 0, "eps > 0", "eps")
-        for name in ("warmup_steps", "sparsity_warmup_steps", "calibration_rows"):
+        for name in ("warmup_steps", "sparsity_warmup_steps", "calibration_rows", "hold_back"):
             value = getattr(self, name)
             self._expect(value is None or value >= 0, f"{name} >= 0 or None", name)
         self._expect(0 <= self.decay_fraction <= 1, "0 <= decay_fraction <= 1", "decay_fraction")
         self._expect(self.outlier_norm > 1, "outlier_norm > 1", "outlier_norm")
         self._expect(0 <= self.seed < 2**32, "0 <= seed < 2^32", "seed")
+        start = 0 if self.start_seed is None else self.start_seed
+        self._expect(0 <= start < 2**32, "0 <= start_seed < 2^32 or None", "start_seed")
+        self._expect(
+            self.hold_back is None or self.calibration_rows is None,
+            "at most one of hold_back and calibration_rows",
+            "hold_back",
+        )
         self._expect(
             self.steps is None or self.total_tokens is None,
             "at most one of steps and total_tokens",

@@ -47,7 +47,8 @@ def start_(
     fresh = not (bool(sae.b_enc.any()) or bool(sae.b_dec.any()))
     takes_rows = _takes_rows(sae, config)
     many = sample[inlier_mask(sae.columns.split(sample).x, config.outlier_norm)]
-    few = many if few_rows is None else some_rows(many, few_rows, config.seed)
+    seed = config.seed if config.start_seed is None else config.start_seed
+    few = many if few_rows is None else some_rows(many, few_rows, seed)
     scaler = ActivationScaler(sae.columns)
     if config.normalize:
         scaler = ActivationScaler.estimate(sae.columns, few)
@@ -58,11 +59,11 @@ def start_(
     limits = norm_limits(sae.columns, few, config.outlier_norm)
     sae.train()
     if takes_rows:
-        sae.initialize_rows_(many, config.seed)
+        sae.initialize_rows_(many, seed)
     if fresh and config.b_dec_init != "zeros":
         sae.initialize_from_data_(few, config.b_dec_init)
     if takes_rows:
-        sae.fit_encoder_scale_(some_rows(few, SCALE_ROWS, config.seed))
+        sae.fit_encoder_scale_(some_rows(few, SCALE_ROWS, seed))
     if scaler.scales != [1.0] * len(scaler.scales):
         _mention_units(sae)
     return scaler, limits

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from fastsae.train.checkpoint import (
     newest_state,
     prune,
     save_checkpoint,
+    settings_of,
 )
 from fastsae.train.clock import Clock
 from fastsae.train.config import TrainConfig
@@ -187,6 +188,8 @@ class Trainer:
         self._log: MetricsLog | None = None
         self._pending: dict[str, Any] | None = None  # a row that is not in the log yet
         self._fingerprint: str | None = None
+        self._since = 0.0, 0  # seconds and steps at the last row
+        self._saved: int | None = None  # step of the newest checkpoint in out
 
     # -- the run, step by step -----------------------------------------------------------------
 
@@ -206,7 +209,7 @@ class Trainer:
         update = make_update(self.sae, self.config)
         self._count_from_zero()
         self.steps_done, self._tokens_done = 0, 0
-        self._position = None
+        self._position = self._saved = None
         few = None
         if sample is None:
             sample, few = self._sample(start_rows(self.sae, self.config)), self.config.sample_rows
@@ -283,6 +286,25 @@ class Trainer:
             return self._fit(resume)
 
     def _fit(self, resume: bool | str | os.PathLike[str]) -> TrainResult:
+        with self.opened(resume):
+            self._read_recent()
+            with StopSignals() as stop:
+                self._run(stop)
+            return self.complete()
+
+    # -- the parts of fit, for a loop over several trainers --------------------------------------
+
+    @contextmanager
+    def opened(self, resume: bool | str | os.PathLike[str] = False) -> Iterator[None]:
+        """Begin a run or continue it as `fit` does, and have its log open meanwhile.
+
+        Inside, `advance` takes one batch after the other, and `complete` ends the run. The lock of
+        `config.out` is the caller's.
+
+        Args:
+            resume: as in `fit`. Batches from `begins_at` on are to be given again: `advance` takes
+                those that have been trained on for what they are.
+        """
         if self.out is not None:
             sweep(self.out)
             sweep(self.out / "checkpoints")
@@ -296,15 +318,107 @@ class Trainer:
             began=self._clock.began,
         )
         try:
-            with log, StopSignals() as stop:
+            with log:
                 self._log = log
-                if self._pending is not None:
-                    self._write_row(from_json_row(self._pending["row"]))
-                self._run(stop)
-            self.finish()
+                self._since = self._clock.seconds, self.steps_done
+                yield
         finally:
             self._log = None
             self._close()
+
+    @property
+    def begins_at(self) -> tuple[int, Any]:
+        """The update whose batch is the first that `advance` needs, counted from 0, and the state
+        of the data before it; None at their start."""
+        begin = self._recent.begin
+        if begin is None or self.steps_done == self.plan.steps:
+            return self.steps_done, self._position
+        return begin["step"], begin["data"]
+
+    @property
+    def held_back(self) -> int:
+        """Rows that `fit` keeps from training, if the data can hold some back."""
+        return self._calibration.rows
+
+    def check_out(self, resume: bool) -> None:
+        """Raise ValueError if `config.out` holds an SAE without a checkpoint, or a run, unless it
+        is to be resumed and has these settings and data. A damaged one is left to `opened`."""
+        if self.out is None:
+            return
+        if not resume:
+            self._expect_no_run(self.out)
+        found = latest(self.out / "checkpoints")
+        if found is None:
+            self._expect_no_sae()
+            return
+        about: dict[str, Any] | None = None
+        with suppress(FileNotFoundError, ValueError):
+            about = settings_of(found)
+        if about is not None:
+            check_same_run(str(found), about, self._about())
+
+    def read(self, rows: ActivationSource, position: Any, count: int) -> Generator[Prepared]:
+        """Yield `count` raw batches of `rows`, fewer at their end, in the order of this run.
+
+        Args:
+            rows: to train on.
+            position: state of the data before the first batch; None: their start.
+            count: of batches.
+        """
+        iterator: Iterator[Tensor] = rows.batches(self.plan.batch_size, seed=self.config.seed)
+        stateful = hasattr(iterator, "state_dict") and hasattr(iterator, "load_state_dict")
+        if position is not None:
+            if not stateful:
+                raise ValueError(self._no_position())
+            iterator.load_state_dict(position)  # type: ignore[attr-defined]
+        for _ in range(count):
+            batch = next(iterator, None)
+            if batch is None:
+                return
+            state = iterator.state_dict() if stateful else None  # type: ignore[attr-defined]
+            yield Prepared(batch, state)
+
+    def write_pending(self) -> None:
+        """Write the row of metrics that was being validated when the run was interrupted."""
+        if self._pending is not None:
+            self._write_row(from_json_row(self._pending["row"]))
+
+    def advance(self, batch: Tensor, position: Any, update: int) -> None:
+        """Do what `fit` does with one batch: the update, and the metrics, validation and checkpoint
+        that are due after it.
+
+        Args:
+            batch: raw rows `[n, columns]`.
+            position: state of the data after the batch; None if they have none.
+            update: number of the update that the batch is for, counted from 0. One that was done
+                before an interruption is remembered for the thresholds, or passed over.
+
+        Raises:
+            ValueError, RuntimeError: as `fit`.
+        """
+        if update < self.begins_at[0]:
+            return
+        x = self._scaled(self._checked(batch))
+        if update < self.steps_done:
+            self._recent.add(x, self.steps_done)
+            return
+        self._expect_step()
+        self._clock.start()
+        try:
+            self._advance(x, position)
+        finally:
+            self._clock.stop()
+
+    def save(self) -> None:
+        """Write a checkpoint, if there is none of the last update."""
+        if self.steps_done and self._saved != self.steps_done:
+            self._checkpoint()
+
+    def complete(self) -> TrainResult:
+        """Finish the run, and write the SAE: the end of `fit`, inside `opened`."""
+        assert self._log is not None
+        log = self._log
+        self.finish()
         if self.out is not None:
             seal = write(self.sae, self.out)
             end = {"format": RUN_FORMAT, "steps": self.steps_done, METRICS: log.mark()}
@@ -452,7 +566,7 @@ class Trainer:
         if 0 < state["step"] < self.plan.steps and state["data"] is None:
             raise ValueError(self._no_position())
         self._restore(state, str(path))
-        self._read_recent()
+        self._saved = self.steps_done if resume is True else None
         self._pending = state["pending"]
         mark: dict[str, Any] | None = state["metrics"]
         return mark
@@ -539,47 +653,65 @@ class Trainer:
         return out
 
     def _run(self, stop: StopSignals) -> None:
-        cfg, steps = self.config, self.plan.steps
-        show = sys.stderr.isatty() if cfg.progress is None else cfg.progress
-        since, since_step = self._clock.seconds, self.steps_done
+        steps = self.plan.steps
+        show = sys.stderr.isatty() if self.config.progress is None else self.config.progress
+        self.write_pending()
         self._clock.start()
         with (
             closing(self._prepared()) as batches,
             tqdm(total=steps, initial=self.steps_done, disable=not show, unit="step") as bar,
         ):
             for x, position in batches:
-                self._recent.at_step(self.steps_done, self._position)
-                out = self._step(x)
-                self._position = position
+                row = self._advance(x, position, stop)
                 bar.update()
-                last = self.steps_done == steps
-                evaluates = last or _due(self.steps_done, cfg.eval_every)
-                evaluates |= self.steps_done in self._early.steps
-                if last:
-                    self._recent.estimate_threshold_()
-                    self._calibration.set_thresholds_(
-                        lambda rows: self.scaler.scale(self._checked(rows))
-                    )
-                row: Row | None = None
-                if evaluates or _due(self.steps_done, cfg.log_every):
-                    row = self._row(x, out)
-                    row["seconds"] = self._clock.seconds
-                    tokens = (self.steps_done - since_step) * len(x)
-                    row["tokens_per_second"] = tokens / max(row["seconds"] - since, 1e-9)
-                    self._pending = {"row": as_json_row(row), "validate": evaluates}
-                # Before anything that may fail: validation, and writing the row.
-                if last or stop.received or _due(self.steps_done, cfg.checkpoint_every):
-                    with self._paused():
-                        self._checkpoint()
                 if row is not None:
-                    with self._paused():
-                        self._write_row(row)
                     bar.set_postfix(fvu=f"{row['fvu']:.4f}", dead=int(row["dead"]))
-                    since, since_step = row["seconds"], self.steps_done
-                if stop.received and not last:
+                if stop.received and self.steps_done < steps:
+                    self.save()  # the signal may have come after the row was begun
                     raise KeyboardInterrupt(self._how_to_resume(stop.received))
-        if self.steps_done < steps:
-            raise RuntimeError(f"Trainer: expected data for {steps} steps, got {self.steps_done}")
+        self.expect_all_steps()
+
+    def expect_all_steps(self) -> None:
+        """Raise RuntimeError unless all updates are done."""
+        if self.steps_done < self.plan.steps:
+            raise RuntimeError(
+                f"Trainer: expected data for {self.plan.steps} steps, got {self.steps_done}"
+            )
+
+    def _advance(self, x: Tensor, position: Any, stop: StopSignals | None = None) -> Row | None:
+        """Do one update with the scaled batch `x: [n, columns]`, and what is due after it.
+
+        Returns:
+            The row of metrics, if one was due.
+        """
+        cfg = self.config
+        self._recent.at_step(self.steps_done, self._position)
+        out = self._step(x)
+        self._position = position
+        last = self.steps_done == self.plan.steps
+        evaluates = last or _due(self.steps_done, cfg.eval_every)
+        evaluates |= self.steps_done in self._early.steps
+        if last:
+            self._recent.estimate_threshold_()
+            self._calibration.set_thresholds_(lambda rows: self.scaler.scale(self._checked(rows)))
+        row: Row | None = None
+        if evaluates or _due(self.steps_done, cfg.log_every):
+            row = self._row(x, out)
+            row["seconds"] = self._clock.seconds
+            since, since_step = self._since
+            tokens = (self.steps_done - since_step) * len(x)
+            row["tokens_per_second"] = tokens / max(row["seconds"] - since, 1e-9)
+            self._pending = {"row": as_json_row(row), "validate": evaluates}
+        # Before anything that may fail: validation, and writing the row.
+        stopped = stop is not None and stop.received is not None
+        if last or stopped or _due(self.steps_done, cfg.checkpoint_every):
+            with self._paused():
+                self._checkpoint()
+        if row is not None:
+            with self._paused():
+                self._write_row(row)
+            self._since = row["seconds"], self.steps_done
+        return row
 
     def _paused(self) -> AbstractContextManager[None]:
         """Stop the clock meanwhile, once the device has done what was asked of it."""
@@ -610,17 +742,7 @@ class Trainer:
         rows = self._calibration.training_rows
         if rows is None:
             raise ValueError("Trainer: expected data for fit(), got None; call step() yourself")
-        iterator: Iterator[Tensor] = rows.batches(self.plan.batch_size, seed=self.config.seed)
-        stateful = hasattr(iterator, "state_dict") and hasattr(iterator, "load_state_dict")
-        if position is not None:
-            if not stateful:
-                raise ValueError(self._no_position())
-            iterator.load_state_dict(position)  # type: ignore[attr-defined]
-        for _ in range(count):
-            batch = next(iterator, None)
-            if batch is None:
-                return
-            state = iterator.state_dict() if stateful else None  # type: ignore[attr-defined]
+        for batch, state in self.read(rows, position, count):
             yield Prepared(self._scaled(self._checked(batch)), state)
 
     def _read_recent(self) -> None:
@@ -655,6 +777,7 @@ class Trainer:
             )
         folder, keep = self.out / "checkpoints", self.config.keep_checkpoints
         save_checkpoint(folder, self._raw_copy(), self.state_dict(), keep, self.plan.steps)
+        self._saved = self.steps_done
 
     def _raw_copy(self) -> SAE:
         """Return a copy of the SAE that takes raw activations; it shares what folding keeps."""
