@@ -199,7 +199,7 @@ def paths(folder: Path) -> list[Callable[[], Any]]:
         lambda: harvested(context=9999),
         lambda: harvested(batch_size=0),
         lambda: harvested(max_norm_ratio=NAN),
-        lambda: harvested(dtype=torch.int8),
+        lambda: harvested(dtype=torch.int16),
         lambda: harvested(meta={"x": X}),
         lambda: harvested(shard_rows=0),
         lambda: harvested(val_fraction=1.0),
