@@ -26,14 +26,16 @@ class _Magnitudes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        values = torch.addcmul(shift, gate, scale).relu_().masked_fill_(gate <= 0, 0)
+        moved = torch.addcmul(shift, gate, scale).relu_()
+        # Here and below: `where(other > 0, x, 0)`, in vectors.
+        values: Tensor = torch.ops.aten.threshold_backward(moved, gate, 0)
         ctx.save_for_backward(gate, scale, values)
         return values
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         gate, scale, values = ctx.saved_tensors
-        grad = grads[0].masked_fill(values == 0, 0)
+        grad = torch.ops.aten.threshold_backward(grads[0], values, 0)
         return grad * scale, (grad * gate).sum(0), grad.sum(0)
 
 

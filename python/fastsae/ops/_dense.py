@@ -198,7 +198,7 @@ def _values_grad(
         raise _NotDense
     d_sae, n = W.shape[0], grad.shape[0]
     if offsets is None and lists_every_latent(indices, d_sae):
-        return (grad @ W.t()).masked_fill_(values == 0, 0)
+        return torch.where(values != 0, grad @ W.t(), 0)
     if not pays("sparse_decode_values_grad", _counted(indices, offsets), n, d_sae, W.shape[1]):
         return None
     out = values.new_zeros(values.numel())
