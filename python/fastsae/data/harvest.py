@@ -83,7 +83,7 @@ def harvest(
         max_tokens: stop once this many rows are stored, train and validation together.
         dtype: float16 | bfloat16 | float32 | int8, of the stored activations, or its name. int8 is
             half of bfloat16: each row is rounded to 255 steps between -max |x| and max |x| of its
-            own, see `fastsae.data.rounding`. Rows with outliers lose their small entries by it.
+            own, max |x| / 127. Rows with outliers lose their small entries by it.
         max_norm_ratio: drop a token whose norm at some site is above this many times the median of
             the first 4,096 rows or more. Some models grow a second attention sink on an early
             token: a few rows in 100,000 that carry 20 % of the variance. 3 drops those and nothing

@@ -42,8 +42,8 @@ class ModelInputs:
     batches: Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]]
     """An iterable, which is read once, or a function that returns one."""
     kinds: str | Sequence[str] | None = None
-    """Which rows are stored, of `fastsae.models.kinds.KINDS`: "patch", "class", "register",
-    "frame", "text"; None: all."""
+    """Which rows are stored: those of "patch", "class", "register", "frame" or "text", or of
+    several of these; None: all."""
     drop_prefix: int = 0
     """Rows at the start of each sample that are not stored."""
 

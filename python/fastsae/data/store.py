@@ -23,7 +23,7 @@ from fastsae.data.source import EpochBatches, Span, spread, within
 class ActivationStore:
     """The rows of one split of a harvest, of one site or several side by side, as float32.
 
-    Rows of int8 are multiplied by their scales: see `fastsae.data.rounding` for their error.
+    Rows of int8 are multiplied by their scales: an entry is off by half of one at most.
 
     An epoch visits every row exactly once, in an order that depends on `(seed, epoch)` only.
     Shards are shuffled and read in groups of at most `buffer_bytes`; the rows of a group are mixed.

@@ -63,7 +63,7 @@ def train_many(
     logged at the end.
 
     Args:
-        runs: `Run`s, or tuples of their fields.
+        runs: each a `Run`, or a tuple of its fields.
         data: as of a `Trainer`.
         val: held-out data, as of a `Trainer`; every run reads them for itself.
         out: folder; that of a run is `out/NAME`, with what `Trainer.fit` writes. None: a run has
