@@ -234,12 +234,21 @@ def lists_every_latent(indices: Tensor, d_sae: int) -> bool:
     """Return whether every row of `indices: [n, k]` is 0 .. d_sae - 1, by being the same memory."""
     if indices.ndim != 2 or indices.shape[1] != d_sae or not len(indices) or indices.stride(0):
         return False
-    if type(indices) is not Tensor or indices.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    functorch = torch._C._functorch
-    if functorch.is_functorch_wrapped_tensor(indices) or functorch.is_legacy_batchedtensor(indices):
+    if not can_look(indices):
         return False
     return bool((indices[0] == torch.arange(d_sae, dtype=torch.int32)).all())
+
+
+def is_plain(t: Tensor) -> bool:
+    """Return whether a tensor is an ordinary one: no subclass, nothing of vmap or torch.func."""
+    functorch = torch._C._functorch  # batched gradients of autograd.grad are of the older kind
+    wrapped = functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
+    return type(t) in (Tensor, torch.nn.Parameter) and not wrapped
+
+
+def can_look(t: Tensor) -> bool:
+    """Return whether reading a number of `t` is free: an ordinary tensor of the CPU, eagerly."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(t)
 
 
 def owners(offsets: Tensor, entries: int) -> Tensor:

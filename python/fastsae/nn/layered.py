@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastsae import ops
-from fastsae.types import BatchTopK, SparseActs, TopK
+from fastsae.types import BatchTopK, SparseActs, TopK, can_look
 
 
 def joined(parts: Sequence[SparseActs]) -> SparseActs:
@@ -25,7 +25,7 @@ def joined(parts: Sequence[SparseActs]) -> SparseActs:
         it, else in the variable one, which all parts must have. Differentiable in their values.
     """
     n, d_layer = parts[0].shape
-    parts = [_cut(part) for part in parts]
+    parts = [p if p.offsets is None or not can_look(p.offsets) else p.trimmed() for p in parts]
     latents = torch.cat(
         [part.indices + d_layer * layer for layer, part in enumerate(parts)], dim=-1
     )
@@ -102,35 +102,15 @@ def _offsets(rows: Tensor, n: int) -> Tensor:
     return F.pad(counts[:-1].cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def _cut(acts: SparseActs) -> SparseActs:
-    """Return `acts` without its padding, where looking is free."""
-    if acts.offsets is None or not _can_look(acts.offsets):
-        return acts
-    held = int(acts.offsets[-1])
-    return SparseActs(acts.values[:held], acts.indices[:held], acts.offsets, acts.d_sae)
-
-
 def _placed(
     values: Tensor, indices: Tensor, places: Tensor, offsets: Tensor, d_sae: int
 ) -> SparseActs:
     """Return the code whose entry `places[e]` is entry e; `values.shape[0]` leaves it out."""
     size = values.shape[0]
-    if _can_look(offsets):
+    if can_look(offsets):
         held = int(offsets[-1])
         places = torch.where(places < size, places, held)
         size = held
     moved = values.new_zeros(size + 1).scatter(0, places, values)[:-1]
     latents = indices.new_zeros(size + 1).scatter_(0, places, indices)[:-1]
     return SparseActs(moved, latents, offsets, d_sae)
-
-
-def _can_look(offsets: Tensor) -> bool:
-    """Return whether a number of `offsets` may be read: an ordinary tensor of the CPU."""
-    if type(offsets) is not Tensor or offsets.device.type != "cpu":
-        return False
-    if torch.compiler.is_compiling():
-        return False
-    functorch = torch._C._functorch
-    return not (
-        functorch.is_functorch_wrapped_tensor(offsets) or functorch.is_legacy_batchedtensor(offsets)
-    )

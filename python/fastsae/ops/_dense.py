@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.types import SparseActs, lists_every_latent
+from fastsae.types import SparseActs, can_look, lists_every_latent
 
 SHARE = {"sparse_decode": 1 / 6, "sparse_decode_values_grad": 1 / 5, "sparse_weight_grad": 1 / 4}
 """Measured on two AVX-512 cores at (n 1024, d 576, d_sae 9216), by `python -m bench.crossover`."""
@@ -44,7 +44,7 @@ def pays(op: str, entries: int, n: int, d_sae: int, d: int) -> bool:
 
 def counted(acts: SparseActs) -> int:
     """Return the number of entries of a code on the CPU, 0 where finding it out would be a wait."""
-    if torch.compiler.is_compiling() or not _on_cpu(acts.values):
+    if not can_look(acts.values):
         return 0
     return _counted(acts.indices, acts.offsets)
 
@@ -85,21 +85,10 @@ def _float_matmuls() -> Any:
 
 def plain(tensors: list[Tensor]) -> bool:
     """Return whether tensors are ordinary ones on the CPU, all in float32 or all in float64."""
-    if torch.compiler.is_compiling() or not all(map(_on_cpu, tensors)):
+    if not all(map(can_look, tensors)):
         return False
     floats = {t.dtype for t in tensors if t.is_floating_point()}
     return len(floats) == 1 and floats <= {torch.float32, torch.float64}
-
-
-def _on_cpu(t: Tensor) -> bool:
-    return is_plain(t) and t.device.type == "cpu"
-
-
-def is_plain(t: Tensor) -> bool:
-    """Return whether a tensor is an ordinary one: no subclass, nothing of vmap or torch.func."""
-    functorch = torch._C._functorch  # batched gradients of autograd.grad are of the older kind
-    wrapped = functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
-    return type(t) in (Tensor, torch.nn.Parameter) and not wrapped
 
 
 def _finite(out: Tensor) -> bool:

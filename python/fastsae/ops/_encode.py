@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae.ops import _autograd, _check, _dense, _tape
-from fastsae.types import SparseActs
+from fastsae.ops import _autograd, _check, _tape
+from fastsae.types import SparseActs, is_plain
 
 
 class EncodeInput(NamedTuple):
@@ -100,7 +100,7 @@ def attachable(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) ->
         return False
     if torch.is_autocast_enabled(kind):
         return False
-    return all(_dense.is_plain(t) for t in (x, W_enc, b_enc, b_dec) if t is not None)
+    return all(is_plain(t) for t in (x, W_enc, b_enc, b_dec) if t is not None)
 
 
 def attach(
