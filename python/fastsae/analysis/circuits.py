@@ -94,6 +94,11 @@ def latent_attribution(
         if x is not None and x.device != device:
             raise ValueError(f"{owner}: expected {name} on {device} like the coder, got {x.device}")
     weight = _connections(owner, upstream, coder, torch.tensor([latent], device=device))[0]
+    return weighed(acts, weight, scale)
+
+
+def weighed(acts: SparseActs, weight: Tensor, scale: Tensor | None) -> SparseActs:
+    """Return a code times `weight: [d_sae]`, over the `scale: [n]` of each token."""
     values = acts.values.to(weight.dtype) * weight[acts.indices.long()]
     if scale is not None:
         values /= F.pad(scale.to(values.dtype), (0, 1), value=1.0)[acts.rows()]  # 1 for padding

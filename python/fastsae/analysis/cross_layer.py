@@ -18,9 +18,9 @@ Transformer Circuits, sections on attribution graphs and on virtual weights.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastsae.analysis.circuits import weighed
 from fastsae.nn.cross_layer_base import CrossLayerMixin
 from fastsae.nn.loss import upcast
 from fastsae.types import SparseActs
@@ -94,10 +94,7 @@ def cross_layer_attribution(
             raise ValueError(f"{owner}: expected {name} on {device}, got {x.device}")
     one = torch.tensor([latent], device=device)
     weight = _virtual_weights(owner, transcoder, layer, one)[0]
-    values = acts.values.to(weight.dtype) * weight[acts.indices.long()]
-    if scale is not None:
-        values /= F.pad(scale.to(values.dtype), (0, 1), value=1.0)[acts.rows()]  # 1 for padding
-    return SparseActs(values, acts.indices, acts.offsets, acts.d_sae)
+    return weighed(acts, weight, scale)
 
 
 def _check(owner: str, transcoder: CrossLayerMixin) -> None:
