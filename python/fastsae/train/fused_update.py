@@ -83,11 +83,10 @@ class FusedUpdate:
         own, rest = dict(zip(moved, grads, strict=False)), grads[len(moved) :]
         of_rows, of_others = rest[: len(rows)], rest[len(rows) :]
         self.count += 1
-        factor = None
+        factor, squares = None, self._squares(of_others)
         averages = [_dictionaries(held, moved) for held in (self.exp_avg, self.exp_avg_sq)]
         for tape, more, *state in zip(tapes, _more(own, len(tapes)), *averages, strict=True):
             extra = _rows(tape, of_rows)
-            squares = self._squares(of_others)
             factor = self._move(tape, (state[0], state[1]), more, extra, squares, context, lr)
         self._move_others(of_others, factor, lr)
         return out
