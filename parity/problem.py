@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsae import SAE, JumpReLUSAE, StepContext
-from fastsae.nn.loss import total_variance
+from fastsae.nn.parallel import ALONE
 from parity.compare import GRADIENT, Comparison, Tensors
 
 D_IN, D_SAE, N, K = 32, 256, 64, 8
@@ -35,7 +35,7 @@ class Problem:
     @property
     def V(self) -> float:
         """sum |x - mean x|^2."""
-        return float(total_variance(self.x))
+        return float(ALONE.total_variance(self.x))
 
     def dead(self, count: int) -> Tensor:
         """Return the mask [d_sae] of `count` of the latents that never fire."""
@@ -92,7 +92,7 @@ def trained(
     out.loss.backward()
     found = {"code": out.acts.to_dense(), "reconstruction": out.reconstruction}
     found |= {"loss": out.loss, "fvu": out.fvu, "aux loss": out.aux_loss}
-    found["V_res"] = total_variance(p.x - out.reconstruction)
+    found["V_res"] = ALONE.total_variance(p.x - out.reconstruction)
     gradients = {GRADIENT + name: w.grad.clone() for name, w in sae.named_parameters()}
     gradients[GRADIENT + "W_enc"] = gradients.pop(GRADIENT + "W_enc_rows").t()
     return {**found, **gradients}

@@ -17,7 +17,7 @@ from fastsae import (
     Transcoder,
 )
 from fastsae.nn import ActivationScaler, StepContext
-from fastsae.nn.loss import total_variance
+from fastsae.nn.parallel import ALONE
 from tests.nn.randomized import make, rows
 
 TRANSCODERS = (Transcoder, BatchTopKTranscoder, JumpReLUTranscoder, ReLUTranscoder)
@@ -34,7 +34,7 @@ def test_transcoder_loss_and_gradients_are_the_written_ones(skip):
     y_hat = f @ coder.W_dec + coder.b_dec
     if skip:
         y_hat = y_hat + x @ coder.W_skip.t()
-    expected = (y - y_hat).square().sum() / total_variance(y)
+    expected = (y - y_hat).square().sum() / ALONE.total_variance(y)
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(out.reconstruction, y_hat)
     torch.testing.assert_close(coder(x.reshape(4, 5, 6)), y_hat.reshape(4, 5, 4))
@@ -54,7 +54,7 @@ def test_dead_latents_of_a_transcoder_reconstruct_what_is_left_of_the_output():
     k = min(coder.k_aux, 4)
     guess = (z * torch.zeros_like(z).scatter(1, z.topk(k).indices, 1.0)) @ coder.W_dec[:4]
     torch.testing.assert_close(
-        out.aux_loss, (residual - guess).square().sum() / total_variance(residual)
+        out.aux_loss, (residual - guess).square().sum() / ALONE.total_variance(residual)
     )
 
 

@@ -6,7 +6,7 @@ import torch
 import fastsae
 from fastsae import BatchTopKSAE, HierarchicalTopKSAE, MatryoshkaSAE, TopKSAE, TrainConfig, Trainer
 from fastsae.nn import StepContext
-from fastsae.nn.loss import total_variance
+from fastsae.nn.parallel import ALONE
 from tests.nn.randomized import make, rows
 
 
@@ -24,8 +24,8 @@ def test_the_loss_and_its_gradients_are_the_written_ones():
     errors = [
         (x - f[:, :end] @ sae.W_dec[:end] - sae.b_dec).square().sum() for end in (0, 2, 6, 16)
     ]
-    torch.testing.assert_close(out.fvu, errors[-1] / total_variance(x))
-    expected = sum(errors) / 4 / total_variance(x)
+    torch.testing.assert_close(out.fvu, errors[-1] / ALONE.total_variance(x))
+    expected = sum(errors) / 4 / ALONE.total_variance(x)
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(gradients(out.loss, sae), gradients(expected, sae))
 
@@ -34,7 +34,7 @@ def test_one_group_is_batch_topk_and_the_error_of_the_bias():
     one = make(MatryoshkaSAE, 6, 16, 3, groups=[16])
     plain = make(BatchTopKSAE, 6, 16, 3)
     x = rows(20, 6)
-    of_bias = (x - plain.b_dec).square().sum() / total_variance(x)
+    of_bias = (x - plain.b_dec).square().sum() / ALONE.total_variance(x)
     expected = (plain.loss(x).loss + of_bias) / 2
     loss = one.loss(x).loss
     torch.testing.assert_close(loss, expected)
@@ -108,7 +108,7 @@ def test_hierarchical_loss_and_gradients_are_the_written_ones():
     for j in range(1, 6):
         kept = torch.zeros_like(z).scatter(1, z.topk(j).indices, 1.0)
         total = total + (x - (z * kept) @ sae.W_dec - sae.b_dec).square().sum()
-    expected = total / 5 / total_variance(x)
+    expected = total / 5 / ALONE.total_variance(x)
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(gradients(out.loss, sae), gradients(expected, sae))
     torch.testing.assert_close(out.fvu, make(TopKSAE, 6, 16, 5).loss(x).fvu)

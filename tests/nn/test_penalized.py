@@ -8,7 +8,7 @@ import torch
 import fastsae
 from fastsae import GatedSAE, JumpReLUSAE, ReLUSAE, StepContext, TrainConfig, Trainer
 from fastsae.nn import ActivationScaler
-from fastsae.nn.loss import total_variance
+from fastsae.nn.parallel import ALONE
 
 CLASSES = (ReLUSAE, GatedSAE, JumpReLUSAE)
 
@@ -28,7 +28,7 @@ def pre_activations(sae, x):
 
 
 def error(x, x_hat):
-    return (x - x_hat).square().sum() / total_variance(x)
+    return (x - x_hat).square().sum() / ALONE.total_variance(x)
 
 
 @pytest.mark.parametrize("penalty", ["l1", "tanh", "p_anneal"])
@@ -37,7 +37,7 @@ def test_relu_loss_is_the_written_one(penalty):
     x = 3 * torch.randn(20, 5, dtype=torch.float64)
     out = sae.loss(x, context=StepContext(progress=0.4))
     f = pre_activations(sae, x).relu()
-    unit = (total_variance(x) / x.numel()).sqrt()
+    unit = (ALONE.total_variance(x) / x.numel()).sqrt()
     assert sae.unit == pytest.approx(float(unit), rel=1e-6)
     u = f / sae.unit.double()
     if penalty == "tanh":
@@ -256,7 +256,7 @@ def test_the_first_batch_measures_the_unit_and_no_other(cls):
     first = sae.unit.clone()
     sae.loss(x)
     assert sae.unit == first
-    assert first == pytest.approx(float((total_variance(4 * x) / x.numel()).sqrt()), rel=1e-6)
+    assert first == pytest.approx(float((ALONE.total_variance(4 * x) / x.numel()).sqrt()), rel=1e-6)
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsae import ops
 from fastsae.nn.loss import fvu_of_error
+from fastsae.nn.parallel import ALONE, Parallel
 from fastsae.types import SparseActs
 
 DENSE_UP_TO = 1.5
@@ -37,7 +38,9 @@ class LatentRows(NamedTuple):
     """bool [d_sae], only where `latents` is None."""
 
 
-def auxk_loss(x: Tensor, error: Tensor, rows: LatentRows, k: int) -> Tensor:
+def auxk_loss(
+    x: Tensor, error: Tensor, rows: LatentRows, k: int, parallel: Parallel = ALONE
+) -> Tensor:
     """Return how badly the k largest of `rows` reconstruct the residual -error, without a bias.
 
     Args:
@@ -45,17 +48,18 @@ def auxk_loss(x: Tensor, error: Tensor, rows: LatentRows, k: int) -> Tensor:
         error: [n, d_in], reconstruction - target, without a graph.
         rows: the dead latents.
         k: latents per token at most.
+        parallel: who else has dead latents and tokens.
 
     Cost: 2 n e d_in flops for the encoder; then matmuls of [n, e] and [e, d_in], dense as long as
     that is cheaper than gathering k rows of d_in per token.
     """
     if rows.mask is not None:
         return _masked_loss(x, error, rows, rows.mask, k)
-    count = rows.W_enc.shape[0]
+    count = parallel.count(rows.W_enc.shape[0])
     k = min(k, count)
-    if count > DENSE_UP_TO * k:
-        top = ops.encode_topk(x, rows.W_enc, rows.b_enc, k, b_dec=rows.input_bias)
-        prediction = ops.sparse_decode(SparseActs(*top, None, count), rows.W_dec)
+    if count > DENSE_UP_TO * k or not parallel.is_alone:
+        acts = parallel.encode_topk(x, rows.W_enc, rows.b_enc, k, b_dec=rows.input_bias)
+        prediction = parallel.sparse_decode(acts, rows.W_dec)
     else:
         centered = x if rows.input_bias is None else x - rows.input_bias
         pre = torch.addmm(rows.b_enc, centered, rows.W_enc.t())
@@ -64,7 +68,7 @@ def auxk_loss(x: Tensor, error: Tensor, rows: LatentRows, k: int) -> Tensor:
             kept.scatter_(1, ops.topk(pre.detach(), k).indices.long(), True)
             pre = pre.where(kept, 0)
         prediction = pre.relu() @ rows.W_dec
-    return fvu_of_error(prediction, error)
+    return fvu_of_error(prediction, error, parallel)
 
 
 def _masked_loss(x: Tensor, error: Tensor, rows: LatentRows, mask: Tensor, k: int) -> Tensor:

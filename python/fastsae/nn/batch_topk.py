@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import ops
 from fastsae.nn.context import STEP, StepContext, updates_statistics
 from fastsae.nn.parameters import plain
 from fastsae.nn.threshold_sae import ThresholdSAE, running_average
@@ -58,7 +57,7 @@ class BatchTopKSAE(ThresholdSAE):
         return self._encode_above_threshold(x)
 
     def _encode_batch(self, x: Tensor, context: StepContext = STEP) -> BatchTopK:
-        return ops.encode_batch_topk(
+        return self.parallel.encode_batch_topk(
             x,
             self.W_enc_rows,
             self.b_enc,

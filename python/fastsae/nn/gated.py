@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsae import ops
 from fastsae.nn.auxk import LatentRows
 from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.loss import SAEOutput, fvu, squared_error, upcast
 from fastsae.nn.objective import total_loss
-from fastsae.nn.penalized import PenalizedSAE, mean_over_tokens
+from fastsae.nn.penalized import PenalizedSAE
 from fastsae.nn.scaler import ActivationScaler
 from fastsae.types import SparseActs
 
@@ -103,11 +102,13 @@ class GatedSAE(PenalizedSAE):
         """See `SAE.loss_of`; `acts` is what `encode_for_training` returned."""
         f = self._open(acts)
         self._adjust(f.detach(), context)
-        penalty = self._weigh(mean_over_tokens(acts.values, acts.n) / upcast(self.unit))
+        penalty = self._weigh(self._mean_over_tokens(acts.values, acts.n) / upcast(self.unit))
         penalty = context.sparsity_scale * penalty
         out = total_loss(self, x, target, f, self.reconstruct(x, f), penalty, dead)
-        by_gate = ops.sparse_decode(acts, self.W_dec.detach(), self.b_dec.detach())
-        out.loss = out.loss + fvu(squared_error(target, by_gate), target)
+        W_dec, b_dec = self.W_dec.detach(), self.b_dec.detach()
+        by_gate = self.parallel.sparse_decode(acts, W_dec, b_dec)
+        squared = self.parallel.sum_over_tokens(squared_error(target, by_gate))
+        out.loss = out.loss + fvu(squared, target, self.parallel)
         return out
 
     def _scale_encoder_(self, factor: float | Tensor) -> None:

@@ -11,13 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastsae import ops
 from fastsae.nn.auxk import LatentRows
 from fastsae.nn.context import STEP, StepContext
-from fastsae.nn.loss import SAEOutput, total_variance
+from fastsae.nn.loss import SAEOutput
 from fastsae.nn.objective import total_loss
 from fastsae.nn.parameters import plain
-from fastsae.nn.penalized import PenalizedSAE, mean_over_tokens
+from fastsae.nn.penalized import PenalizedSAE
 from fastsae.nn.threshold_sae import factor_for_k
 from fastsae.types import SparseActs
 
@@ -181,7 +180,7 @@ class JumpReLUSAE(PenalizedSAE):
     def decode(self, acts: Tensor | SparseActs) -> Tensor:
         """See `SAE.decode`; entries of value 0 get gradients, which the estimates need."""
         if isinstance(acts, SparseActs) and acts.d_sae == self.d_sae and acts.values.requires_grad:
-            return ops.sparse_decode(acts, self.W_dec, self.b_dec, inactive_grad=True)
+            return self.parallel.sparse_decode(acts, self.W_dec, self.b_dec, inactive_grad=True)
         return super().decode(acts)
 
     def encode_for_training(self, x: Tensor, context: StepContext) -> SparseActs:
@@ -225,7 +224,7 @@ class JumpReLUSAE(PenalizedSAE):
             )
         self._started, self.thresholds_in_units = True, False
         smallest = self._smallest_kept(x)
-        unit = context.reduced((total_variance(x) / x.numel()).sqrt().float(), "mean")
+        unit = self._unit_of(x, context)
         start = (context.reduced(smallest, "mean") / unit).log()
         fresh = (self.batches_seen == 0) & start.isfinite()
         self.unit.copy_(torch.where(fresh, unit, self.unit))
@@ -237,8 +236,8 @@ class JumpReLUSAE(PenalizedSAE):
         assert self.k is not None
         W_enc, b_enc, bias = self.W_enc_rows, self.b_enc, self._input_bias()
         if threshold is not None:
-            return factor_for_k(x, W_enc, b_enc, bias, threshold, self.k)
-        return ops.encode_batch_topk(x, W_enc, b_enc, self.k, b_dec=bias).threshold
+            return factor_for_k(x, W_enc, b_enc, bias, threshold, self.k, self.parallel)
+        return self.parallel.encode_batch_topk(x, W_enc, b_enc, self.k, b_dec=bias).threshold
 
     def loss_of(
         self,
@@ -253,7 +252,7 @@ class JumpReLUSAE(PenalizedSAE):
         f = self._activate(acts, z, threshold)
         self._adjust(f.detach(), context)
         active = _apply(Step, z, threshold, self._eps)
-        penalty = context.sparsity_scale * self._weigh(mean_over_tokens(active, acts.n))
+        penalty = context.sparsity_scale * self._weigh(self._mean_over_tokens(active, acts.n))
         return total_loss(self, x, target, f, self.reconstruct(x, f), penalty, dead)
 
     def _adjusts(self, context: StepContext) -> bool:
@@ -279,7 +278,8 @@ class JumpReLUSAE(PenalizedSAE):
             self._fail("a target k, got None")
         rows = self._rows(x, "x")
         lowest, highest = (float(end) for end in self.threshold.aminmax())
-        if lowest <= 1e-6 * highest:  # one factor would make of these nothing, and of others all
+        # One factor would make of these nothing, and of others all.
+        if self.parallel.count(int(lowest <= 1e-6 * highest)):
             self._fail(f"thresholds above 0, got {lowest:.3g} to {highest:.3g}")
         factor = self._smallest_kept(rows, self.threshold)
         if not bool(factor.isfinite()):

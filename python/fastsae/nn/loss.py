@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastsae.nn.parallel import ALONE, Parallel
 from fastsae.types import SparseActs
 
 _FLOOR = 1e-20  # keeps a ratio finite where a batch has no variance
@@ -52,12 +53,6 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def total_variance(x: Tensor) -> Tensor:
-    """Return sum (x - mean x)^2 over the rows of `x: [..., d]`, without a graph."""
-    x = upcast(x.detach()).reshape(-1, x.shape[-1])
-    return (x - x.mean(0)).square().sum()
-
-
 def squared_error(target: Tensor, prediction: Tensor) -> Tensor:
     """Return the sum of (prediction - target)^2, in float32 or float64."""
     return error_of(target, prediction).square().sum()
@@ -71,17 +66,25 @@ def error_of(target: Tensor, prediction: Tensor) -> Tensor:
     return upcast(prediction).reshape(target.shape) - upcast(target)
 
 
-def fvu(squared: Tensor, target: Tensor) -> Tensor:
-    """Return `squared` error over the total variance of `target`; huge where all rows are equal."""
-    return squared / total_variance(target).clamp_min(_FLOOR)
+def fvu(squared: Tensor, target: Tensor, parallel: Parallel = ALONE) -> Tensor:
+    """Return `squared` error over the total variance of `target`; huge where all rows are equal.
+
+    Args:
+        squared: of the whole batch.
+        target: [..., d], of the tokens here.
+        parallel: who has others.
+    """
+    return squared / parallel.total_variance(target).clamp_min(_FLOOR)
 
 
-def fvu_of_error(prediction: Tensor, error: Tensor) -> Tensor:
+def fvu_of_error(prediction: Tensor, error: Tensor, parallel: Parallel = ALONE) -> Tensor:
     """Return the same for a `prediction` of what is missing, -error: [n, d], without a graph.
 
     An error that is the same for every token (up to rounding) has nothing to explain: 0.
     """
-    total = total_variance(error)
-    constant = total <= torch.finfo(error.dtype).eps * error.square().sum()
-    ratio = (error + upcast(prediction)).square().sum() / total.clamp_min(_FLOOR)
+    total = parallel.total_variance(error)
+    size = parallel.sum_over_tokens(error.square().sum())
+    constant = total <= torch.finfo(error.dtype).eps * size
+    squared = parallel.sum_over_tokens((error + upcast(prediction)).square().sum())
+    ratio = squared / total.clamp_min(_FLOOR)
     return torch.where(constant, 0.0, ratio)

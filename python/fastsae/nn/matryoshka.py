@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae import ops
 from fastsae.nn.auxk import LatentRows
 from fastsae.nn.batch_topk import BatchTopKSAE
 from fastsae.nn.context import STEP, StepContext
@@ -77,7 +76,8 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     def _part(self, acts: SparseActs, start: int, end: int) -> SparseActs:
         """Return the code of latents `start` to `end` alone: the same entries, others 0."""
-        inside = (acts.indices >= start) & (acts.indices < end)
+        first = self.parallel.first_latent
+        inside = (acts.indices >= start - first) & (acts.indices < end - first)
         values = torch.where(inside, acts.values, 0)
         return SparseActs(values, acts.indices, acts.offsets, acts.d_sae)
 
@@ -95,9 +95,11 @@ class MatryoshkaSAE(BatchTopKSAE):
         total = upcast(x_hat).new_zeros(())
         for start, end in pairwise(ends):
             total = total + squared_error(target, x_hat)
-            x_hat = x_hat + ops.sparse_decode(self._part(acts, start, end), self.W_dec)
+            part = self._part(acts, start, end)
+            x_hat = x_hat + self.parallel.sparse_decode(part, self.W_dec)
         out = total_loss(self, x, target, acts, x_hat, None, dead)
-        prefixes = out.fvu + fvu(total, target)
+        total = self.parallel.sum_over_tokens(total)
+        prefixes = out.fvu + fvu(total, target, self.parallel)
         out.loss = out.loss - out.fvu + prefixes / (len(self.groups) + 1)
         return out
 

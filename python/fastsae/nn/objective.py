@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastsae.nn.auxk import LatentRows, auxk_loss
 from fastsae.nn.loss import SAEOutput, error_of, fvu
+from fastsae.nn.parallel import Parallel
 from fastsae.ops import _tape
 from fastsae.types import SparseActs
 
@@ -17,6 +18,7 @@ class Dictionary(Protocol):
     """What the loss reads of an SAE."""
 
     d_sae: int
+    parallel: Parallel
     k_aux: int
     auxk_alpha: float
     W_enc_rows: Tensor
@@ -50,12 +52,12 @@ def total_loss(
     """
     reconstruction = x_hat if x_hat.shape == target.shape else x_hat.reshape(target.shape)
     error = error_of(target, reconstruction)
-    squared = error.square().sum()
-    unexplained = fvu(squared, target)
+    squared = sae.parallel.sum_over_tokens(error.square().sum())
+    unexplained = fvu(squared, target, sae.parallel)
     loss, zero = unexplained, unexplained.new_zeros(())
     aux = zero
     if dead is not None:
-        aux = auxk_loss(x, error.detach().flatten(0, -2), dead, sae.k_aux)
+        aux = auxk_loss(x, error.detach().flatten(0, -2), dead, sae.k_aux, sae.parallel)
         loss = loss + sae.auxk_alpha * aux
     if sparsity is not None:
         loss = loss + sparsity
@@ -64,7 +66,7 @@ def total_loss(
         reconstruction=reconstruction,
         acts=acts,
         fvu=unexplained,
-        mse=squared.detach() / max(x.shape[0], 1),
+        mse=squared.detach() / max(sae.parallel.tokens(x.shape[0]), 1),
         aux_loss=aux,
         sparsity_loss=zero if sparsity is None else sparsity,
     )
@@ -88,7 +90,7 @@ def dead_rows(sae: Dictionary, dead: Tensor | None) -> LatentRows | None:
     if torch.compiler.is_compiling():  # no shape may depend on how many there are
         return LatentRows(None, sae.W_enc_rows, sae.W_dec, sae.b_enc, bias, dead)
     latents = dead.nonzero().squeeze(1)
-    if latents.numel() == 0:
+    if sae.parallel.count(latents.numel()) == 0:
         return None
     if (tape := _tape.of(sae.W_enc_rows)) is not None:
         bias = None if bias is None else bias.detach()

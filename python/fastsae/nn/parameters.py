@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from fastsae.nn.check import check_rows
 from fastsae.nn.loss import upcast
+from fastsae.nn.parallel import ALONE, Parallel
 
 
 class Parameters(nn.Module):
@@ -28,6 +29,8 @@ class Parameters(nn.Module):
         ValueError: a size is no integer or below 1, or dtype is not floating.
     """
 
+    parallel: Parallel = ALONE
+    """Over which processes the latents and the batch are spread: `fastsae.distributed.shard_`."""
     FLOAT32: ClassVar[tuple[str, ...]] = ()
     """Parameters and buffers that selection depends on: casts of the module leave them exact."""
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fastsae import ops
 from fastsae.nn.context import StepContext, updates_statistics
-from fastsae.nn.loss import total_variance, upcast
+from fastsae.nn.loss import upcast
 from fastsae.nn.parameters import plain
 from fastsae.nn.sae import SAE
 from fastsae.nn.scaler import ActivationScaler
@@ -129,10 +129,26 @@ class PenalizedSAE(SAE, register=False):
         """Set the unit from the first training batch `x: [n, d_in]`."""
         if x.shape[0] == 0 or not updates_statistics(self, loss_depends=self.k is not None):
             return
-        measured = context.reduced((total_variance(x) / x.numel()).sqrt().float(), "mean")
+        measured = self._unit_of(x, context)
         usable = (self.batches_seen == 0) & (measured > 0) & measured.isfinite()
         self.unit.copy_(torch.where(usable, measured, self.unit))
         self.batches_seen += 1
+
+    def _unit_of(self, x: Tensor, context: StepContext) -> Tensor:
+        """Return the root mean square deviation `[]` of an entry of `x: [n, d_in]`."""
+        numbers = self.parallel.tokens(x.shape[0]) * x.shape[1]
+        unit = (self.parallel.total_variance(x) / numbers).sqrt().float()
+        return context.reduced(unit, "mean")
+
+    def _l0(self, acts: SparseActs) -> Tensor:
+        """Return the mean number of active latents of a token `[]`."""
+        share = max(acts.n, 1) / max(self.parallel.tokens(acts.n), 1)
+        return self.parallel.sum_over_all(acts.l0()) * share
+
+    def _mean_over_tokens(self, values: Tensor, n: int) -> Tensor:
+        """Return the sum of `values` of a code of n tokens, over n; in float32 or float64."""
+        total = self.parallel.sum_over_all(upcast(values).sum())
+        return total / max(self.parallel.tokens(n), 1)
 
     @torch.no_grad()
     def _adjust(self, acts: SparseActs, context: StepContext) -> None:
@@ -141,7 +157,7 @@ class PenalizedSAE(SAE, register=False):
             return
         if not updates_statistics(self, loss_depends=True):
             return
-        l0 = context.reduced(acts.l0(), "mean")
+        l0 = context.reduced(self._l0(acts), "mean")
         self._adjust_by((l0.clamp_min(1e-3) / self.k).log().clamp(-1, 1), context)
 
     def _adjusts(self, context: StepContext) -> bool:
@@ -169,8 +185,3 @@ class PenalizedSAE(SAE, register=False):
             "control_lr": self.control_lr,
         }
         return {**super().config(), **own}
-
-
-def mean_over_tokens(values: Tensor, n: int) -> Tensor:
-    """Return the sum of `values` of a code of n tokens, over n; in float32 or float64."""
-    return upcast(values).sum() / max(n, 1)

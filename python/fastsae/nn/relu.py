@@ -15,7 +15,7 @@ from torch import Tensor
 from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.loss import upcast
 from fastsae.nn.parameters import plain
-from fastsae.nn.penalized import PenalizedSAE, mean_over_tokens
+from fastsae.nn.penalized import PenalizedSAE
 from fastsae.types import SparseActs
 
 PENALTIES = ("l1", "tanh", "p_anneal")
@@ -77,7 +77,7 @@ class ReLUSAE(PenalizedSAE):
     def sparsity_loss(self, acts: SparseActs, context: StepContext) -> Tensor:
         """Return the weighted penalty on the code."""
         if self.penalty == "l1":  # divided last: one pass over the values
-            l1 = mean_over_tokens(acts.values, acts.n) / upcast(self.unit)
+            l1 = self._mean_over_tokens(acts.values, acts.n) / upcast(self.unit)
             return context.sparsity_scale * self._weigh(l1)
         values = acts.values / self.unit.to(acts.values.dtype)
         if self.penalty == "tanh":
@@ -86,8 +86,9 @@ class ReLUSAE(PenalizedSAE):
             p = 1 + (self.p_end - 1) * context.progress
             # The derivative of 0^p is infinite; padding has value 0.
             power = torch.where(values > 0, values, 1.0).pow(p).where(values > 0, 0.0)
-            values = power * (values.detach().sum() / power.detach().sum().clamp_min(1e-20))
-        return context.sparsity_scale * self._weigh(mean_over_tokens(values, acts.n))
+            paid, by_power = (self.parallel.sum_over_all(t.detach().sum()) for t in (values, power))
+            values = power * (paid / by_power.clamp_min(1e-20))
+        return context.sparsity_scale * self._weigh(self._mean_over_tokens(values, acts.n))
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastsae import ops
 from fastsae.nn.auxk import LatentRows
 from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.init import center, directions, one_thread, some_rows
@@ -125,7 +124,7 @@ class SAE(Parameters, ABC):
         if acts.shape[-1] != self.d_sae:
             self._fail(f"acts to be [..., d_sae] with d_sae = {self.d_sae}, got {[*acts.shape]}")
         if isinstance(acts, SparseActs):
-            return ops.sparse_decode(acts, self.W_dec, self.b_dec)
+            return self.parallel.sparse_decode(acts, self.W_dec, self.b_dec)
         return acts @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
@@ -298,7 +297,9 @@ class SAE(Parameters, ABC):
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
         keys = ("d_in", "d_sae", "k_aux", "auxk_alpha", "aux", "apply_b_dec_to_input")
-        return {key: getattr(self, key) for key in keys}
+        config = {key: getattr(self, key) for key in keys}
+        config["d_sae"] = self.parallel.latents(self.d_sae)
+        return config
 
     def extra_repr(self) -> str:
         """Show the constructor arguments in `repr`."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastsae import ops
 from fastsae.nn.context import StepContext
+from fastsae.nn.parallel import ALONE, Parallel
 from fastsae.nn.parameters import plain
 from fastsae.nn.sae import SAE
 from fastsae.nn.scaler import ActivationScaler
@@ -140,7 +141,13 @@ def entry_capacity(n: int, d_sae: int, per_token: int, least: int = 1 << 22) -> 
 
 
 def factor_for_k(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, threshold: Tensor, k: float
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    threshold: Tensor,
+    k: float,
+    parallel: Parallel = ALONE,
 ) -> Tensor:
     """Return the factor `[]` on thresholds with which `x` keeps k latents per token; inf if none.
 
@@ -153,7 +160,8 @@ def factor_for_k(
         b_dec: [d_in] or None.
         threshold: [d_sae], >= 0.
         k: target mean number of active latents per token.
+        parallel: who has other latents and tokens.
     """
     divisor = threshold.clamp_min(torch.finfo(torch.float32).tiny ** 0.5).to(b_enc.dtype)
     rows = W_enc / divisor.unsqueeze(1)
-    return ops.encode_batch_topk(x, rows, b_enc / divisor, k, b_dec=b_dec).threshold
+    return parallel.encode_batch_topk(x, rows, b_enc / divisor, k, b_dec=b_dec).threshold

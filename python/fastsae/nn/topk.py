@@ -79,7 +79,7 @@ class TopKSAE(SAE):
             return attach(acts, x, W_enc, b_enc, b_dec)
         if self.select_by_decoder_norm:
             return self._largest_by_norm(x, k, context)
-        values, indices = ops.encode_topk(
+        return self.parallel.encode_topk(
             x,
             W_enc,
             b_enc,
@@ -88,7 +88,6 @@ class TopKSAE(SAE):
             absolute=self.absolute,
             compute_dtype=context.compute_dtype,
         )
-        return SparseActs(values, indices, None, self.d_sae)
 
     def _largest_by_norm(self, x: Tensor, k: int, context: StepContext) -> SparseActs:
         # z norm is what the encoder times the norm gives

@@ -124,7 +124,7 @@ def take_decoder(
     tape = _recording(W_dec)
     if tape is None or _place(tape.parameters.W_dec) != _place(W_dec):
         return False
-    if values.numel():
+    if values.numel() or offsets is not None:
         tape.decoder.append(Entries(values, indices, offsets, grad))
     return True
 
