@@ -78,8 +78,9 @@ class FusedUpdate:
             rows = [leaf for tape in tapes if tape.rows is not None for leaf in tape.rows[1]]
             inputs = [*moved.values(), *rows, *others]
             with _tape.recorded(tapes):
-                grads = torch.autograd.grad(out.loss, inputs, allow_unused=True)
+                found = torch.autograd.grad(out.loss, inputs, allow_unused=True)
         out.acts, out.reconstruction = out.acts.detach(), out.reconstruction.detach()
+        grads = self._of_all_tokens(found)
         own, rest = dict(zip(moved, grads, strict=False)), grads[len(moved) :]
         of_rows, of_others = rest[: len(rows)], rest[len(rows) :]
         self.count += 1
@@ -90,6 +91,20 @@ class FusedUpdate:
             factor = self._move(tape, (state[0], state[1]), more, extra, squares, context, lr)
         self._move_others(of_others, factor, lr)
         return out
+
+    def _of_all_tokens(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Return gradients of tensors, given those that the tokens here have."""
+        return grads
+
+    def _sums(
+        self,
+        tape: Tape,
+        parameters: StepTensors,
+        more: MoreGradients,
+        extra: LatentGradients | None,
+    ) -> tuple[Sums, bool]:
+        """Return what a step takes, and whether b_dec is subtracted from x there."""
+        return sums_of(tape, parameters, more), tape.centered
 
     def _squares(self, others: Sequence[Tensor | None]) -> Tensor | None:
         """Return the squared norm of the gradients of other parameters, where clipping asks."""
@@ -113,7 +128,8 @@ class FusedUpdate:
         parameters = StepTensors(*(p.detach() for p in tape.parameters))
         if more.b_dec is None:
             more = more._replace(b_dec=torch.zeros_like(parameters.b_dec))
-        acts, grad_values, x, grad_output, more = _sums(tape, parameters, more)
+        sums, centered = self._sums(tape, parameters, more, extra)
+        acts, grad_values, x, grad_output, more = sums
         return ops.sparse_adam_step_(
             parameters,
             *state,
@@ -128,7 +144,7 @@ class FusedUpdate:
             clip_grad_norm=cfg.clip_grad_norm,
             extra_grads=extra,
             more_grads=more,
-            apply_b_dec_to_input=tape.centered,
+            apply_b_dec_to_input=centered,
             other_squared=squares,
             compute_dtype=context.compute_dtype,
         )
@@ -192,7 +208,7 @@ def _rows(tape: Tape, grads: Sequence[Tensor | None]) -> LatentGradients | None:
 Sums = tuple[SparseActs, Tensor | SparseActs, Tensor, Tensor, MoreGradients]
 
 
-def _sums(tape: Tape, parameters: StepTensors, more: MoreGradients) -> Sums:
+def sums_of(tape: Tape, parameters: StepTensors, more: MoreGradients) -> Sums:
     """Return what a step takes: acts, grad_values, x, grad_output and more_grads."""
     d_sae = parameters.W_enc.shape[0]
     encoder, decoder = tape.encoder, tape.decoder
@@ -201,7 +217,7 @@ def _sums(tape: Tape, parameters: StepTensors, more: MoreGradients) -> Sums:
         acts = SparseActs(dec.values, dec.indices, dec.offsets, d_sae)
         return acts, enc.values, enc.x, dec.x, more
     if parameters.W_enc.device.type != "cpu":
-        return _gradients(tape, parameters, more)
+        return gradients_of(tape, parameters, more)
     acts, grad_output = _stacked(decoder, parameters.W_dec)
     grad_acts, x = _stacked(encoder, parameters.W_enc)
     return acts, grad_acts, x, grad_output, more
@@ -245,7 +261,7 @@ def _stacked(sums: list[Entries], W: Tensor) -> tuple[SparseActs, Tensor]:
     return acts, torch.cat([W.new_empty(0, width), *(one.x for one in sums)])
 
 
-def _gradients(tape: Tape, parameters: StepTensors, more: MoreGradients) -> Sums:
+def gradients_of(tape: Tape, parameters: StepTensors, more: MoreGradients) -> Sums:
     """Return no sums, and their gradients among the others, for a device without the kernel."""
     W_enc, W_dec, b_enc, b_dec = parameters
     d_sae = W_enc.shape[0]

@@ -79,6 +79,8 @@ def make_update(sae: SAE, config: TrainConfig) -> Update:
         ValueError: the fused update is asked for and does not apply.
     """
     _check_tensors(sae)
+    if not sae.parallel.is_alone:
+        return _sharded(sae, config)
     refusal = None if config.update == "autograd" else why_not_fused(sae, config)
     if config.update == "autograd" or (refusal is not None and config.update == "auto"):
         if refusal is not None and base_of(sae) is not None and type(sae) is not base_of(sae):
@@ -89,6 +91,19 @@ def make_update(sae: SAE, config: TrainConfig) -> Update:
     if refusal is not None:
         raise ValueError(f"Trainer: expected update='fused' to apply, but {refusal}")
     return FusedUpdate(sae, config)
+
+
+def kind_of(update: Update) -> str:
+    """Return the name of an update for a checkpoint; it does not tell how many processes do it."""
+    return "FusedUpdate" if isinstance(update, FusedUpdate) else type(update).__name__
+
+
+def _sharded(sae: SAE, config: TrainConfig) -> Update:
+    from fastsae.train.sharded_update import ShardedUpdate
+
+    if (why := why_not_fused(sae, config)) is not None:
+        raise ValueError(f"Trainer: expected the fused update to apply with a mesh, but {why}")
+    return ShardedUpdate(sae, config)
 
 
 def base_of(sae: SAE) -> type[SAE] | None:
