@@ -6,6 +6,11 @@
         state.json                          the rest of it, the settings of the run, and the seals
                                             of the two tensor files
 
+or, of a run over a mesh of processes,
+
+        shard-*.safetensors                 tensors of the state, the rows that each process held
+        state.json                          as above, with the checksums of these files
+
 A checkpoint is written under another name, reaches the disk, and is then renamed; one that is no
 longer wanted is renamed before it is deleted. So a folder `step_*` that cannot be read was damaged,
 and is named instead of being passed over. Nothing is pickled.
@@ -15,12 +20,12 @@ from __future__ import annotations
 
 import math
 import re
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, distributed
 
 from fastsae._files.read import TensorFile, check_seal, field, read_json
 from fastsae._files.write import (
@@ -36,6 +41,9 @@ from fastsae._files.write import (
 )
 from fastsae.interop.folder import WEIGHTS, contents, write_files
 from fastsae.nn import SAE
+
+if TYPE_CHECKING:
+    from fastsae.distributed import Layout
 
 TENSORS, STATE = "state.safetensors", "state.json"
 NAME = re.compile(r"step_(\d{9,})")
@@ -80,6 +88,45 @@ def save_checkpoint(
     return final
 
 
+def save_spread_checkpoint(folder: Path, state: dict[str, Any], keep: int, layout: Layout) -> Path:
+    """Write checkpoint `state["step"]` of a run over a mesh, which all processes call.
+
+    Args:
+        folder: of all checkpoints of the run, on a file system that all processes see.
+        state: from `Trainer.state_dict` of each.
+        keep: how many stay.
+        layout: of the SAE.
+
+    Raises:
+        RuntimeError: as `save_checkpoint`.
+    """
+    from fastsae.distributed.checkpoint import save_tensors
+
+    first = layout.mesh.get_rank() == 0
+    final = folder / f"step_{state['step']:09d}"
+    tensors: dict[str, Tensor] = {}
+    values = _without_tensors(state, "", tensors)
+    try:
+        if first:
+            own_folder(folder)
+        with staging(folder) if first else nullcontext() as stage:
+            place = [None if stage is None else str(stage)]
+            distributed.broadcast_object_list(place, src=0)
+            files = save_tensors(Path(str(place[0])), tensors, layout)
+            if stage is not None:
+                header = {"format": FORMAT, "files": files}
+                write_file(stage / STATE, as_json(sealed({**header, "state": values})))
+                publish_folder(stage, final)
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(
+            f"checkpoint: could not write {final} ({reason(error)}); the newest complete one is "
+            f"{latest(folder)}"
+        ) from error
+    if first:
+        prune(folder, keep)
+    return final
+
+
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints; what cannot be deleted stays."""
     for old in checkpoints(folder)[keep:]:
@@ -98,19 +145,33 @@ def latest(folder: Path) -> Path | None:
     return next(iter(checkpoints(folder)), None)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, layout: Layout | None = None) -> dict[str, Any]:
     """Return the state of the checkpoint `path`, every byte of it compared with its checksum.
+
+    Args:
+        path: of the checkpoint, of a run over any number of processes.
+        layout: of an SAE that is spread: its rows come alone.
 
     Raises:
         FileNotFoundError: there is none, or a file of it is missing.
         ValueError: it is damaged, or was written by another version of fastsae.
     """
     header = _header(path)
-    seals = field(header, "seals", dict, path / STATE, "Trainer")
-    for name in (TENSORS, WEIGHTS):
-        field(seals, name, str, path / STATE, "Trainer")
-    TensorFile(path / WEIGHTS, "Trainer", seals[WEIGHTS])
-    tensors = TensorFile(path / TENSORS, "Trainer", seals[TENSORS]).tensors()
+    if "files" in header:
+        from fastsae.distributed.checkpoint import load_tensors
+
+        files = field(header, "files", dict, path / STATE, "Trainer")
+        tensors = load_tensors(path, files, layout)
+    else:
+        seals = field(header, "seals", dict, path / STATE, "Trainer")
+        for name in (TENSORS, WEIGHTS):
+            field(seals, name, str, path / STATE, "Trainer")
+        TensorFile(path / WEIGHTS, "Trainer", seals[WEIGHTS])
+        tensors = TensorFile(path / TENSORS, "Trainer", seals[TENSORS]).tensors()
+        if layout is not None:
+            from fastsae.distributed.checkpoint import own_rows
+
+            tensors = own_rows(tensors, layout)
     state: dict[str, Any] = _with_tensors(header["state"], tensors)
     if path.name != f"step_{state['step']:09d}":
         raise ValueError(f"Trainer: expected {path} to hold its step, got {state['step']}")
@@ -141,8 +202,12 @@ def _header(path: Path) -> dict[str, Any]:
     return header
 
 
-def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def newest_state(folder: Path, layout: Layout | None = None) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest checkpoint in `folder` and its state, None if there is none.
+
+    Args:
+        folder: of all checkpoints of the run.
+        layout: as in `load_checkpoint`.
 
     Raises:
         ValueError: it cannot be read; an older one is named, but not taken.
@@ -151,7 +216,7 @@ def newest_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     if not found:
         return None
     try:
-        return found[0], load_checkpoint(found[0])
+        return found[0], load_checkpoint(found[0], layout)
     except (ValueError, FileNotFoundError) as error:
         older = f"; fit(resume={str(found[1])!r}) goes on from the one before" if found[1:] else ""
         raise ValueError(f"{error}{older}") from error

@@ -104,6 +104,10 @@ class TrainConfig:
     start_seed: int | None = None
     """Seed of where the rows of a new module start; None: `seed`. Runs that differ in nothing else
     read the same batches."""
+    mesh: tuple[int, int] | None = None
+    """Processes of a job over which tokens and latents are spread, (data, latent), as torchrun has
+    started them: see `fastsae.distributed`. `batch_size` is that of all together. None: this
+    process alone."""
     log_every: int = 50
     """Updates between two rows of metrics."""
     eval_every: int | None = None
@@ -169,11 +173,23 @@ class TrainConfig:
         ):
             known = getattr(self, name) in choices
             self._expect(known, f"{name} in {', '.join(choices)}", name)
+        self._check_mesh()
         if self.out is None:
             for name in ("checkpoint_every", "tensorboard"):
                 self._expect(
                     not getattr(self, name), f"out to be a folder when {name} is set", "out"
                 )
+
+    def _check_mesh(self) -> None:
+        if self.mesh is None:
+            return
+        sizes = tuple(self.mesh) if isinstance(self.mesh, list | tuple) else ()
+        right = len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes)
+        self._expect(right, "mesh to be two numbers of processes (data, latent) or None", "mesh")
+        self.mesh = (sizes[0], sizes[1])
+        self._expect(self.update != "autograd", "update='auto' or 'fused' with a mesh", "update")
+        no_clip = self.clip_grad_norm is None
+        self._expect(no_clip, "clip_grad_norm=None with a mesh", "clip_grad_norm")
 
     def _check_types(self) -> None:
         for names, kinds, what in (
@@ -203,6 +219,7 @@ class TrainConfig:
         """Return the fields as JSON values."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["betas"] = list(self.betas)
+        values["mesh"] = None if self.mesh is None else list(self.mesh)
         values["out"] = None if self.out is None else os.fspath(self.out)
         return values
 

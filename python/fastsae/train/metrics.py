@@ -92,6 +92,7 @@ def validate(
             "validate: expected at least one row of validation data, got none; an iterator can be "
             "read once only"
         )
+    sums[2] = sae.parallel.sum_over_latents(sums[2])
     error_sum, square_sum, active = sums.tolist()
     total = square_sum - float(torch.as_tensor(linear).square().sum()) / max(rows, 1)
     return {

@@ -46,6 +46,7 @@ from fastsae.train.checkpoint import (
     newest_state,
     prune,
     save_checkpoint,
+    save_spread_checkpoint,
     settings_of,
 )
 from fastsae.train.clock import Clock
@@ -68,7 +69,8 @@ from fastsae.train.prefetch import Prepared, prefetch
 from fastsae.train.recent import RecentBatches
 from fastsae.train.schedule import make_plan
 from fastsae.train.start import start_, start_rows
-from fastsae.train.update import Update, make_update
+from fastsae.train.team import make_team
+from fastsae.train.update import Update, kind_of, make_update
 
 FREE_SETTINGS: tuple[str, ...] = (
     "log_every",
@@ -77,7 +79,7 @@ FREE_SETTINGS: tuple[str, ...] = (
     "keep_checkpoints",
     "out",
 )
-FREE_SETTINGS += ("tensorboard", "progress")
+FREE_SETTINGS += ("tensorboard", "progress", "mesh")
 """What may differ between a run and its continuation."""
 STATE_KEYS = {
     "about",
@@ -170,9 +172,16 @@ class Trainer:
         device = sae.W_enc_rows.device.type
         sizes: dict[str, Any] = {"d_in": d_in, "d_sae": sae.d_sae, "k": getattr(sae, "k", None)}
         self.plan = make_plan(self.config, rows, **sizes, device=device)
+        self._team = make_team(sae, self.config.mesh)
+        if self.plan.batch_size % self._team.data_groups:
+            raise ValueError(
+                f"Trainer: expected batch_size to be a multiple of {self._team.data_groups} data "
+                f"groups, got {self.plan.batch_size}"
+            )
         self._calibration = Calibration(self.config, sae, self.data, self.plan)
-        self.out = None if self.config.out is None else Path(self.config.out)
-        if self.out is not None:
+        self._folder = None if self.config.out is None else Path(self.config.out)
+        self.out = self._folder if self._team.is_first else None
+        if self._folder is not None:
             contents(sae)  # raises now what would be raised after the last update
         self.scaler = ActivationScaler(sae.columns)
         """What data are multiplied by in training."""
@@ -185,6 +194,7 @@ class Trainer:
         self._early = EarlyValidations(self.val, self.config, self.plan)
         self._update: Update | None = None
         self._position: Any = None  # of the data after the last step
+        self._stopped = False  # by a signal, after the last step
         self._log: MetricsLog | None = None
         self._pending: dict[str, Any] | None = None  # a row that is not in the log yet
         self._fingerprint: str | None = None
@@ -206,8 +216,7 @@ class Trainer:
             ValueError: there are neither data nor a sample, rows are not finite, or all equal.
         """
         self._close()  # of a run that was not finished
-        update = make_update(self.sae, self.config)
-        self._count_from_zero()
+        update = None if self.config.mesh else make_update(self.sae, self.config)
         self.steps_done, self._tokens_done = 0, 0
         self._position = self._saved = None
         few = None
@@ -215,13 +224,17 @@ class Trainer:
             sample, few = self._sample(start_rows(self.sae, self.config)), self.config.sample_rows
         self.scaler, self.limits = start_(self.sae, self._checked(sample), self.config, few)
         logger.info("Trainer: %s", self.plan)
-        self._update = update
+        self._team.shard_(self.sae)
+        self._count_from_zero()
+        self._update = update or make_update(self.sae, self.config)
 
     def step(self, batch: Tensor) -> SAEOutput:
         """Do one update.
 
         Args:
-            batch: raw rows `[n, columns]`, in any floating dtype and on any device.
+            batch: raw rows `[n, columns]`, in any floating dtype and on any device. With a mesh,
+                rows of this process, as many as on the others: those of a data group are put
+                together, in the order of the processes.
 
         Returns:
             What `training_loss` gave before the update, without a graph; `reconstruction` and
@@ -231,9 +244,9 @@ class Trainer:
             RuntimeError: `prepare` was not called, or all steps are done.
             ValueError: a row holds NaN or Inf; nothing was updated.
         """
-        x = self._checked(batch)
+        x = self._checked(batch, own=True)
         self._expect_step()
-        out = self._step(self._scaled(x))
+        out = self._step(self._scaled(self._team.gathered(x)))
         for name in ("loss", "fvu", "aux_loss", "sparsity_loss"):
             setattr(out, name, getattr(out, name).detach())
         out.mse = out.mse / self.scaler.error_scale**2
@@ -322,6 +335,9 @@ class Trainer:
                 self._log = log
                 self._since = self._clock.seconds, self.steps_done
                 yield
+        except BaseException:
+            self._close(together=False)
+            raise
         finally:
             self._log = None
             self._close()
@@ -398,7 +414,7 @@ class Trainer:
         """
         if update < self.begins_at[0]:
             return
-        x = self._scaled(self._checked(batch))
+        x = self._scaled(self._team.own_rows(self._checked(batch)))
         if update < self.steps_done:
             self._recent.add(x, self.steps_done)
             return
@@ -455,16 +471,25 @@ class Trainer:
             "scales": self.scaler.scales,
             "limits": self.limits,
             "sae": self.sae.state_dict(),
-            "update_kind": type(self._update).__name__,
+            "update_kind": kind_of(self._update),
             "update": self._update.state_dict(),
             "dead": self._dead.tensors(),
             "rng": rng,
-            "data": self._position,
-            "recent_from": self._recent.begin,
+            "data": self._whole(self._position),
+            "recent_from": self._whole_begin(),
             "metrics": None if self._log is None else self._log.mark(),
             "pending": self._pending,
             "clock": self._clock.state_dict(),
         }
+
+    def _whole(self, position: Any) -> Any:
+        """Return the state of the data with what other processes have of it."""
+        whole = getattr(self.data, "whole_state", None)
+        return position if whole is None else whole(position)
+
+    def _whole_begin(self) -> dict[str, Any] | None:
+        begin = self._recent.begin
+        return None if begin is None else {**begin, "data": self._whole(begin["data"])}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -503,7 +528,7 @@ class Trainer:
         if missing:
             raise ValueError(f"Trainer: expected {', '.join(sorted(missing))} in {where}, got none")
         check_same_run(where, state["about"], self._about())
-        if (kind := type(update).__name__) != state["update_kind"]:
+        if (kind := kind_of(update)) != state["update_kind"]:
             raise ValueError(
                 f"Trainer: expected the state of a {kind}, which applies here, got that of a "
                 f"{state['update_kind']}; set update= to the one that the run began with"
@@ -551,13 +576,18 @@ class Trainer:
                 "with step(), then finish()"
             )
         found = None
+        if self.out is not None and resume is False:
+            self._expect_no_run(self.out)
         if not isinstance(resume, bool):
-            found = Path(resume), load_checkpoint(Path(resume))
-        elif self.out is not None:
-            if not resume:
-                self._expect_no_run(self.out)
-            found = newest_state(self.out / "checkpoints")
-            prune(self.out / "checkpoints", self.config.keep_checkpoints)
+            self._team.shard_(self.sae)
+            found = Path(resume), load_checkpoint(Path(resume), self._team.layout)
+        elif self._folder is not None:
+            folder = self._folder / "checkpoints"
+            if self._team.from_first(latest(folder) is not None):
+                self._team.shard_(self.sae)
+                found = newest_state(folder, self._team.layout)
+            if self._team.is_first:
+                prune(folder, self.config.keep_checkpoints)
         if found is None:
             self._expect_no_sae()
             self.prepare()
@@ -586,11 +616,17 @@ class Trainer:
                     "checkpoint that it came from; choose another folder, or remove it"
                 )
 
-    def _close(self) -> None:
-        """Fold the scale into the module and leave the run; a second time does nothing."""
+    def _close(self, together: bool = True) -> None:
+        """Fold the scale into the module and leave the run; a second time does nothing.
+
+        Args:
+            together: whether all processes of a mesh do so: then each has all latents again.
+        """
         if self._update is None:
             return
         self.scaler.fold_(self.sae)
+        if together:
+            self._team.unshard_(self.sae)
         self.scaler = ActivationScaler(self.sae.columns)
         self._update = None
         self._recent.clear()
@@ -602,8 +638,9 @@ class Trainer:
             raise ValueError("Trainer: expected prepare(sample) without data, got no sample")
         return sample_rows(rows, n, self.plan.batch_size, self.config.seed)
 
-    def _checked(self, batch: Tensor) -> Tensor:
-        """Return raw rows in the dtype and on the device of the module, if they are finite."""
+    def _checked(self, batch: Tensor, own: bool = False) -> Tensor:
+        """Return raw rows in the dtype and on the device of the module, if they are finite; `own`
+        ones are not those of the other processes, which refuse them as well."""
         if not isinstance(batch, Tensor) or not batch.is_floating_point():
             got = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
             raise TypeError(f"Trainer: expected rows to be a floating-point Tensor, got {got}")
@@ -613,7 +650,8 @@ class Trainer:
                 f"Trainer: expected rows [n, {width}] with n >= 1, got {[*batch.shape]}"
             )
         x = batch.to(self.sae.W_enc_rows.device, self.sae.W_enc_rows.dtype)
-        if bad := bad_rows(x):
+        bad = bad_rows(x)
+        if bad := self._team.total(bad) if own else bad:
             raise ValueError(
                 f"Trainer: expected finite activations at step {self.steps_done}, got {bad} of "
                 f"{batch.shape[0]} rows with NaN or Inf; nothing was updated with them"
@@ -646,9 +684,11 @@ class Trainer:
         )
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             out = self._update.step(x, context, plan.lr_at(done))
-        self._dead.count(out.acts.counts(), x.shape[0])
+        parallel = self.sae.parallel
+        counts, tokens = parallel.sum_over_tokens(out.acts.counts()), parallel.tokens(x.shape[0])
+        self._dead.count(counts, tokens)
         self.steps_done += 1
-        self._tokens_done += x.shape[0]
+        self._tokens_done += tokens
         self._recent.add(x, self.steps_done)
         return out
 
@@ -666,9 +706,12 @@ class Trainer:
                 bar.update()
                 if row is not None:
                     bar.set_postfix(fvu=f"{row['fvu']:.4f}", dead=int(row["dead"]))
-                if stop.received and self.steps_done < steps:
-                    self.save()  # the signal may have come after the row was begun
-                    raise KeyboardInterrupt(self._how_to_resume(stop.received))
+                # The signal may have come after the row was begun; processes have to agree.
+                if self._team.layout is None:
+                    self._stopped = stop.received is not None
+                if self._stopped and self.steps_done < steps:
+                    self.save()
+                    raise KeyboardInterrupt(self._how_to_resume(stop.received or "a signal"))
         self.expect_all_steps()
 
     def expect_all_steps(self) -> None:
@@ -699,12 +742,13 @@ class Trainer:
             row = self._row(x, out)
             row["seconds"] = self._clock.seconds
             since, since_step = self._since
-            tokens = (self.steps_done - since_step) * len(x)
+            tokens = (self.steps_done - since_step) * self.sae.parallel.tokens(len(x))
             row["tokens_per_second"] = tokens / max(row["seconds"] - since, 1e-9)
             self._pending = {"row": as_json_row(row), "validate": evaluates}
         # Before anything that may fail: validation, and writing the row.
-        stopped = stop is not None and stop.received is not None
-        if last or stopped or _due(self.steps_done, cfg.checkpoint_every):
+        received = stop is not None and stop.received is not None
+        self._stopped = self._team.total(int(received)) > 0
+        if last or self._stopped or _due(self.steps_done, cfg.checkpoint_every):
             with self._paused():
                 self._checkpoint()
         if row is not None:
@@ -735,15 +779,18 @@ class Trainer:
         """Yield the batches of the steps to come; for a GPU, a thread works ahead."""
         device = self.sae.W_enc_rows.device
         batches = self._read(self._position, self.plan.steps - self.steps_done)
-        return prefetch(batches, device) if device.type == "cuda" else batches
+        ahead = device.type == "cuda" and self._team.layout is None
+        return prefetch(batches, device) if ahead else batches
 
     def _read(self, position: Any, count: int) -> Generator[Prepared]:
         """Yield `count` batches of the data from `position` on, checked and scaled."""
         rows = self._calibration.training_rows
         if rows is None:
             raise ValueError("Trainer: expected data for fit(), got None; call step() yourself")
+        own = getattr(rows, "of_data_group", False)
         for batch, state in self.read(rows, position, count):
-            yield Prepared(self._scaled(self._checked(batch)), state)
+            x = self._checked(batch, own=own)
+            yield Prepared(self._scaled(x if own else self._team.own_rows(x)), state)
 
     def _read_recent(self) -> None:
         """Read again what the interrupted run remembered."""
@@ -756,8 +803,12 @@ class Trainer:
     def _row(self, x: Tensor, out: SAEOutput) -> Row:
         """Return the metrics of the update just done, read from the device at once."""
         out.mse = out.mse / self.scaler.error_scale**2
-        numbers = step_metrics(out, self.sae.columns.split(x).target, self.config.outlier_norm)
-        numbers["dead"] = float(self._dead.mask().sum())
+        target, parallel = self.sae.columns.split(x).target, self.sae.parallel
+        numbers = step_metrics(out, target, self.config.outlier_norm)
+        if not parallel.is_alone:
+            tokens = parallel.tokens(1)
+            numbers["l0"] = float(parallel.sum_over_all(out.acts.l0())) / tokens
+        numbers["dead"] = float(parallel.count(int(self._dead.mask().sum())))
         row: Row = {"step": self.steps_done, "tokens": self._tokens_done, **numbers}
         row["lr"] = self.plan.lr_at(self.steps_done - 1)
         if not abs(row["loss"]) < float("inf"):
@@ -768,15 +819,19 @@ class Trainer:
         return row
 
     def _checkpoint(self) -> None:
-        if self.out is None:
+        if self._folder is None:
             return
-        if not all(bool(p.isfinite().all()) for p in self.sae.parameters()):
+        bad = sum(not bool(p.isfinite().all()) for p in self.sae.parameters())
+        if self._team.total(bad):
             raise RuntimeError(
                 f"Trainer: expected finite weights, got NaN or Inf at step {self.steps_done}; "
                 "the last checkpoint is kept"
             )
-        folder, keep = self.out / "checkpoints", self.config.keep_checkpoints
-        save_checkpoint(folder, self._raw_copy(), self.state_dict(), keep, self.plan.steps)
+        folder, keep = self._folder / "checkpoints", self.config.keep_checkpoints
+        if self._team.layout is not None:
+            save_spread_checkpoint(folder, self.state_dict(), keep, self._team.layout)
+        else:
+            save_checkpoint(folder, self._raw_copy(), self.state_dict(), keep, self.plan.steps)
         self._saved = self.steps_done
 
     def _raw_copy(self) -> SAE:
@@ -808,9 +863,9 @@ class Trainer:
 
     def _how_to_resume(self, signal_name: str) -> str:
         done = f"{signal_name} at step {self.steps_done} of {self.plan.steps}"
-        if self.out is None:
+        if self._folder is None:
             return f"{done}; nothing was saved, because config.out is None"
-        return f"{done}; a checkpoint is in {self.out}, fit(resume=True) continues from it"
+        return f"{done}; a checkpoint is in {self._folder}, fit(resume=True) continues from it"
 
 
 def _due(step: int, every: int | None) -> bool:

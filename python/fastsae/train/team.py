@@ -1,0 +1,117 @@
+"""The processes of a run: this one alone, or a mesh of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastsae.nn import SAE
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from fastsae.distributed import Layout
+
+
+class Team:
+    """A run in one process."""
+
+    is_first = True
+    """Whether this process writes the files of the run."""
+    data_groups = 1
+    layout: Layout | None = None
+
+    def shard_(self, sae: SAE) -> None:
+        """Keep the latents of this process."""
+
+    def unshard_(self, sae: SAE) -> None:
+        """Bring all latents together again."""
+
+    def own_rows(self, batch: Tensor) -> Tensor:
+        """Return what this process trains on of a batch `[n, d]` that all of them have read."""
+        return batch
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """Return what this process trains on where each has read `rows: [n, d]` of its own."""
+        return rows
+
+    def total(self, count: int) -> int:
+        """Return the sum of a number over all processes."""
+        return count
+
+    def from_first(self, number: int) -> int:
+        """Return the number that the first process has."""
+        return number
+
+
+class Processes(Team):
+    """A run over the processes of a mesh.
+
+    Args:
+        mesh: from `distributed.make_mesh`.
+    """
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self.is_first = mesh.get_rank() == 0
+        self.data_groups = mesh.size(0)
+
+    def shard_(self, sae: SAE) -> None:
+        """See `Team.shard_`."""
+        from fastsae.distributed import Layout, shard_
+
+        shard_(sae, self.mesh)
+        assert isinstance(sae.parallel, Layout)
+        self.layout = sae.parallel
+
+    def unshard_(self, sae: SAE) -> None:
+        """See `Team.unshard_`."""
+        from fastsae.distributed import unshard_
+
+        unshard_(sae)
+        self.layout = None
+
+    def own_rows(self, batch: Tensor) -> Tensor:
+        """See `Team.own_rows`: a piece for each data group."""
+        n = len(batch) // self.data_groups
+        first = self.mesh.get_local_rank("data") * n
+        return batch[first : first + n]
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """See `Team.gathered`: the rows of the data group."""
+        assert self.layout is not None
+        return self.layout.latent.gather(rows).flatten(0, 1)
+
+    def total(self, count: int) -> int:
+        """See `Team.total`."""
+        from torch import distributed
+
+        sum_ = torch.tensor(count, device=self.mesh.device_type)
+        distributed.all_reduce(sum_)
+        return int(sum_)
+
+    def from_first(self, number: int) -> int:
+        """See `Team.from_first`."""
+        from torch import distributed
+
+        box = torch.tensor(number, device=self.mesh.device_type)
+        distributed.broadcast(box, src=0)
+        return int(box)
+
+
+def make_team(sae: SAE, mesh: tuple[int, int] | None) -> Team:
+    """Return the processes of a run with `TrainConfig.mesh`.
+
+    Raises:
+        ValueError: the SAE cannot be spread, or the job has another number of processes.
+        RuntimeError: there is no job.
+    """
+    if mesh is None:
+        return Team()
+    from fastsae.distributed import make_mesh, why_not_sharded
+
+    if (why := why_not_sharded(sae)) is not None:
+        raise ValueError(f"Trainer: expected mesh=None for this SAE, got {mesh}, where {why}")
+    return Processes(make_mesh(*mesh, sae.W_enc_rows.device.type))
