@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import fastsae
-from fastsae.cli import convert, demo, evaluate, harvest, info, inspect, train, verify
+from fastsae.cli import convert, demo, evaluate, harvest, info, inspect, plan, train, verify
 
-COMMANDS = (demo, harvest, train, evaluate, inspect, convert, verify, info)
+COMMANDS = (demo, harvest, train, plan, evaluate, inspect, convert, verify, info)
 
 
 class Parser(argparse.ArgumentParser):

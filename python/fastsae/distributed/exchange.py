@@ -11,6 +11,19 @@ from fastsae.distributed.mesh import Peers
 from fastsae.types import SparseActs
 
 
+def sends_entries(rows: int, entries: float, sums: int, processes: int) -> bool:
+    """Return whether gathering entries and their rows moves fewer bytes than adding up gradients.
+
+    Args:
+        rows: numbers of the rows that entries weigh.
+        entries: how many there are; each is a value, a gradient and an index.
+        sums: numbers of the gradients.
+        processes: of the dimension.
+    """
+    gathered = (processes - 1) * (rows + 3 * entries)
+    return gathered <= 2 * (processes - 1) / processes * sums
+
+
 def gather_rows(x: Tensor, peers: Peers) -> Tensor:
     """Return the rows of all processes, those of an earlier one first: [size n, d]."""
     return peers.gather(x).flatten(0, 1)

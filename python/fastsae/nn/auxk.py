@@ -36,6 +36,8 @@ class LatentRows(NamedTuple):
     """[d_in] or None, subtracted from x first."""
     mask: Tensor | None = None
     """bool [d_sae], only where `latents` is None."""
+    total: int | None = None
+    """How many there are with those of other processes; None: these."""
 
 
 def auxk_loss(
@@ -55,7 +57,7 @@ def auxk_loss(
     """
     if rows.mask is not None:
         return _masked_loss(x, error, rows, rows.mask, k)
-    count = parallel.count(rows.W_enc.shape[0])
+    count = rows.W_enc.shape[0] if rows.total is None else rows.total
     k = min(k, count)
     if count > DENSE_UP_TO * k or not parallel.is_alone:
         acts = parallel.encode_topk(x, rows.W_enc, rows.b_enc, k, b_dec=rows.input_bias)

@@ -90,13 +90,14 @@ def dead_rows(sae: Dictionary, dead: Tensor | None) -> LatentRows | None:
     if torch.compiler.is_compiling():  # no shape may depend on how many there are
         return LatentRows(None, sae.W_enc_rows, sae.W_dec, sae.b_enc, bias, dead)
     latents = dead.nonzero().squeeze(1)
-    if sae.parallel.count(latents.numel()) == 0:
+    total = sae.parallel.count(latents.numel())
+    if total == 0:
         return None
     if (tape := _tape.of(sae.W_enc_rows)) is not None:
         bias = None if bias is None else bias.detach()
         W_enc, W_dec, b_enc = tape.copy_rows(latents)
-        return LatentRows(latents, W_enc, W_dec, b_enc, bias)
+        return LatentRows(latents, W_enc, W_dec, b_enc, bias, total=total)
     W_enc, W_dec, b_enc = (
         t.index_select(0, latents) for t in (sae.W_enc_rows, sae.W_dec, sae.b_enc)
     )
-    return LatentRows(latents, W_enc, W_dec, b_enc, bias)
+    return LatentRows(latents, W_enc, W_dec, b_enc, bias, total=total)

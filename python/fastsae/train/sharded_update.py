@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsae.distributed import Layout
-from fastsae.distributed.exchange import gather_codes, gather_rows
+from fastsae.distributed.exchange import gather_codes, gather_rows, sends_entries
 from fastsae.nn import SAE
 from fastsae.ops._tape import Tape
 from fastsae.train.fused_update import FusedUpdate, Sums, gradients_of, sums_of
@@ -79,14 +79,14 @@ class ShardedUpdate(FusedUpdate):
         By sizes that are the same on all processes.
         """
         data, latent = self.layout.data, self.layout.latent
-        if data.size == 1:
-            return True
         _, _, x, grad_output, _ = sums
         k = getattr(self.sae, "k", None) or self.layout.d_sae
-        entries = 3 * k * len(grad_output) / latent.size  # value, gradient and index
-        gathered = (data.size - 1) * (x.numel() + grad_output.numel() + entries)
-        of_matrices = parameters.W_enc.numel() + parameters.W_dec.numel()
-        return bool(gathered <= 2 * (data.size - 1) / data.size * of_matrices)
+        entries = k * len(grad_output) / latent.size
+        # Shares differ by a latent.
+        of_matrices = self.layout.share * (x.shape[1] + grad_output.shape[1])
+        return data.size == 1 or sends_entries(
+            x.numel() + grad_output.numel(), entries, of_matrices, data.size
+        )
 
     def _gathered(self, sums: Sums) -> Sums:
         """Return the sums over the tokens of all data groups."""
