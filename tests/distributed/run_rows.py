@@ -34,7 +34,30 @@ try:
 except ValueError as error:
     said = str(error)
 steps = trainer.steps_done
+refused = []
+
+
+def refusal(call):
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
+        refused.append(str(error))
+
+
+refusal(lambda: trainer.step(own[0][: len(own[0]) - (rank == 0)]))
+refusal(lambda: fastsae.save(sae, f"{out}.sae"))
+refusal(lambda: sae.loss(every[0]))
 trainer.finish()
+assert sae.d_sae == F
+settings = TrainConfig(steps=8, batch_size=N, mesh=(data, latent), progress=False)
+apart = torch.randn(2048, D, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+refusal(lambda: Trainer(fastsae.TopKSAE(D, F, K, dtype=torch.float64), apart, settings).fit())
+settings = TrainConfig(steps=8 + rank, batch_size=N, mesh=(data, latent), progress=False)
+refusal(
+    lambda: Trainer(
+        fastsae.TopKSAE(D, F, K, dtype=torch.float64), every.flatten(0, 1), settings
+    ).fit()
+)
 
 # A source of each process, read by all.
 source = gathered(TensorSource(torch.full((40, D), float(rank + 1), dtype=torch.float64)), mesh)
@@ -52,7 +75,7 @@ torch.manual_seed(0)
 again = fastsae.TopKSAE(D, F, K, dtype=torch.float64)
 result = Trainer(again, few, config).fit()
 results = [None] * world
-dist.all_gather_object(results, (losses, said, steps, seen, result.final["fvu"]))
+dist.all_gather_object(results, (losses, said, steps, seen, refused, result.final["fvu"]))
 if rank == 0:
     torch.save(results, out)
 dist.destroy_process_group()

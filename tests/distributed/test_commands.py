@@ -64,3 +64,29 @@ def test_train_under_torchrun(options, tmp_path):
     with torch.no_grad():
         error = (sae(rows) - rows).square().sum()
     assert float(error / (rows - rows.mean(0)).square().sum()) < 0.9
+
+
+def test_sweep_is_shared_by_processes(tmp_path):
+    import numpy as np
+
+    rows = torch.randn(2048, 8, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "rows.npy", rows.numpy())
+    (tmp_path / "sweep.yaml").write_text("steps: 20\nbatch-size: 64\nsweep:\n  k: [2, 4, 6]\n")
+    arguments = ["train", str(tmp_path / "rows.npy"), "--sweep", str(tmp_path / "sweep.yaml")]
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "fastsae.cli", *arguments, "--out", str(tmp_path / "two")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=settings(), timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.strip().splitlines()) == 4  # names of columns, and the runs
+    found = [json.loads((tmp_path / out / "results.json").read_text()) for out in ("one", "two")]
+    for runs in (part["runs"] for part in found):
+        for run in runs:
+            del run["seconds"]
+    assert found[0]["runs"] == found[1]["runs"]
+    assert [run["k"] for run in found[0]["runs"]] == [2, 4, 6]
+    for k in (2, 4, 6):
+        one, two = (fastsae.load(tmp_path / out / f"k-{k}") for out in ("one", "two"))
+        assert torch.equal(one.W_dec, two.W_dec)

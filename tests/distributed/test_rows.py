@@ -35,7 +35,7 @@ def test_bad_row_of_one_process_is_refused_by_all(results):
 
 def test_gathered_rows_are_those_of_the_data_group(results):
     (data, latent), found = results
-    for rank, (_, _, _, seen, _) in enumerate(found):
+    for rank, (_, _, _, seen, *_) in enumerate(found):
         group = rank // latent
         members = [float(group * latent + i + 1) for i in range(latent)]
         assert seen["batch"] == sorted(value for value in members for _ in range(4))
@@ -43,6 +43,22 @@ def test_gathered_rows_are_those_of_the_data_group(results):
         assert seen["in order"] == [[v] * 30 for v in processes] + [[v] * 10 for v in processes]
         assert seen["sample"] == sorted(value for value in processes for _ in range(4))
         assert seen["fingerprint"] == found[0][3]["fingerprint"]
+
+
+def test_misuse_is_refused_by_all(results):
+    expected = [
+        "expected equally many rows of each process, got",
+        "expected an SAE in one piece, got one that is spread over processes",
+        "expected a spread SAE to be trained by Trainer, or used under torch.no_grad()",
+        "expected the same settings and data",
+        "expected the same settings and data",
+    ]
+    for *_, refused, _ in results[1]:
+        assert len(refused) == len(expected)
+        for said, part in zip(refused, expected, strict=True):
+            assert part in said
+        assert "data differ" in refused[3]
+        assert "steps differ" in refused[4]
 
 
 def test_fit_reads_rows_of_each_process(results):

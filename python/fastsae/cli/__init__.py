@@ -75,5 +75,7 @@ def _message(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"fastsae: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # of torchrun
+    where = f"process {rank}: " if rank != "0" else ""
+    print(f"fastsae: {where}{message}", file=sys.stderr)
     return code

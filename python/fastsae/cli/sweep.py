@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,9 +55,22 @@ def run(args: argparse.Namespace) -> None:
         ]
         write_json(out / SWEEP, {"format": FORMAT, "store": args.store, "runs": said})
 
-    with narrated():
-        found = train_many(runs, data, val=val, out=out, resume=args.resume, started=started)
+    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    with narrated() if rank == 0 else nullcontext():
+        found = train_many(
+            runs,
+            data,
+            val=val,
+            out=out,
+            resume=args.resume,
+            started=started if rank == 0 else None,
+            part=(rank, world),
+        )
     rows = [_row(result) for result in found.values()]
+    if world > 1:
+        rows = _of_all_processes(rows, [run.name for run in runs])
+    if rank:
+        return
     write_json(out / RESULTS, {"format": f"{FORMAT}-results", "runs": rows})
     emit({"out": args.out, "runs": rows}, args.json, _table(rows))
     failed = [f"{row['name']} ({row['error']})" for row in rows if row["error"]]
@@ -63,6 +79,19 @@ def run(args: argparse.Namespace) -> None:
             f"train: {len(failed)} of {len(rows)} runs failed, --resume tries them again: "
             f"{', '.join(failed)}"
         )
+
+
+def _of_all_processes(own: list[Values], names: list[str]) -> list[Values]:
+    """Return the rows of the runs of all processes, in the order of the runs."""
+    from torch import distributed
+
+    # One may be done long before another.
+    distributed.init_process_group("gloo", timeout=timedelta(days=365))
+    every: list[list[Values]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(every, own)
+    distributed.destroy_process_group()
+    by_name = {row["name"]: row for part in every for row in part}
+    return [by_name[name] for name in names]
 
 
 def _data(

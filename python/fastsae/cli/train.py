@@ -64,10 +64,10 @@ def add_to(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train and print the last metrics."""
-    mesh = _mesh(args)
     if args.sweep is not None:
         sweep.run(args)
         return
+    mesh = _mesh(args)
     import torch
 
     from fastsae.train import Trainer, latest
@@ -103,9 +103,8 @@ def _mesh(args: argparse.Namespace) -> tuple[int, int] | None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 and args.data_parallel is None and args.latent_parallel is None:
         return None
-    for option, given in (("--sweep", args.sweep), ("--time-budget", args.time_budget)):
-        if given is not None:
-            raise ValueError(f"train: expected {option} in one process, got {world} processes")
+    if args.time_budget is not None:
+        raise ValueError(f"train: expected --time-budget in one process, got {world} processes")
     data = args.data_parallel or world // (args.latent_parallel or world) or 1
     latent = args.latent_parallel or world // data or 1
     if data * latent != world:

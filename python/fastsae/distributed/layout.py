@@ -13,6 +13,7 @@ from fastsae import ops
 from fastsae.distributed.mesh import Peers, check_mesh
 from fastsae.distributed.select import keep_largest, keep_largest_of_rows
 from fastsae.nn.parallel import Parallel
+from fastsae.ops import _tape
 from fastsae.ops._encode import attach, attachable
 from fastsae.types import BatchTopK, SparseActs, accumulator_dtype
 
@@ -196,4 +197,10 @@ def _expect_plain(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None)
         raise RuntimeError(
             "fastsae: expected a spread SAE to run eagerly in float32 or float64, in reverse mode, "
             f"without autocast, compile and torch.func, got another use (x is {x.dtype})"
+        )
+    graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, W_enc, b_enc))
+    if graph and not _tape.is_open():
+        raise RuntimeError(
+            "fastsae: expected a spread SAE to be trained by Trainer, or used under "
+            "torch.no_grad(): gradients here would be those of the latents of one process"
         )

@@ -227,6 +227,11 @@ def contents(
     """
     around = _around(sae)
     sae = sae.sae if isinstance(sae, NormalizedSAE) else sae
+    if not sae.parallel.is_alone:
+        raise ValueError(
+            "save: expected an SAE in one piece, got one that is spread over processes; "
+            "distributed.unshard_(sae) on all of them brings it together"
+        )
     form = _form(sae)
     tensors = {name: _held(sae, own) for own, name in _parameter_names(sae).items()}
     cfg = {

@@ -110,6 +110,8 @@ class JumpReLUSAE(PenalizedSAE):
             cross the way up in a short run), or at 0.1 without k.
         coefficient: initial weight of the penalty; None takes 0.2 d_in / k, about what the k-th
             latent of a token is worth, or 1 without k.
+        auxk_alpha: weight of the auxiliary loss for dead latents, see `SAE`. None takes 1/32 with a
+            target k, where without it a seventh of a wide dictionary died, and 0 without k.
 
     Raises:
         ValueError: bandwidth or threshold is not above 0.
@@ -128,11 +130,13 @@ class JumpReLUSAE(PenalizedSAE):
         bandwidth: float = 0.2,
         threshold: float | None = None,
         coefficient: float | None = None,
+        auxk_alpha: float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            d_in, d_sae, k, coefficient=1.0 if coefficient is None else coefficient, **kwargs
-        )
+        weight = 1.0 if coefficient is None else coefficient
+        if auxk_alpha is None:
+            auxk_alpha = 0.0 if k is None else 1 / 32
+        super().__init__(d_in, d_sae, k, coefficient=weight, auxk_alpha=auxk_alpha, **kwargs)
         if coefficient is None and self.k is not None:
             self.initial_coefficient = 0.2 * self.d_in / self.k
             self.coefficient.fill_(self.initial_coefficient)

@@ -110,6 +110,11 @@ def recorded(tapes: Sequence[Tape]) -> Iterator[None]:
             tape.recording = False
 
 
+def is_open() -> bool:
+    """Return whether a training step with tapes is under way."""
+    return bool(_open)
+
+
 def of(matrix: Tensor) -> Tape | None:
     """Return the open tape of a matrix, if it has one."""
     tape = _open.get(_place(matrix)) if _open else None

@@ -39,6 +39,7 @@ def train_many(
     checkpoint_every: int | None = None,
     progress: bool | None = None,
     started: Callable[[dict[str, TrainConfig]], None] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> dict[str, RunResult]:
     """Train the SAEs of all runs, each batch of the data being read once.
 
@@ -74,9 +75,11 @@ def train_many(
         progress: show a progress bar; None shows it on a terminal only.
         started: called with the settings of all runs, by name, once everything was checked and
             before anything is trained.
+        part: (i, n) trains every n-th run from the i-th on, for n processes that are given the same
+            runs; nothing has to pass between them.
 
     Returns:
-        Name -> result, in the order of the runs.
+        Name -> result, in the order of the runs of this part.
 
     Raises:
         TypeError, ValueError: a run is not one, two have the same name or the same module, they
@@ -100,18 +103,23 @@ def train_many(
         raise ValueError("train_many: expected a module for each run, got the same one twice")
     _agree(lanes, source)
     plan, seed = lanes[0].trainer.plan, lanes[0].trainer.config.seed
-    for part in (source, held_out):
-        if part is not None:
-            part.batch_size, part.seed = plan.batch_size, seed
+    for rows in (source, held_out):
+        if rows is not None:
+            rows.batch_size, rows.seed = plan.batch_size, seed
+    configs = {lane.run.name: lane.trainer.config for lane in lanes}
+    first, parts = part
+    if not 0 <= first < parts:
+        raise ValueError(f"train_many: expected part to be (i, n) with 0 <= i < n, got {part}")
+    lanes = lanes[first::parts]
     with ExitStack() as stack:
-        if folder is not None:
+        if folder is not None and first == 0:
             stack.enter_context(locked(folder, "train_many"))
         for lane in lanes:
             if lane.trainer.out is not None:
                 stack.enter_context(locked(lane.trainer.out, "train_many"))
             lane.trainer.check_out(resume)
         if started is not None:
-            started({lane.run.name: lane.trainer.config for lane in lanes})
+            started(configs)
         with StopSignals() as stop:
             for lane in lanes:
                 stack.callback(lane.close)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,6 +40,13 @@ class Team:
     def total(self, count: int) -> int:
         """Return the sum of a number over all processes."""
         return count
+
+    def largest(self, *numbers: int) -> list[int]:
+        """Return of each number the largest that a process has."""
+        return [*numbers]
+
+    def expect_same(self, values: Any, what: str) -> None:
+        """Raise ValueError if other processes have other values."""
 
     def from_first(self, number: int) -> int:
         """Return the number that the first process has."""
@@ -91,6 +98,30 @@ class Processes(Team):
         sum_ = torch.tensor(count, device=self.mesh.device_type)
         distributed.all_reduce(sum_)
         return int(sum_)
+
+    def largest(self, *numbers: int) -> list[int]:
+        """See `Team.largest`."""
+        from torch import distributed
+
+        most = torch.tensor(numbers, device=self.mesh.device_type)
+        distributed.all_reduce(most, distributed.ReduceOp.MAX)
+        found: list[int] = most.tolist()
+        return found
+
+    def expect_same(self, values: Any, what: str) -> None:
+        """See `Team.expect_same`."""
+        from torch import distributed
+
+        every: list[Any] = [None] * self.mesh.size()
+        distributed.all_gather_object(every, values)
+        if all(other == every[0] for other in every):
+            return
+        names = ""
+        if isinstance(values, dict):
+            first = every[0]
+            keys = [key for key in first if any(o.get(key) != first[key] for o in every)]
+            names = f" ({', '.join(keys)} differ)"
+        raise ValueError(f"Trainer: expected {what} on all processes, got different ones{names}")
 
     def from_first(self, number: int) -> int:
         """See `Team.from_first`."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastsae._files import checksum
 from fastsae._files.lock import locked
 from fastsae._files.write import sealed, sweep, write_json
 from fastsae._log import logger
@@ -216,6 +217,8 @@ class Trainer:
             ValueError: there are neither data nor a sample, rows are not finite, or all equal.
         """
         self._close()  # of a run that was not finished
+        if not self.sae.parallel.is_alone:
+            raise ValueError("Trainer: expected an SAE in one piece, got one that is spread")
         update = None if self.config.mesh else make_update(self.sae, self.config)
         self.steps_done, self._tokens_done = 0, 0
         self._position = self._saved = None
@@ -569,6 +572,7 @@ class Trainer:
 
     def _begin(self, resume: bool | str | os.PathLike[str]) -> dict[str, Any] | None:
         """Prepare a fresh run, or load a checkpoint; return where the metrics were cut then."""
+        self._expect_same_everywhere()
         self._calibration.hold_back()
         if self._update is not None and self.steps_done:
             raise RuntimeError(
@@ -600,6 +604,15 @@ class Trainer:
         self._pending = state["pending"]
         mark: dict[str, Any] | None = state["metrics"]
         return mark
+
+    def _expect_same_everywhere(self) -> None:
+        """Raise ValueError unless all processes of a mesh have the same settings and data."""
+        if self.config.mesh is None:
+            return
+        if not self.sae.parallel.is_alone:
+            raise ValueError("Trainer: expected an SAE in one piece, got one that is spread")
+        hint = "the same settings and data (distributed.gathered takes rows of each process)"
+        self._team.expect_same(self._about(), hint)
 
     def _expect_no_run(self, out: Path) -> None:
         if found := latest(out / "checkpoints"):
@@ -651,7 +664,13 @@ class Trainer:
             )
         x = batch.to(self.sae.W_enc_rows.device, self.sae.W_enc_rows.dtype)
         bad = bad_rows(x)
-        if bad := self._team.total(bad) if own else bad:
+        if own:
+            bad, most, least = self._team.largest(bad, len(x), -len(x))
+            if most != -least:
+                raise ValueError(
+                    f"Trainer: expected equally many rows of each process, got {-least} to {most}"
+                )
+        if bad:
             raise ValueError(
                 f"Trainer: expected finite activations at step {self.steps_done}, got {bad} of "
                 f"{batch.shape[0]} rows with NaN or Inf; nothing was updated with them"
@@ -788,8 +807,11 @@ class Trainer:
         if rows is None:
             raise ValueError("Trainer: expected data for fit(), got None; call step() yourself")
         own = getattr(rows, "of_data_group", False)
-        for batch, state in self.read(rows, position, count):
+        for number, (batch, state) in enumerate(self.read(rows, position, count)):
             x = self._checked(batch, own=own)
+            if number == 0 and not own and self._team.layout is not None:
+                hint = "the same batches (distributed.gathered takes rows of each process)"
+                self._team.expect_same(checksum.of_rows(x.cpu()), hint)
             yield Prepared(self._scaled(x if own else self._team.own_rows(x)), state)
 
     def _read_recent(self) -> None:
