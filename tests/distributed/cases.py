@@ -13,6 +13,7 @@ CLASSES = {
     "TopK": (fastsae.TopKSAE, {}),
     "AbsTopK": (fastsae.TopKSAE, {"absolute": True}),
     "BatchTopK": (fastsae.BatchTopKSAE, {}),
+    "FeatureChoice": (fastsae.FeatureChoiceSAE, {"mutual_choice_batches": 20, "refresh": 15}),
     "Matryoshka": (fastsae.MatryoshkaSAE, {}),
     "JumpReLU": (fastsae.JumpReLUSAE, {"auxk_alpha": 0.1}),
     "ReLU": (fastsae.ReLUSAE, {"penalty": "p_anneal"}),
@@ -20,6 +21,8 @@ CLASSES = {
     "Transcoder": (fastsae.Transcoder, {"skip": True}),
     "BatchTopKTranscoder": (fastsae.BatchTopKTranscoder, {}),
 }
+BY_FOUR = ("TopK", "BatchTopK", "FeatureChoice", "Matryoshka", "JumpReLU", "Transcoder")
+"""Those that four processes train as well, which takes longer where there are fewer cores."""
 CONFIG = TrainConfig()
 
 

@@ -11,7 +11,7 @@ from fastsae.distributed import make_mesh, why_not_sharded
 @pytest.mark.parametrize(
     ("sae", "why"),
     [
-        (fastsae.FeatureChoiceSAE(4, 8, 2), "FeatureChoiceSAE selects in its own way"),
+        (fastsae.GroupMaxSAE(4, 8, 2), "GroupMaxSAE selects in its own way"),
         (fastsae.HierarchicalTopKSAE(4, 8, 2), "HierarchicalTopKSAE selects in its own way"),
         (fastsae.TopKSAE(4, 8, 2, multi_topk=True), "multi_topk looks at the latents"),
         (fastsae.TopKSAE(4, 8, 2, aux="zipf"), "aux='zipf' ranks the latents"),

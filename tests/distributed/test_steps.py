@@ -45,10 +45,13 @@ def test_selection_is_that_of_one_process(several, name):
 
 @pytest.mark.parametrize("name", cases.CLASSES)
 def test_training_is_that_of_one_process(several, alone, name):
+    if name not in several[1]["steps"]:
+        pytest.skip("by two processes only")
     losses, state = alone[name]
     got = several[1]["steps"][name]
     torch.testing.assert_close(got["losses"], losses, rtol=1e-9, atol=0)
     assert got["state"].keys() == state.keys()
     for key, value in state.items():
-        size = 1e-6 * float(value.abs().max())
+        # Thresholds are float32 in any SAE, and moved by a float32 average.
+        size = 1e-6 * float(value.abs().max()) if value.dtype == torch.float64 else 1e-6
         torch.testing.assert_close(got["state"][key], value, rtol=1e-6, atol=size)

@@ -11,7 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fastsae import ops
 from fastsae.distributed.mesh import Peers, check_mesh
-from fastsae.distributed.select import keep_largest, keep_largest_of_rows
+from fastsae.distributed.select import (
+    keep_largest,
+    keep_largest_of_columns,
+    keep_largest_of_rows,
+)
 from fastsae.nn.parallel import Parallel
 from fastsae.ops import _tape
 from fastsae.ops._encode import attach, attachable
@@ -143,6 +147,19 @@ class Layout(Parallel):
             acts, threshold = keep_largest(acts.trimmed(), budget, self.data, self.latent)
         return BatchTopK(attach(acts, x, W_enc, b_enc, bias), threshold)
 
+    def encode_feature_topk(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, budget: Tensor, total: int, **options: Any
+    ) -> SparseActs:
+        """See `Parallel.encode_feature_topk`. One collective over the data groups, of as many
+        numbers as all budgets here, at most n each."""
+        bias = options.get("b_dec")
+        _expect_plain(x, W_enc, b_enc, bias)
+        with torch.no_grad():
+            own = budget.clamp_max(x.shape[0])
+            acts = ops.encode_feature_topk(x, W_enc, b_enc, own, int(own.sum()), **options)
+            acts = keep_largest_of_columns(acts.trimmed(), budget, own, self.data)
+        return attach(acts, x, W_enc, b_enc, bias)
+
     def sparse_decode(
         self, acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None, **options: Any
     ) -> Tensor:
@@ -163,6 +180,18 @@ class Layout(Parallel):
         """See `Parallel.sum_over_all`."""
         return _sum(_sum(part, self.latent), self.data)
 
+    def min_over_tokens(self, part: Tensor) -> Tensor:
+        """See `Parallel.min_over_tokens`."""
+        return self.data.gather(part).amin(0)
+
+    def of_all_latents(self, held: Tensor) -> Tensor:
+        """See `Parallel.of_all_latents`."""
+        return whole(held, self)
+
+    def of_own_latents(self, every: Tensor) -> Tensor:
+        """See `Parallel.of_own_latents`."""
+        return every[self.first_latent : self.first_latent + self.held]
+
     def total_variance(self, x: Tensor) -> Tensor:
         """See `Parallel.total_variance`. One collective of d + 1 numbers over the data groups.
 
@@ -178,6 +207,18 @@ class Layout(Parallel):
         every = self.data.gather(torch.cat([mean, own.unsqueeze(0)]))
         means = every[:, :-1]
         return every[:, -1].sum() + x.shape[0] * (means - means.mean(0)).square().sum()
+
+
+def whole(part: Tensor, layout: Layout) -> Tensor:
+    """Return all rows of a tensor, of which this process has those of its own latents."""
+    if layout.latent.size == 1:
+        return part
+    padded = part
+    if len(part) < layout.share:
+        padded = part.new_zeros(layout.share, *part.shape[1:])
+        padded[: len(part)] = part
+    every = layout.latent.gather(padded).flatten(0, 1)
+    return every if len(every) == layout.d_sae else every[: layout.d_sae].clone()
 
 
 def _only(values: Tensor, indices: Tensor, kept: Tensor, d_sae: int) -> SparseActs:

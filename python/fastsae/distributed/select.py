@@ -72,10 +72,7 @@ def keep_largest(
     rows = acts.rows()
     place = before[:-1] - ends[rows] + first[rows]  # among all that are tied
     kept = (values > smallest) | (tied & (place < budget - above))
-    totals = torch.zeros(len(values) + 1, dtype=torch.int32, device=values.device)
-    torch.cumsum(kept, 0, dtype=torch.int32, out=totals[1:])
-    found = SparseActs(values[kept], acts.indices[kept], totals[offsets.long()], acts.d_sae)
-    return found, smallest
+    return _those(acts, kept), smallest
 
 
 def _kth_largest(values: Tensor, k: int, data: Peers, latent: Peers) -> tuple[Tensor, int]:
@@ -111,3 +108,52 @@ def _kth_largest(values: Tensor, k: int, data: Peers, latent: Peers) -> tuple[Te
     kind = torch.int32 if bits == 32 else torch.int64
     key = torch.tensor([found], dtype=kind, device=values.device)
     return key.view(values.dtype).squeeze(0), above
+
+
+def keep_largest_of_columns(
+    acts: SparseActs, budget: Tensor, own: Tensor, data: Peers
+) -> SparseActs:
+    """Return what all processes keep of their candidates: the largest entries of every latent.
+
+    Args:
+        acts: the candidates here, values above 0, without padding: of latent j the own[j] largest.
+        budget: [d_sae], entries of each latent to keep in all.
+        own: [d_sae], how many candidates of a latent a process has at most, the same on all.
+        data: the processes with other tokens; those of an earlier one come first.
+    """
+    if data.size == 1:
+        return acts
+    assert acts.offsets is not None
+    values, latents = acts.values, acts.indices.long()
+    starts = own.long().cumsum(0) - own.long()
+    by_latent = torch.argsort(latents, stable=True)  # rows ascend inside
+    counts = torch.bincount(latents, minlength=len(own))
+    ranks = torch.arange(len(values), device=values.device)
+    ranks -= (counts.cumsum(0) - counts)[latents[by_latent]]
+    places = starts[latents[by_latent]] + ranks
+    listed = values.new_zeros(int(own.sum()))
+    listed[places] = values[by_latent]
+    # By latent, then from the largest on; of equal ones the earlier process and row first.
+    every = data.gather(listed)
+    columns = torch.repeat_interleave(torch.arange(len(own), device=own.device), own.long())
+    order = torch.argsort(every.flatten(), descending=True, stable=True)
+    of_entry = columns.repeat(data.size)[order]
+    again = torch.argsort(of_entry, stable=True)
+    order, of_entry = order[again], of_entry[again]
+    firsts = data.size * starts
+    rank = torch.arange(len(order), device=order.device) - firsts[of_entry]
+    chosen = torch.zeros(every.numel(), dtype=torch.bool, device=values.device)
+    chosen[order] = rank < budget.long()[of_entry]
+    here = chosen.view_as(every)[data.rank]
+    kept = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    kept[by_latent] = here[places]
+    return _those(acts, kept)
+
+
+def _those(acts: SparseActs, kept: Tensor) -> SparseActs:
+    """Return the entries that are kept, of a code without padding."""
+    assert acts.offsets is not None
+    totals = torch.zeros(len(kept) + 1, dtype=torch.int32, device=kept.device)
+    torch.cumsum(kept, 0, dtype=torch.int32, out=totals[1:])
+    offsets = totals[acts.offsets.long()]
+    return SparseActs(acts.values[kept], acts.indices[kept], offsets, acts.d_sae)

@@ -7,11 +7,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastsae.distributed.layout import Layout
+from fastsae.distributed.layout import Layout, whole
 from fastsae.nn import (
     SAE,
     BatchTopKSAE,
     BatchTopKTranscoder,
+    FeatureChoiceSAE,
     GatedSAE,
     JumpReLUSAE,
     JumpReLUTranscoder,
@@ -26,6 +27,7 @@ from fastsae.nn.parallel import ALONE
 CLASSES: tuple[type[SAE], ...] = (
     TopKSAE,
     BatchTopKSAE,
+    FeatureChoiceSAE,
     MatryoshkaSAE,
     ReLUSAE,
     GatedSAE,
@@ -36,8 +38,10 @@ CLASSES: tuple[type[SAE], ...] = (
     JumpReLUTranscoder,
 )
 """What can be spread."""
-BY_LATENT = ("W_enc_rows", "W_dec", "b_enc", "log_threshold", "r_mag", "b_mag")
-"""Parameters with a row for each latent; all others, and buffers, every process has whole."""
+BY_LATENT: tuple[str, ...] = ("W_enc_rows", "W_dec", "b_enc", "log_threshold", "r_mag", "b_mag")
+BY_LATENT += ("threshold", "density", "budget")
+"""Parameters and buffers with a row for each latent, unless they are single numbers; all others
+every process has whole."""
 
 
 def why_not_sharded(sae: SAE) -> str | None:
@@ -90,10 +94,9 @@ def shard_(sae: SAE, mesh: DeviceMesh) -> SAE:
     for t in [*sae.parameters(), *sae.buffers()]:
         dist.broadcast(t.data, src=0)
     own = slice(layout.first_latent, layout.first_latent + layout.held)
-    for name, p in sae.named_parameters():
-        if name in BY_LATENT:
-            p.data = p.data[own].clone()
-            p.grad = None
+    for t in _by_latent(sae):
+        t.data = t.data[own].clone()
+        t.grad = None
     sae.d_sae = layout.held
     sae.parallel = layout
     return sae
@@ -109,22 +112,15 @@ def unshard_(sae: SAE) -> SAE:
     layout = sae.parallel
     if not isinstance(layout, Layout):
         return sae
-    for name, p in sae.named_parameters():
-        if name in BY_LATENT:
-            p.data = whole(p.data, layout)
-            p.grad = None
+    for t in _by_latent(sae):
+        t.data = whole(t.data, layout)
+        t.grad = None
     sae.d_sae = layout.d_sae
     sae.parallel = ALONE
     return sae
 
 
-def whole(part: Tensor, layout: Layout) -> Tensor:
-    """Return all rows of a tensor, of which this process has those of its own latents."""
-    if layout.latent.size == 1:
-        return part
-    padded = part
-    if len(part) < layout.share:
-        padded = part.new_zeros(layout.share, *part.shape[1:])
-        padded[: len(part)] = part
-    every = layout.latent.gather(padded).flatten(0, 1)
-    return every if len(every) == layout.d_sae else every[: layout.d_sae].clone()
+def _by_latent(sae: SAE) -> list[Tensor]:
+    """Return the parameters and buffers that have a row for each latent."""
+    named = [*sae.named_parameters(), *sae.named_buffers()]
+    return [t for name, t in named if name in BY_LATENT and t.ndim]

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastsae import ops
 from fastsae.nn.context import STEP, StepContext, updates_statistics
 from fastsae.nn.parameters import plain
 from fastsae.nn.threshold_sae import ThresholdSAE, factor_for_k, running_average
@@ -95,21 +94,23 @@ class FeatureChoiceSAE(ThresholdSAE):
 
     def budgets(self, n: int) -> Tensor:
         """Return m: int64 [d_sae] for a batch of n tokens; the sum is int(k n)."""
-        if self.allocation == "uniform" or not bool(self.density.any()):
-            share = torch.ones_like(self.density)
+        parallel = self.parallel
+        n, density = parallel.tokens(n), parallel.of_all_latents(self.density)
+        if self.allocation == "uniform" or not bool(density.any()):
+            share = torch.ones_like(density)
         else:
             # The average over batches remembers about n / density_lr tokens.
-            fit = fit_zipf(self.density, SMALLEST_FIRES * self.density_lr / max(n, 1))
+            fit = fit_zipf(density, SMALLEST_FIRES * self.density_lr / max(n, 1))
             share = torch.empty_like(fit.expected)
             share[fit.order] = fit.expected
-        return budgets(share, int(self.k * n), n)
+        return parallel.of_own_latents(budgets(share, int(self.k * n), n))
 
     def _encode(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
         return self._encode_batch(x, context) if self.training else self._encode_above_threshold(x)
 
     def _encode_batch(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
         if int(self.batches_seen) < self.mutual_choice_batches:
-            return ops.encode_batch_topk(
+            return self.parallel.encode_batch_topk(
                 x,
                 self.W_enc_rows,
                 self.b_enc,
@@ -117,23 +118,26 @@ class FeatureChoiceSAE(ThresholdSAE):
                 b_dec=self._input_bias(),
                 compute_dtype=context.compute_dtype,
             ).acts
-        return ops.encode_feature_topk(
+        budget = self._current_budget(x.shape[0])
+        total = int(self.k * self.parallel.tokens(x.shape[0]))
+        return self.parallel.encode_feature_topk(
             x,
             self.W_enc_rows,
             self.b_enc,
-            self._current_budget(x.shape[0]),
-            int(self.k * x.shape[0]),
+            budget,
+            total,
             b_dec=self._input_bias(),
         )
 
     def _current_budget(self, n: int) -> Tensor:
         """Return the budgets in force, after renewing them where that is due or n is another."""
         if self._total is None:
-            self._total = int(self.budget.sum())
+            self._total = self.parallel.count(int(self.budget.sum()))
         seen = int(self.batches_seen) - self.mutual_choice_batches
-        if seen % self.refresh == 0 or self._total != int(self.k * n):
+        total = int(self.k * self.parallel.tokens(n))
+        if seen % self.refresh == 0 or self._total != total:
             self.budget.copy_(self.budgets(n))
-            self._total = int(self.k * n)
+            self._total = total
         return self.budget
 
     def encode_for_training(self, x: Tensor, context: StepContext) -> SparseActs:
@@ -149,7 +153,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         """Average in the densities and the smallest kept values of a training batch."""
         counts, smallest = self._columns(acts)
         first = int(self.batches_seen) == 0
-        density = context.reduced(counts / acts.n, "mean")
+        density = context.reduced(counts / self.parallel.tokens(acts.n), "mean")
         self.density.lerp_(density, 1.0 if first else self.density_lr)
         smallest = context.reduced(smallest, "min")
         self.threshold.copy_(running_average(self.threshold, smallest, self.density_lr))
@@ -162,6 +166,8 @@ class FeatureChoiceSAE(ThresholdSAE):
         counts = torch.zeros_like(self.density).index_add_(0, indices, active.float())
         smallest = torch.full_like(self.density, math.inf)
         smallest.scatter_reduce_(0, indices, torch.where(active, values, math.inf), "amin")
+        counts = self.parallel.sum_over_tokens(counts)
+        smallest = self.parallel.min_over_tokens(smallest)
         if int(self.batches_seen) >= self.mutual_choice_batches:
             # A latent with room to spare would have taken anything positive.
             smallest = torch.where(counts >= self.budget, smallest, 0.0)
@@ -192,7 +198,13 @@ class FeatureChoiceSAE(ThresholdSAE):
         self._check_threshold()
         rows = self._rows(x, "x")
         factor = factor_for_k(
-            rows, self.W_enc_rows, self.b_enc, self._input_bias(), self.threshold, self.k
+            rows,
+            self.W_enc_rows,
+            self.b_enc,
+            self._input_bias(),
+            self.threshold,
+            self.k,
+            self.parallel,
         )
         if not bool(factor.isfinite()):
             self._fail("x to have positive pre-activations, got none")

@@ -62,6 +62,21 @@ class Parallel:
         here, and the threshold of all. Arguments as in `encode_topk`."""
         return ops.encode_batch_topk(x, W_enc, b_enc, k, **options)
 
+    def encode_feature_topk(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, budget: Tensor, total: int, **options: Any
+    ) -> SparseActs:
+        """Return `ops.encode_feature_topk` of the whole batch: the entries of the tokens here.
+
+        Args:
+            x: [n, d_in].
+            W_enc: [d_sae, d_in], of the latents here.
+            b_enc: [d_sae].
+            budget: [d_sae], entries of each latent in the whole batch.
+            total: the sum of the budgets of all latents.
+            options: of the op.
+        """
+        return ops.encode_feature_topk(x, W_enc, b_enc, budget, total, **options)
+
     def sparse_decode(
         self, acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None, **options: Any
     ) -> Tensor:
@@ -83,6 +98,18 @@ class Parallel:
     def sum_over_all(self, part: Tensor) -> Tensor:
         """Return the sum of what every part of both has; gradients as above."""
         return part
+
+    def min_over_tokens(self, part: Tensor) -> Tensor:
+        """Return the smallest of what every part of the batch has, elementwise."""
+        return part
+
+    def of_all_latents(self, held: Tensor) -> Tensor:
+        """Return the numbers of all latents, of which those here have `held: [d_sae]`."""
+        return held
+
+    def of_own_latents(self, every: Tensor) -> Tensor:
+        """Return those of the latents here."""
+        return every
 
     def total_variance(self, x: Tensor) -> Tensor:
         """Return sum (x - mean x)^2 over the rows of the whole batch, `x: [..., d]` of which are
