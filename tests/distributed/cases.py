@@ -23,6 +23,8 @@ CLASSES = {
 }
 BY_FOUR = ("TopK", "BatchTopK", "FeatureChoice", "Matryoshka", "JumpReLU", "Transcoder")
 """Those that four processes train as well, which takes longer where there are fewer cores."""
+BESIDE = ("JumpReLU", "BatchTopK")
+"""Whose checkpoints a thread writes."""
 CONFIG = TrainConfig()
 
 
@@ -80,6 +82,7 @@ def run(name, out, mesh):
         dead_after_tokens=256,
         log_every=10,
         checkpoint_every=20,
+        async_checkpoints=name in BESIDE,
         calibration_rows=128,
         out=out,
         mesh=mesh,

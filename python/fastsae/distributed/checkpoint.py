@@ -38,7 +38,9 @@ def is_by_latent(name: str, t: Tensor | torch.Size) -> bool:
     return len(shape) > 0 and any(part in BY_LATENT + COUNTERS for part in name.split("."))
 
 
-def save_tensors(stage: Path, tensors: dict[str, Tensor], layout: Layout) -> dict[str, str]:
+def save_tensors(
+    stage: Path, tensors: dict[str, Tensor], layout: Layout, group: Any = None
+) -> dict[str, str]:
     """Write what all processes hold into the folder `stage`.
 
     Args:
@@ -46,6 +48,7 @@ def save_tensors(stage: Path, tensors: dict[str, Tensor], layout: Layout) -> dic
         tensors: by name; those that are `is_by_latent` are the rows of the latents here, all others
             the same everywhere.
         layout: of the SAE.
+        group: of all processes, to write by; None: the default one.
 
     Returns:
         The checksum of every file.
@@ -53,7 +56,7 @@ def save_tensors(stage: Path, tensors: dict[str, Tensor], layout: Layout) -> dic
     writer = HuggingFaceStorageWriter(str(stage), save_distributed=True)
     state = {name: _spread(name, t, layout) for name, t in tensors.items()}
     with _quiet():
-        save(state, storage_writer=writer)
+        save(state, storage_writer=writer, process_group=group)
     own = {
         path.name: str(_checksum(path))
         for path in sorted(stage.glob(f"shard-{layout.mesh.get_rank() + 1:05d}-*{SUFFIX}"))
@@ -61,7 +64,7 @@ def save_tensors(stage: Path, tensors: dict[str, Tensor], layout: Layout) -> dic
     for name in own:
         sync(stage / name)
     every: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(every, own)
+    dist.all_gather_object(every, own, group=group)
     return {name: found for part in every for name, found in part.items()}
 
 

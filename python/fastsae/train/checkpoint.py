@@ -88,7 +88,9 @@ def save_checkpoint(
     return final
 
 
-def save_spread_checkpoint(folder: Path, state: dict[str, Any], keep: int, layout: Layout) -> Path:
+def save_spread_checkpoint(
+    folder: Path, state: dict[str, Any], keep: int, layout: Layout, group: Any = None
+) -> Path:
     """Write checkpoint `state["step"]` of a run over a mesh, which all processes call.
 
     Args:
@@ -96,6 +98,7 @@ def save_spread_checkpoint(folder: Path, state: dict[str, Any], keep: int, layou
         state: from `Trainer.state_dict` of each.
         keep: how many stay.
         layout: of the SAE.
+        group: of all processes, to write by; None: the default one.
 
     Raises:
         RuntimeError: as `save_checkpoint`.
@@ -111,8 +114,8 @@ def save_spread_checkpoint(folder: Path, state: dict[str, Any], keep: int, layou
             own_folder(folder)
         with staging(folder) if first else nullcontext() as stage:
             place = [None if stage is None else str(stage)]
-            distributed.broadcast_object_list(place, src=0)
-            files = save_tensors(Path(str(place[0])), tensors, layout)
+            distributed.broadcast_object_list(place, src=0, group=group)
+            files = save_tensors(Path(str(place[0])), tensors, layout, group)
             if stage is not None:
                 header = {"format": FORMAT, "files": files}
                 write_file(stage / STATE, as_json(sealed({**header, "state": values})))

@@ -14,7 +14,7 @@ INTEGERS += ("sparsity_warmup_steps", "dead_after_tokens", "sample_rows", "log_e
 INTEGERS += ("eval_every", "checkpoint_every", "keep_checkpoints", "calibration_rows")
 INTEGERS += ("hold_back", "start_seed")
 NUMBERS = ("lr", "eps", "epochs", "decay_fraction", "clip_grad_norm", "outlier_norm")
-SWITCHES = ("normalize", "clip_outliers", "tensorboard", "progress")
+SWITCHES = ("normalize", "clip_outliers", "tensorboard", "progress", "async_checkpoints")
 STRINGS = ("optimizer", "update", "compute_dtype", "b_dec_init", "weight_init")
 
 
@@ -118,6 +118,9 @@ class TrainConfig:
     are those of training, so val_l0 may be far from k."""
     checkpoint_every: int | None = None
     """Updates between two checkpoints; None writes one when interrupted and at the end."""
+    async_checkpoints: bool = False
+    """Write checkpoints in a thread while training goes on, from a copy of parameters and averages.
+    What cannot be written is an error at the next checkpoint or at the end of the run."""
     keep_checkpoints: int = 2
     """Checkpoints that stay on disk."""
     out: str | os.PathLike[str] | None = None

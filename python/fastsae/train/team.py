@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from fastsae.distributed import Layout
+    from fastsae.train.config import TrainConfig
 
 
 class Team:
@@ -22,6 +23,8 @@ class Team:
     """Whether this process writes the files of the run."""
     data_groups = 1
     layout: Layout | None = None
+    saving: Any = None
+    """The process group that checkpoints are written by; None: the default one."""
 
     def shard_(self, sae: SAE) -> None:
         """Keep the latents of this process."""
@@ -58,10 +61,15 @@ class Processes(Team):
 
     Args:
         mesh: from `distributed.make_mesh`.
+        beside: whether checkpoints are written while training goes on.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: DeviceMesh, beside: bool = False) -> None:
         self.mesh = mesh
+        if beside:
+            from torch import distributed
+
+            self.saving = distributed.new_group(backend="gloo")
         self.is_first = mesh.get_rank() == 0
         self.data_groups = mesh.size(0)
 
@@ -132,17 +140,19 @@ class Processes(Team):
         return int(box)
 
 
-def make_team(sae: SAE, mesh: tuple[int, int] | None) -> Team:
-    """Return the processes of a run with `TrainConfig.mesh`.
+def make_team(sae: SAE, config: TrainConfig) -> Team:
+    """Return the processes of a run.
 
     Raises:
         ValueError: the SAE cannot be spread, or the job has another number of processes.
         RuntimeError: there is no job.
     """
+    mesh = config.mesh
     if mesh is None:
         return Team()
     from fastsae.distributed import make_mesh, why_not_sharded
 
     if (why := why_not_sharded(sae)) is not None:
         raise ValueError(f"Trainer: expected mesh=None for this SAE, got {mesh}, where {why}")
-    return Processes(make_mesh(*mesh, sae.W_enc_rows.device.type))
+    found = make_mesh(*mesh, sae.W_enc_rows.device.type)
+    return Processes(found, config.async_checkpoints)

@@ -68,6 +68,7 @@ from fastsae.train.outliers import clip_rows_
 from fastsae.train.precision import bad_rows, compute_dtype
 from fastsae.train.prefetch import Prepared, prefetch
 from fastsae.train.recent import RecentBatches
+from fastsae.train.saver import Saver, copied
 from fastsae.train.schedule import make_plan
 from fastsae.train.start import start_, start_rows
 from fastsae.train.team import make_team
@@ -80,7 +81,7 @@ FREE_SETTINGS: tuple[str, ...] = (
     "keep_checkpoints",
     "out",
 )
-FREE_SETTINGS += ("tensorboard", "progress", "mesh")
+FREE_SETTINGS += ("tensorboard", "progress", "mesh", "async_checkpoints")
 """What may differ between a run and its continuation."""
 STATE_KEYS = {
     "about",
@@ -173,7 +174,8 @@ class Trainer:
         device = sae.W_enc_rows.device.type
         sizes: dict[str, Any] = {"d_in": d_in, "d_sae": sae.d_sae, "k": getattr(sae, "k", None)}
         self.plan = make_plan(self.config, rows, **sizes, device=device)
-        self._team = make_team(sae, self.config.mesh)
+        self._team = make_team(sae, self.config)
+        self._saver = Saver(self.config.async_checkpoints)
         if self.plan.batch_size % self._team.data_groups:
             raise ValueError(
                 f"Trainer: expected batch_size to be a multiple of {self._team.data_groups} data "
@@ -340,6 +342,8 @@ class Trainer:
                 yield
         except BaseException:
             self._close(together=False)
+            with suppress(Exception):  # there is one to be said already
+                self._saver.wait()
             raise
         finally:
             self._log = None
@@ -432,11 +436,13 @@ class Trainer:
         """Write a checkpoint, if there is none of the last update."""
         if self.steps_done and self._saved != self.steps_done:
             self._checkpoint()
+        self._saver.wait()
 
     def complete(self) -> TrainResult:
         """Finish the run, and write the SAE: the end of `fit`, inside `opened`."""
         assert self._log is not None
         log = self._log
+        self._saver.wait()
         self.finish()
         if self.out is not None:
             seal = write(self.sae, self.out)
@@ -850,15 +856,20 @@ class Trainer:
                 "the last checkpoint is kept"
             )
         folder, keep = self._folder / "checkpoints", self.config.keep_checkpoints
-        if self._team.layout is not None:
-            save_spread_checkpoint(folder, self.state_dict(), keep, self._team.layout)
+        layout, state = self._team.layout, self.state_dict()
+        state = copied(state) if self._saver.beside else state
+        if layout is not None:
+            group = self._team.saving
+            self._saver.save(lambda: save_spread_checkpoint(folder, state, keep, layout, group))
         else:
-            save_checkpoint(folder, self._raw_copy(), self.state_dict(), keep, self.plan.steps)
+            sae, steps = self._raw_copy(), self.plan.steps
+            self._saver.save(lambda: save_checkpoint(folder, sae, state, keep, steps))
         self._saved = self.steps_done
 
     def _raw_copy(self) -> SAE:
         """Return a copy of the SAE that takes raw activations; it shares what folding keeps."""
-        kept = self.sae.matrices if self.scaler.keeps_matrices else []
+        shares = self.scaler.keeps_matrices and not self._saver.beside
+        kept = self.sae.matrices if shares else []
         shared: dict[int, Any] = {id(p): p for p in kept if p is not None}
         sae = copy.deepcopy(self.sae, shared)
         self.scaler.fold_(sae)
