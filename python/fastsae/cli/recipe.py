@@ -97,6 +97,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--checkpoint-every", type=positive, help="updates between checkpoints")
     parser.add_argument(
+        "--async-checkpoints", action="store_true", help="write checkpoints while training goes on"
+    )
+    parser.add_argument(
         "--partial", action="store_true", help="use what is there of an interrupted harvest"
     )
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard logs")
@@ -118,6 +121,7 @@ def config_of(args: argparse.Namespace, out: str) -> TrainConfig:
         update=args.update,
         compute_dtype=args.compute_dtype,
         checkpoint_every=args.checkpoint_every,
+        async_checkpoints=args.async_checkpoints,
         tensorboard=args.tensorboard,
         out=out,
     )
