@@ -104,7 +104,8 @@ def _metrics(path: Path, mark: dict[str, int | str] | None, *, whole: bool) -> N
 def _checkpoint(folder: Path, found: Verification) -> None:
     with _collected(found, folder / STATE):
         load_checkpoint(folder)
-    _sae(folder, found)
+    if not any(folder.glob("shard-*")):  # one of several processes holds no SAE
+        _sae(folder, found)
 
 
 def _sae(folder: Path, found: Verification) -> None:

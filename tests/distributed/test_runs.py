@@ -8,6 +8,7 @@ import torch
 
 import fastsae
 from fastsae import Trainer
+from fastsae.verification import verify
 from tests.distributed import cases
 from tests.distributed.launch import torchrun
 
@@ -58,6 +59,16 @@ def test_run_is_that_of_one_process(mesh, name, tmp_path):
         assert got["final"][key] == pytest.approx(expected.final[key], rel=1e-6), key
     loaded, whole = (fastsae.load(tmp_path / folder) for folder in ("several", "alone"))
     assert_same(dict(loaded.state_dict()), dict(whole.state_dict()), 1e-6)
+    verified = verify(tmp_path / "several")
+    assert not verified.problems
+    newest = tmp_path / "several/checkpoints/step_000000060"
+    with pytest.raises(ValueError, match="got a checkpoint of several processes"):
+        fastsae.load(newest)
+    shard = next(newest.glob("shard-00001-*"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert f"{shard} with the checksum" in verify(tmp_path / "several").problems[0]
     rows = metrics(tmp_path / "several")
     assert [row["step"] for row in rows if row["step"] % 10 == 0] == [10, 20, 30, 40, 50, 60]
 

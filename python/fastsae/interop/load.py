@@ -129,6 +129,11 @@ def _unknown(path: Path) -> ValueError | FileNotFoundError:
         if folder.WEIGHTS in held or folder.CONFIG in held:
             missing = folder.CONFIG if folder.WEIGHTS in held else folder.WEIGHTS
             return FileNotFoundError(f"load: expected {path} to hold {missing}, found none")
+        if "state.json" in held and any(name.startswith("shard-") for name in held):
+            return ValueError(
+                f"load: expected an SAE in {path}, got a checkpoint of several processes; "
+                "fit(resume=...) continues it, with any number of them, and writes the SAE"
+            )
         return ValueError(
             f"load: expected {path} to be of one of the formats {names}, got a folder with "
             f"{inside or 'nothing'}"
