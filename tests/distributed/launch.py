@@ -8,9 +8,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def command(world, script, *args):
+def command(world, script, *args, restarts=0):
     """Return the command line that runs `script` of this folder in `world` processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher.append(f"--max-restarts={restarts}")
     return [*launcher, f"--nproc-per-node={world}", str(HERE / script), *map(str, args)]
 
 

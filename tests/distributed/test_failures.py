@@ -55,6 +55,25 @@ def test_killed_process_stops_all_and_the_run_goes_on(kill, tmp_path, whole_run)
     assert not list(out.rglob(".fastsae-*"))
 
 
+def test_torchrun_goes_on_by_itself(tmp_path, whole_run):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(2, "run_fit.py", 1, 2, "TopK", out, restarts=1),
+        env=settings(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob("checkpoints/step_*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    pids = workers(process.pid)
+    os.kill(pids[1], signal.SIGKILL)
+    assert process.wait(timeout=120) == 0
+    got = torch.load(f"{out}.pt")
+    for name, value in whole_run["state"].items():
+        assert torch.equal(got["state"][name], value), name
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from datetime import timedelta
 from typing import Any
@@ -40,12 +41,25 @@ def make_mesh(data: int, latent: int, device: str = "cpu") -> DeviceMesh:
                 f"--nproc-per-node {data * latent}`, or torch.distributed.init_process_group, "
                 "got neither"
             )
-        dist.init_process_group(timeout=TIMEOUT)
+        _join()
     if (world := dist.get_world_size()) != data * latent:
         raise ValueError(
             f"make_mesh: expected data * latent = {world} processes, got {data} * {latent}"
         )
     return init_device_mesh(device, (data, latent), mesh_dim_names=NAMES)
+
+
+def _join() -> None:
+    """Join the job that torchrun has started.
+
+    After a restart (`--max-restarts`) torchrun of torch 2.13 hands out the store of the
+    attempt before, in which gloo finds the addresses of processes that are gone: it fails to
+    connect, or waits. So every attempt has names of its own there.
+    """
+    store, rank, world = next(iter(dist.rendezvous("env://")))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"fastsae_attempt_{attempt}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(store=store, rank=rank, world_size=world, timeout=TIMEOUT)
 
 
 def check_mesh(mesh: DeviceMesh) -> None:
