@@ -56,7 +56,7 @@ def _join() -> None:
     attempt before, in which gloo finds the addresses of processes that are gone: it fails to
     connect, or waits. So every attempt has names of its own there.
     """
-    store, rank, world = next(iter(dist.rendezvous("env://")))
+    store, rank, world = next(iter(dist.rendezvous("env://")))  # type: ignore[attr-defined]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"fastsae_attempt_{attempt}", store)  # type: ignore[attr-defined]
     dist.init_process_group(store=store, rank=rank, world_size=world, timeout=TIMEOUT)
