@@ -1,60 +1,85 @@
 // Launches of the sparse_adam_step_ kernels: group_by_latent, segments of long lists, the gradient
-// of b_dec and the norm where it clips, then the step itself.
+// of b_dec and the norm where it clips, then the step itself. Where encoder and decoder are unlike,
+// the kernel is that of sparse_adam_step_by_side.cu.
 #include "cuda/sparse_adam_step.h"
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <type_traits>
 
-#include "cuda/sparse_adam_step_kernel.cuh"
+#include "cuda/adam_by_side.cuh"
 #include "cuda/group_by_latent.h"
+#include "cuda/sparse_adam_step_kernel.cuh"
 
 namespace fastsae::cuda {
 namespace {
 
 constexpr int kMostShared = 96 * 1024;  // of a block, on every architecture
 
+// The rows of one matrix that a step reads, and their width.
+template <class F, class R>
+bool is_wide(const AdamParams& p, const ParameterParams& W, const void* extra, const void* more,
+             const void* gathered, int d) {
+  for (const void* t : {W.p, W.m, p.by_rows ? nullptr : W.v}) {
+    if (!rows_aligned<F>(t, d)) return false;
+  }
+  return rows_aligned<F>(extra, d) && rows_aligned<F>(more, d) && rows_aligned<R>(gathered, d);
+}
+
 template <class F, class R>
 bool is_wide(const AdamParams& p) {
-  for (const ParameterParams& m : {p.W_enc, p.W_dec}) {
-    for (const void* t : {m.p, m.m, p.by_rows ? nullptr : m.v}) {
-      if (!rows_aligned<F>(t, p.d)) return false;
-    }
-  }
-  for (const void* t : {p.extra_W_enc, p.extra_W_dec}) {
-    if (!rows_aligned<F>(t, p.d)) return false;
-  }
-  for (const void* t : {p.centered_rows, p.grad_rows}) {
-    if (!rows_aligned<R>(t, p.d)) return false;
-  }
-  return true;
+  if (p.by_side() && std::is_same_v<F, Float64>) return false;  // no such kernel
+  return is_wide<F, R>(p, p.W_enc, p.extra_W_enc, p.grad_W_enc, p.centered_rows, p.d_in) &&
+         is_wide<F, R>(p, p.W_dec, p.extra_W_dec, p.grad_W_dec, p.grad_rows, p.d_out);
+}
+
+Split split_packs(int packs, int per_lane) {
+  return {packs, per_lane, std::max(1, (packs + 32 * per_lane - 1) / (32 * per_lane))};
 }
 
 // How a block's warps share the two rows of a latent: in as few and short rounds as possible. A
-// round waits for memory about as long as two packs take, however many it has.
-Split split_block(int packs, int warps) {
-  Split best{packs, 1, std::max(1, (packs + 31) / 32)};
-  const auto time = [&](const Split& s) {
-    return (2 * s.chunks + warps - 1) / warps * (s.per_lane + 2);
+// round waits for memory about as long as two packs take, however many it has. Returns one of
+// `choices`, packs per lane.
+int split_block(int enc_packs, int dec_packs, int warps, std::initializer_list<int> choices) {
+  const auto time = [&](int per_lane) {
+    const int chunks =
+        split_packs(enc_packs, per_lane).chunks + split_packs(dec_packs, per_lane).chunks;
+    return (chunks + warps - 1) / warps * (per_lane + 2);
   };
-  for (int per_lane = 2; per_lane <= 4; ++per_lane) {
-    const Split next{packs, per_lane, std::max(1, (packs + 32 * per_lane - 1) / (32 * per_lane))};
-    if (time(next) <= time(best)) best = next;
+  int best = *choices.begin();
+  for (int per_lane : choices) {
+    if (time(per_lane) <= time(best)) best = per_lane;
   }
   return best;
 }
+
+// Entries by latent.
+struct Lists {
+  int32_t *offsets, *rows, *slots;
+  static Lists take(Scratch& scratch, const SparseActsParams& e) {
+    int32_t* offsets = scratch.take<int32_t>(int64_t{e.d_sae} + 1);
+    int32_t* rows = scratch.take<int32_t>(e.capacity);
+    return {offsets, rows, scratch.take<int32_t>(e.capacity)};
+  }
+  ListsParams of(const SparseActsParams& e, const void* values) const {
+    return {offsets, rows,       slots,
+            e.d_sae, e.capacity, static_cast<int32_t>(std::min<int64_t>(e.n, INT32_MAX)),
+            values,  e.capacity, true};
+  }
+};
 
 // How a step is cut, and its scratch.
 template <class F, class R>
 struct Plan {
   using A = typename F::Acc;
   bool wide, large;  // large: 512 threads a block instead of 128
-  Split split;
+  Split enc, dec;
   int64_t groups, blocks, parts;
   int64_t shared;  // bytes of shared memory
 
-  int32_t *offsets, *rows, *slots;  // the lists
-  char* group_by_latent;            // the scratch of that
+  Lists dec_lists, enc_lists;
+  char* group_by_latent;  // the scratch of that
   int32_t* extra_rows;
   typename F::Bits *shares, *gradients;
   A *sums, *g_b_dec, *scale;
@@ -63,14 +88,21 @@ struct Plan {
   int64_t bytes;
 
   explicit Plan(const AdamParams& p) {
-    const SparseActsParams& e = p.entries;
+    const SparseActsParams& e = p.dec_entries;
     wide = is_wide<F, R>(p);
     const int pack = wide ? R::kVector : 1;
-    const int64_t row = 3 * p.d * static_cast<int64_t>(sizeof(A));
+    const int64_t numbers = p.d_out + 2 * int64_t{p.d_in};
+    const int64_t row = numbers * static_cast<int64_t>(sizeof(A));
     large = row > 48 * 1024;
-    split = split_elements(p.d);
-    if (wide) split = split_block(p.d / pack, 4);
-    if (wide && large) split = {p.d / pack, 4, (p.d / pack + 127) / 128};
+    enc = split_elements(p.d_in), dec = split_elements(p.d_out);
+    if (wide) {
+      const int in = p.d_in / pack, out = p.d_out / pack;
+      const int most = p.by_side() ? kMostPacks<R> : 4;
+      int per_lane = most;
+      if (!large && p.by_side()) per_lane = split_block(in, out, 4, {2, most});
+      if (!large && !p.by_side()) per_lane = split_block(in, out, 4, {1, 2, 3, 4});
+      enc = split_packs(in, per_lane), dec = split_packs(out, per_lane);
+    }
     groups = (int64_t{e.d_sae} + kGroup - 1) / kGroup;
     shared = row <= kMostShared ? row : 0;
     blocks = groups;
@@ -78,21 +110,20 @@ struct Plan {
     parts = (std::max<int64_t>(e.n, 1) + kColumnRows - 1) / kColumnRows +
             (groups + kColumnRows - 1) / kColumnRows;
 
-    const int64_t later = e.capacity / kSegment;
     Scratch scratch(p.scratch);
-    offsets = scratch.take<int32_t>(int64_t{e.d_sae} + 1);
-    rows = scratch.take<int32_t>(e.capacity);
-    slots = scratch.take<int32_t>(e.capacity);
-    group_by_latent = scratch.take<char>(group_by_latent_scratch(e));
+    dec_lists = enc_lists = Lists::take(scratch, e);
+    if (p.own_entries) enc_lists = Lists::take(scratch, p.enc_entries);
+    group_by_latent = scratch.take<char>(
+        std::max(group_by_latent_scratch(e), group_by_latent_scratch(p.enc_entries)));
     extra_rows = scratch.take<int32_t>(p.extra_latents ? e.d_sae : 0);
-    shares = scratch.take<typename F::Bits>(groups * p.d);
-    sums = scratch.take<A>(parts * p.d);
-    g_b_dec = scratch.take<A>(p.d);
+    shares = scratch.take<typename F::Bits>(groups * p.d_in);
+    sums = scratch.take<A>(parts * p.d_out);
+    g_b_dec = scratch.take<A>(p.d_out);
     squares = scratch.take<double>(groups);
     scale = scratch.take<A>(1);
-    gradients = scratch.take<typename F::Bits>(shared == row ? 0 : blocks * 3 * p.d);
-    dec_segments = Segments<A>::take(scratch, later, split, pack);
-    enc_segments = Segments<A>::take(scratch, later, split, pack);
+    gradients = scratch.take<typename F::Bits>(shared == row ? 0 : blocks * numbers);
+    dec_segments = Segments<A>::take(scratch, e.capacity / kSegment, dec, pack);
+    enc_segments = Segments<A>::take(scratch, p.enc_entries.capacity / kSegment, enc, pack);
     bytes = scratch.size();
   }
 };
@@ -106,15 +137,92 @@ void launch_adam(const AdamArgs<F, R>& args, const Plan<F, R>& plan, cudaStream_
                  kThreads, static_cast<size_t>(plan.shared), stream, args);
 }
 
+template <Move kMove>
+struct MoveConstant {
+  static constexpr Move value = kMove;
+};
+
+// The arguments of the kernel for one code.
+template <class F, class R>
+AdamArgs<F, R> one_code(const AdamParams& p, const Plan<F, R>& plan, const ListsParams& enc,
+                        const ListsParams& dec, const int32_t* extra_rows) {
+  using Bits = typename F::Bits;
+  return {Parameter<F>(p.W_enc),
+          Parameter<F>(p.W_dec),
+          Parameter<F>(p.b_enc),
+          {dec},
+          {enc},
+          plan.dec_segments,
+          plan.enc_segments,
+          static_cast<const typename R::Bits*>(p.grad_rows),
+          static_cast<const typename R::Bits*>(p.centered_rows),
+          extra_rows,
+          static_cast<const Bits*>(p.extra_W_enc),
+          static_cast<const Bits*>(p.extra_W_dec),
+          static_cast<const Bits*>(p.extra_b_enc),
+          static_cast<const Bits*>(p.grad_b_enc),
+          p.dec_entries.d_sae,
+          p.d_in,
+          p.d_in / (plan.wide ? F::kVector : 1),
+          plan.dec.packs,
+          plan.dec.chunks,
+          Adam<typename F::Acc>(p.adam),
+          nullptr,
+          p.unit_norm,
+          p.apply_b_dec ? plan.shares : nullptr,
+          plan.squares,
+          plan.shared ? nullptr : plan.gradients};
+}
+
+// The arguments of the kernel for sides that are unlike.
+template <class F, class R>
+AdamBySideArgs<F, R> by_side(const AdamParams& p, const Plan<F, R>& plan, const ListsParams& enc,
+                             const ListsParams& dec, const int32_t* extra_rows) {
+  using Bits = typename F::Bits;
+  const auto side = [&](const ParameterParams& W, const ListsParams& lists,
+                        const Segments<typename F::Acc>& segments, const void* gathered,
+                        const void* extra, const void* more, int d, const Split& split) {
+    return AdamSide<F, R>{Parameter<F>(W),
+                          {lists},
+                          segments,
+                          static_cast<const typename R::Bits*>(gathered),
+                          static_cast<const Bits*>(extra),
+                          static_cast<const Bits*>(more),
+                          d,
+                          d / (plan.wide ? F::kVector : 1),
+                          split.packs,
+                          split.chunks};
+  };
+  return {side(p.W_enc, enc, plan.enc_segments, p.centered_rows, p.extra_W_enc, p.grad_W_enc,
+               p.d_in, plan.enc),
+          side(p.W_dec, dec, plan.dec_segments, p.grad_rows, p.extra_W_dec, p.grad_W_dec, p.d_out,
+               plan.dec),
+          Parameter<F>(p.b_enc),
+          extra_rows,
+          static_cast<const Bits*>(p.extra_b_enc),
+          static_cast<const Bits*>(p.grad_b_enc),
+          p.dec_entries.d_sae,
+          Adam<typename F::Acc>(p.adam),
+          nullptr,
+          p.unit_norm,
+          p.apply_b_dec ? plan.shares : nullptr,
+          plan.squares,
+          plan.shared ? nullptr : plan.gradients};
+}
+
 template <class F, class R, bool kWide, int kPacks, int kThreads>
 const char* launch(const AdamParams& p, const Plan<F, R>& plan, cudaStream_t stream) {
   using A = typename F::Acc;
-  using Bits = typename F::Bits;
-  const SparseActsParams& e = p.entries;
-  const GroupByLatentParams group_by_latent{e, plan.offsets, plan.rows, plan.slots,
-                                            plan.group_by_latent};
+  const SparseActsParams& e = p.dec_entries;
   const Format format = sizeof(A) == 8 ? Format::kFloat64 : Format::kFloat32;
-  if (const char* error = launch_group_by_latent(group_by_latent, format, stream)) return error;
+  const auto group = [&](const SparseActsParams& entries, const Lists& to) {
+    return launch_group_by_latent({entries, to.offsets, to.rows, to.slots, plan.group_by_latent},
+                                  format, stream);
+  };
+  if (const char* error = group(e, plan.dec_lists)) return error;
+  if (p.own_entries) {
+    if (const char* error = group(p.enc_entries, plan.enc_lists)) return error;
+  }
 
   int32_t* extra_rows = nullptr;
   if (p.extra_latents) {
@@ -125,81 +233,60 @@ const char* launch(const AdamParams& p, const Plan<F, R>& plan, cudaStream_t str
                    0, stream, p.extra_latents, p.extra_count, e.d_sae, extra_rows);
   }
 
-  ListsParams lists{group_by_latent.offsets,
-                    group_by_latent.rows,
-                    group_by_latent.slots,
-                    e.d_sae,
-                    e.capacity,
-                    static_cast<int32_t>(std::min<int64_t>(e.n, INT32_MAX)),
-                    e.values,
-                    e.capacity,
-                    true};
-  ListsParams grad_lists = lists;
-  grad_lists.values = p.grad_values;
-  launch_segments<R, kWide, kPacks>(lists, p.grad_rows, p.d, plan.split, plan.dec_segments, stream);
-  launch_segments<R, kWide, kPacks>(grad_lists, p.centered_rows, p.d, plan.split, plan.enc_segments,
+  const ListsParams dec = plan.dec_lists.of(e, e.values);
+  const ListsParams enc = plan.enc_lists.of(p.enc_entries, p.enc_entries.values);
+  launch_segments<R, kWide, kPacks>(dec, p.grad_rows, p.d_out, plan.dec, plan.dec_segments, stream);
+  launch_segments<R, kWide, kPacks>(enc, p.centered_rows, p.d_in, plan.enc, plan.enc_segments,
                                     stream);
 
   const bool clips = !std::isinf(p.max_norm);
   A* scale = clips ? plan.scale : nullptr;
-  AdamArgs<F, R> args{Parameter<F>(p.W_enc),
-                      Parameter<F>(p.W_dec),
-                      Parameter<F>(p.b_enc),
-                      {lists},
-                      {grad_lists},
-                      plan.dec_segments,
-                      plan.enc_segments,
-                      static_cast<const typename R::Bits*>(p.grad_rows),
-                      static_cast<const typename R::Bits*>(p.centered_rows),
-                      extra_rows,
-                      static_cast<const Bits*>(p.extra_W_enc),
-                      static_cast<const Bits*>(p.extra_W_dec),
-                      static_cast<const Bits*>(p.extra_b_enc),
-                      static_cast<const Bits*>(p.grad_b_enc),
-                      e.d_sae,
-                      p.d,
-                      p.d / (kWide ? F::kVector : 1),
-                      plan.split.packs,
-                      plan.split.chunks,
-                      Adam<A>(p.adam),
-                      nullptr,
-                      p.unit_norm,
-                      p.apply_b_dec ? plan.shares : nullptr,
-                      plan.squares,
-                      plan.shared ? nullptr : plan.gradients};
+  AdamArgs<F, R> of_one_code = one_code(p, plan, enc, dec, extra_rows);
+  AdamBySideArgs<F, R> of_sides = by_side(p, plan, enc, dec, extra_rows);
+  const auto launch_rows = [&](auto move) {
+    constexpr Move kMove = decltype(move)::value;
+    if (p.by_side()) {
+      launch_adam_by_side(
+          of_sides,
+          {kWide, kPacks, kWide && plan.large ? 512 : 128, plan.blocks, plan.shared, kMove},
+          stream);
+    } else {
+      launch_adam<F, R, kWide, kPacks, kThreads, kMove>(of_one_code, plan, stream);
+    }
+  };
 
   const auto sum_b_dec = [&] {
-    if (p.d == 0) return;
-    const int64_t strips = (p.d + kColumnThreads - 1) / kColumnThreads;
+    if (p.d_out == 0) return;
+    const int64_t strips = (p.d_out + kColumnThreads - 1) / kColumnThreads;
     const auto parts = [](int64_t rows) { return (rows + kColumnRows - 1) / kColumnRows; };
     const auto add = [&](const A* x, int64_t rows, A* out) {
       if (rows == 0) return;
       FASTSAE_LAUNCH(column_sums_kernel<A>, grid_of(parts(rows) * strips), kColumnThreads, 0,
-                     stream, x, rows, p.d, out);
+                     stream, x, rows, p.d_out, out);
     };
     const void* x = p.grad_b_dec ? p.grad_b_dec : p.grad_output;
     const int64_t rows = p.grad_b_dec ? 1 : e.n, groups = p.apply_b_dec ? plan.groups : 0;
     add(static_cast<const A*>(x), rows, plan.sums);
-    add(reinterpret_cast<const A*>(plan.shares), groups, plan.sums + parts(rows) * p.d);
-    FASTSAE_LAUNCH(last_column_sums_kernel<A>, grid_of((p.d + 31) / 32), 1024, 0, stream, plan.sums,
-                   parts(rows) + parts(groups), p.d, plan.g_b_dec);
+    add(reinterpret_cast<const A*>(plan.shares), groups, plan.sums + parts(rows) * p.d_out);
+    FASTSAE_LAUNCH(last_column_sums_kernel<A>, grid_of((p.d_out + 31) / 32), 1024, 0, stream,
+                   plan.sums, parts(rows) + parts(groups), p.d_out, plan.g_b_dec);
   };
 
   if (clips) {
-    launch_adam<F, R, kWide, kPacks, kThreads, Move::kNone>(args, plan, stream);
+    launch_rows(MoveConstant<Move::kNone>{});
     sum_b_dec();
-    FASTSAE_LAUNCH(clip_kernel<A>, 1, 1024, 0, stream, plan.squares, plan.groups, plan.g_b_dec, p.d,
-                   p.max_norm, p.clip, scale);
-    args.scale = scale;
-    args.shares = nullptr;
+    FASTSAE_LAUNCH(clip_kernel<A>, 1, 1024, 0, stream, plan.squares, plan.groups, plan.g_b_dec,
+                   p.d_out, p.max_norm, p.clip, scale);
+    of_one_code.scale = of_sides.scale = scale;
+    of_one_code.shares = of_sides.shares = nullptr;
   }
-  if (p.by_rows) launch_adam<F, R, kWide, kPacks, kThreads, Move::kAdamMini>(args, plan, stream);
-  else launch_adam<F, R, kWide, kPacks, kThreads, Move::kAdam>(args, plan, stream);
+  if (p.by_rows) launch_rows(MoveConstant<Move::kAdamMini>{});
+  else launch_rows(MoveConstant<Move::kAdam>{});
   if (!clips) sum_b_dec();
-  if (p.d > 0) {
-    FASTSAE_LAUNCH(adam_vector_kernel<F>, grid_of((p.d + kColumnThreads - 1) / kColumnThreads),
-                   kColumnThreads, 0, stream, Parameter<F>(p.b_dec), plan.g_b_dec, p.d, scale,
-                   args.adam);
+  if (p.d_out > 0) {
+    FASTSAE_LAUNCH(adam_vector_kernel<F>, grid_of((p.d_out + kColumnThreads - 1) / kColumnThreads),
+                   kColumnThreads, 0, stream, Parameter<F>(p.b_dec), plan.g_b_dec, p.d_out, scale,
+                   of_sides.adam);
   }
   return launch_error();
 }
@@ -207,13 +294,14 @@ const char* launch(const AdamParams& p, const Plan<F, R>& plan, cudaStream_t str
 template <class F, class R>
 const char* launch_format(const AdamParams& p, cudaStream_t stream) {
   const Plan<F, R> plan(p);
+  const bool large = plan.large && !p.by_side();  // those by side are launched elsewhere
   if constexpr (std::is_same_v<F, R>) {
-    if (!plan.wide && plan.large) return launch<F, R, false, 4, 512>(p, plan, stream);
+    if (!plan.wide && large) return launch<F, R, false, 4, 512>(p, plan, stream);
     if (!plan.wide) return launch<F, R, false, 4, 128>(p, plan, stream);
   }
-  if (plan.large) return launch<F, R, true, 4, 512>(p, plan, stream);
+  if (large) return launch<F, R, true, 4, 512>(p, plan, stream);
   const char* error = nullptr;
-  with_packs(plan.split.per_lane, [&](auto packs) {
+  with_packs(plan.enc.per_lane, [&](auto packs) {
     error = launch<F, R, true, decltype(packs)::value, 128>(p, plan, stream);
   });
   return error;

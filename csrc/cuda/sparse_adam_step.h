@@ -13,22 +13,25 @@ struct ParameterParams {
 
 // float32 or float64 throughout, but for the rows that are gathered.
 struct AdamParams {
-  ParameterParams W_enc, W_dec;  // [d_sae, d]
-  ParameterParams b_enc, b_dec;  // [d_sae], [d]
-  SparseActsParams entries;
-  const void* grad_values;       // like the values
-  const void* grad_output;       // [n, d]
-  const void* grad_rows;         // [n, d] the same, in bfloat16 if bf16_rows
-  const void* centered_rows;     // [n, d], x - b_dec, likewise
+  ParameterParams W_enc, W_dec;  // [d_sae, d_in], [d_sae, d_out]
+  ParameterParams b_enc, b_dec;  // [d_sae], [d_out]
+  SparseActsParams dec_entries;  // of n rows, the decoder's
+  SparseActsParams enc_entries;  // values: the gradient of each; unless own_entries, the same ones
+  bool own_entries;              // the encoder's entries are others, of rows of their own
+  const void* grad_output;       // [n, d_out]
+  const void* grad_rows;         // [n, d_out] the same, in bfloat16 if bf16_rows
+  const void* centered_rows;     // [n of the encoder, d_in], x - b_dec or x, likewise
   const int32_t* extra_latents;  // [extra_count] latents with more gradients, or null
-  const void* extra_W_enc;       // [extra_count, d]
-  const void* extra_W_dec;       // [extra_count, d]
+  const void* extra_W_enc;       // [extra_count, d_in]
+  const void* extra_W_dec;       // [extra_count, d_out]
   const void* extra_b_enc;       // [extra_count]
   int32_t extra_count;
-  const void* grad_b_enc;  // [d_sae] more of its gradient, or null
-  const void* grad_b_dec;  // [d] in place of the sum of grad_output, or null
+  const void* grad_W_enc;  // [d_sae, d_in] more of its gradient, or null
+  const void* grad_W_dec;  // [d_sae, d_out] likewise
+  const void* grad_b_enc;  // [d_sae] likewise
+  const void* grad_b_dec;  // [d_out] in place of the sum of grad_output, or null
   double* clip;            // [2] squared norm of other gradients, and the factor found; or null
-  int32_t d;
+  int32_t d_in, d_out;
   AdamConstants<double> adam;
   double max_norm;  // infinity does not clip
   bool unit_norm;
@@ -36,14 +39,17 @@ struct AdamParams {
   bool by_rows;             // Adam-mini: v of W_enc and W_dec is [d_sae]
   bool bf16_rows;           // takes_bf16_rows() must be true
   void* scratch = nullptr;  // sparse_adam_step_scratch() bytes
+
+  // Whether encoder and decoder differ in more than their numbers: kernels of another file.
+  bool by_side() const { return own_entries || d_in != d_out || grad_W_enc || grad_W_dec; }
 };
 
 // Whether the rows that are gathered may be bfloat16: with float32, where all rows can be read 16
 // bytes at a time. Theirs are null when this is asked.
 bool takes_bf16_rows(const AdamParams& params, Format format);
 
-// Mostly d_sae / 16 rows of d numbers, the shares of the gradient of b_dec, and 2 capacity / 256
-// rows for the segments of long lists.
+// Mostly d_sae / 16 rows of d_in numbers, the shares of the gradient of b_dec, and capacity / 256
+// rows for the segments of long lists, of both codes.
 int64_t sparse_adam_step_scratch(const AdamParams& params, Format format);
 
 // Launches on `stream` (a cudaStream_t); null when all is well, else the CUDA error's text.

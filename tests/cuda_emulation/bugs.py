@@ -72,6 +72,8 @@ _FILTER, _CHOOSE = "cuda/matrix_select_filter_kernel.cuh", "cuda/matrix_select_c
 _FEATURE, _COLUMNS = "cuda/feature_topk_lists_kernel.cuh", "cuda/feature_topk_columns_kernel.cuh"
 _GROUP_BY_LATENT, _LISTS = "cuda/group_by_latent_kernel.cuh", "cuda/lists.cuh"
 _ADAM, _ADAM_BLOCK = "cuda/sparse_adam_step_kernel.cuh", "cuda/adam_block.cuh"
+_BY_SIDE = "cuda/sparse_adam_step_by_side_kernel.cuh"
+_BY_SIDE_BLOCK = "cuda/adam_by_side.cuh"
 
 BUGS = (
     _barrier("candidates are counted too early", "topk", _TOPK, "all candidates are there"),
@@ -354,6 +356,93 @@ BUGS = (
         _ADAM_BLOCK,
         "at(old, e) - g_b * at(own.w_enc, e)",
         "at(old, e) + g_b * at(own.w_enc, e)",
+        "result",
+        launcher="sparse_adam_step",
+    ),
+    *(
+        _barrier(
+            name,
+            "sparse_adam_step_",
+            _BY_SIDE,
+            comment,
+            launcher="sparse_adam_step_by_side",
+        )
+        for name, comment in (
+            ("lists are bounded early", "the bounds of all lists are there"),
+            ("two gradients are used early", "both gradients are there"),
+            (
+                "the next two gradients start too early",
+                "both gradients are read before those of the next latent overwrite them",
+            ),
+        )
+    ),
+    *(
+        Bug(
+            name,
+            "sparse_adam_step_",
+            _BY_SIDE_BLOCK,
+            old,
+            new,
+            noticed_by,
+            launcher="sparse_adam_step_by_side",
+        )
+        for name, old, new, noticed_by in (
+            (
+                "the encoder has the decoder's lists",
+                "dec ? lists.dec : lists.enc",
+                "dec ? lists.dec : lists.dec",
+                "result",
+            ),
+            (
+                "rows of the encoder are as wide as the decoder's",
+                "d = dec ? a.dec.d : a.enc.d;",
+                "d = a.dec.d;",
+                "result",
+            ),
+            (
+                "a whole gradient is left out",
+                "if (more) strip.template add<F>(sum, more + int64_t{f} * d);",
+                "(void)more;",
+                "result",
+            ),
+            (
+                "both rows have the width of W_enc for Adam-mini",
+                "const int d = i == 0 ? a.enc.d : a.dec.d;",
+                "const int d = a.enc.d;",
+                "result",
+            ),
+            (
+                "the share is subtracted twice",
+                "at(old, e) - g_b * at(own.w, e)",
+                "at(old, e) - 2 * g_b * at(own.w, e)",
+                "result",
+            ),
+        )
+    ),
+    Bug(
+        "a latent that only decodes gets no gradient",
+        "sparse_adam_step_",
+        _BY_SIDE,
+        "any_dec = any(lists.dec, a.dec.more);",
+        "any_dec = any_enc;",
+        "result",
+        launcher="sparse_adam_step_by_side",
+    ),
+    Bug(
+        "there is no room for a share",
+        "sparse_adam_step_",
+        "cuda/sparse_adam_step.cu",
+        "const int64_t numbers = p.d_out + 2 * int64_t{p.d_in};",
+        "const int64_t numbers = p.d_out + int64_t{p.d_in};",
+        "asan",
+        launcher="sparse_adam_step",
+    ),
+    Bug(
+        "both codes are sorted as the decoder's",
+        "sparse_adam_step_",
+        "cuda/sparse_adam_step.cu",
+        "group(p.enc_entries, plan.enc_lists)",
+        "group(e, plan.enc_lists)",
         "result",
         launcher="sparse_adam_step",
     ),

@@ -279,6 +279,40 @@ def _adam() -> list[Call]:
         found.append(Call("sparse_adam_step_", f"{case}-mini", mini, tolerance))
         alone = (*call[:-1], False, False)  # b_dec is not subtracted
         found.append(Call("sparse_adam_step_", f"{case}-uncentered", alone, tolerance))
+    return found + _adam_by_side()
+
+
+def _adam_by_side() -> list[Call]:
+    """Encoder and decoder with entries and widths of their own, gradients of whole matrices."""
+    found = []
+    for n, d_in, d_out, m, k, dtype, layout, max_norm, extra in (
+        (20, 16, 24, 64, 4, torch.float32, "fixed", float("inf"), False),
+        (9, 24, 24, 37, 4, torch.float32, "variable", 0.5, True),
+        (300, 7, 12, 20, 3, torch.float32, "fixed", 0.5, True),
+        (33, 37, 20, 200, 7, torch.float64, "variable", 0.5, True),
+    ):
+        dec, enc = acts(n, m, k, dtype, layout), acts(2 * n, m, 2, dtype, layout)
+        shapes = ((m, d_in), (m, d_out), (m,), (d_out,))
+        parameters, more = ([torch.randn(s).to(dtype) for s in shapes] for _ in range(2))
+        averages = [0.1 * torch.randn_like(p) for p in parameters]
+        squares = [0.01 * torch.rand_like(p) for p in parameters]
+        latents = torch.randperm(m)[: m // 3].int()
+        rows = (latents, *(torch.randn(len(latents), *s[1:]).to(dtype) for s in shapes[:3]))
+        error, x = torch.randn(n, d_out).to(dtype), torch.randn(2 * n, d_in).to(dtype)
+        entries = (dec.values, dec.indices, dec.offsets, error)
+        entries += (enc.values, enc.indices, enc.offsets, x)
+        given: tuple[Tensor | None, ...] = (*[None] * 4, *[None] * 4, None)
+        if extra:
+            given = (*rows, *more, torch.tensor([2.5, 1.0], dtype=torch.float64))
+        options = (1e-2, 0.9, 0.999, 1e-8, 3, max_norm, True, d_in == d_out)
+        case = f"{n}x{d_in}x{d_out}x{m}-{layout}-{dtype}-clip{max_norm}-by-side"
+        tolerance = 2e-5 if dtype == torch.float32 else 1e-11
+        call = (*parameters, *averages, *squares, *entries, *given, *options)
+        found.append(Call("sparse_adam_step_", case, (*call, False), tolerance))
+        if dtype == torch.float32:
+            found.append(Call("sparse_adam_step_", f"{case}-bf16-rows", (*call, True), 2e-2))
+        mini = (*call[:8], squares[2], squares[2].clone(), *call[10:], False)
+        found.append(Call("sparse_adam_step_", f"{case}-mini", mini, tolerance))
     return found
 
 
