@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,18 @@ def _emulated_kernel(op: str) -> Callable[..., object]:
     return skip
 
 
+@contextmanager
+def emulated(*names: str) -> Iterator[None]:
+    """Put the emulated CUDA kernels of some ops in place of those of the CPU."""
+    kernels = torch.library.Library("fastsae", "IMPL")
+    with warnings.catch_warnings():  # torch says once that it does what it was asked for
+        warnings.simplefilter("ignore")
+        for op in names:
+            kernels.impl(op, _emulated_kernel(op), "CPU", allow_override=True)
+    yield
+    kernels._destroy()
+
+
 def devices() -> list[str]:
     """The devices to test on; FASTSAE_TEST_DEVICES=cuda,cpu narrows or orders them."""
     wanted = os.environ.get("FASTSAE_TEST_DEVICES")
@@ -66,13 +79,8 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param != "emulated":
         yield request.param
         return
-    kernels = torch.library.Library("fastsae", "IMPL")
-    with warnings.catch_warnings():  # torch says once that it does what it was asked for
-        warnings.simplefilter("ignore")
-        for op in NAMES:
-            kernels.impl(op, _emulated_kernel(op), "CPU", allow_override=True)
-    yield "cpu"
-    kernels._destroy()
+    with emulated(*NAMES):
+        yield "cpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

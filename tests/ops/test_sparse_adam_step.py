@@ -7,7 +7,6 @@ import torch
 from torch.testing import assert_close
 
 from fastsae import ops, reference
-from fastsae.ops.sparse_adam_step import _as_rows
 from fastsae.train.adam_mini import AdamMini
 from fastsae.types import LatentGradients, MoreGradients, SparseActs, StepTensors
 from tests.ops.inputs import acts as make_acts
@@ -264,21 +263,6 @@ def test_more_gradients_of_whole_parameters(isa, own) -> None:
     given = SparseActs(grad, acts.indices, None, acts.d_sae) if own else grad
     ops.sparse_adam_step_(*got, acts, given, x, error, lr=1e-2, step=1, more_grads=more)
     reference.sparse_adam_step_(*want, acts, given, x, error, lr=1e-2, step=1, more_grads=more)
-    for a, b in zip(sum(got, ()), sum(want, ()), strict=True):
-        assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("extra", [False, True])
-def test_gradients_of_matrices_as_rows_of_all_latents(extra) -> None:
-    """What a device without the kernel gets: the same step."""
-    state, acts, grad, x, error = make(12, 6, 40, 3, torch.float64)
-    rows = extra_rows(40, 6, torch.float64) if extra else None
-    more = MoreGradients(torch.randn(40, 6, dtype=torch.float64))
-    all_rows = _as_rows(state[0], more, rows)
-    got, want = copies(state), copies(state)
-    options = {"lr": 1e-2, "step": 1}
-    ops.sparse_adam_step_(*got, acts, grad, x, error, extra_grads=all_rows, **options)
-    ops.sparse_adam_step_(*want, acts, grad, x, error, extra_grads=rows, more_grads=more, **options)
     for a, b in zip(sum(got, ()), sum(want, ()), strict=True):
         assert_close(a, b, rtol=1e-12, atol=1e-12)
 

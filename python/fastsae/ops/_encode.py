@@ -145,7 +145,7 @@ def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_x:
         dx = _autograd.decode_entries(grad, indices, offsets, W_enc)
     every = need_W and need_b_enc and need_b_dec is (b_dec is not None)
-    if every and _tape.take_encoder(W_enc, ctx.b_enc, b_dec, grad, indices, offsets, x):
+    if every and _tape.take_encoder(W_enc, ctx.b_enc, b_dec, grad, indices, offsets, x, values):
         pass
     elif need_W or need_b_enc or need_b_dec:
         centered = x if b_dec is None else x - b_dec

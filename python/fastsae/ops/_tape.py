@@ -28,6 +28,8 @@ class Entries(NamedTuple):
     offsets: Tensor | None
     x: Tensor
     """[n, d], b_dec not subtracted"""
+    code: Tensor | None = None
+    """Of an encoder, what it returned, like `values`: these are 0 wherever it is."""
 
 
 class Tape:
@@ -142,9 +144,11 @@ def take_encoder(
     indices: Tensor,
     offsets: Tensor | None,
     x: Tensor,
+    code: Tensor,
 ) -> bool:
     """Record that all three get what the gradient `grad` of `(x - b_dec) W_enc^T + b_enc` in these
-    entries gives them; False without a tape, or where it would have to give something else."""
+    entries, which is 0 where their values `code` are, gives them; False without a tape, or where it
+    would have to give something else."""
     tape = _recording(W_enc)
     if tape is None or b_enc is None:
         return False
@@ -154,7 +158,7 @@ def take_encoder(
         return False
     if tape.centered is not (b_dec is not None):
         return False
-    tape.encoder.append(Entries(grad, indices, offsets, x))
+    tape.encoder.append(Entries(grad, indices, offsets, x, code))
     return True
 
 

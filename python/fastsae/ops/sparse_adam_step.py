@@ -59,7 +59,7 @@ def sparse_adam_step_(
         acts: the sparse code that the decoder got, of n rows, values in the dtype of the
             parameters.
         grad_values: the gradient of the loss in `acts.values`, same shape. Where the encoder's
-            gradient is of other entries, a code of its own, over the rows of x. On CUDA not yet.
+            gradient is of other entries, a code of its own, over the rows of x.
         x: [n, d_in], what was encoded (b_dec not subtracted); one row for each of that code.
         grad_output: [n, d_out], the gradient of the loss in the reconstruction. Of a loss that
             decodes several times, the rows of all these under each other, and the same of `acts`.
@@ -89,8 +89,7 @@ def sparse_adam_step_(
         ValueError: a shape, `step` or `compute_dtype` is not as stated.
         RuntimeError: a tensor is not contiguous or has a forward-mode tangent; vmap; an index is
             out of range or a latent of `extra_grads` comes twice (CPU; on CUDA such an entry is
-            ignored, and the last such row counts); on CUDA, a code of the encoder's own, or d_out
-            other than d_in.
+            ignored, and the last such row counts).
 
     Gradients:
         None: it runs without a graph, as an optimizer does.
@@ -130,12 +129,7 @@ def sparse_adam_step_(
         raise ValueError(f"{_OP}: expected clip_grad_norm > 0 or None, got {clip_grad_norm}")
     _autograd.no_tangents(_OP, *parameters, acts.values, g, x, grad_output)
     bf16_rows = _check.rounds_to_bf16(_OP, compute_dtype, "W_enc", W_enc)
-    step_of = _Sums(acts, own, g, x, grad_output, more)
-    if W_enc.device.type == "cpu":
-        step_of = step_of.dense(parameters, apply_b_dec_to_input)
-    elif more.W_enc is not None or more.W_dec is not None:
-        extra_grads = _as_rows(parameters, more, extra_grads)
-        step_of.more = more._replace(W_enc=None, W_dec=None)
+    step_of = _Sums(acts, own, g, x, grad_output, more).dense(parameters, apply_b_dec_to_input)
     acts, own, g, more = step_of.acts, step_of.own, step_of.g, step_of.more
     clip = None
     if other_squared is not None:
@@ -302,23 +296,6 @@ def _pays(acts: SparseActs, W: Tensor) -> bool:
 
 def _places(acts: SparseActs) -> tuple[Tensor, Tensor | None, int]:
     return acts.indices, acts.offsets, acts.d_sae
-
-
-def _as_rows(
-    parameters: StepTensors, more: MoreGradients, extra: LatentGradients | None
-) -> LatentGradients:
-    """Return gradients of whole matrices as those of all latents, with those of some added."""
-    W_enc, W_dec, b_enc, _ = parameters
-    g_enc, g_dec, g_b = (
-        torch.zeros_like(like) if given is None else given.clone()
-        for given, like in ((more.W_enc, W_enc), (more.W_dec, W_dec), (None, b_enc))
-    )
-    if extra is not None:
-        latents = extra.latents.long()
-        for total, rows in ((g_enc, extra.W_enc), (g_dec, extra.W_dec), (g_b, extra.b_enc)):
-            total.index_add_(0, latents, rows)
-    every = torch.arange(W_enc.shape[0], dtype=torch.int32, device=W_enc.device)
-    return LatentGradients(every, g_enc, g_dec, g_b)
 
 
 def _empty(acts: SparseActs) -> SparseActs:

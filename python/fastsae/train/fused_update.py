@@ -18,7 +18,7 @@ from fastsae.ops import _autograd, _tape
 from fastsae.ops._tape import Entries, Tape
 from fastsae.train.adam_mini import squares_like
 from fastsae.train.autograd_update import make_optimizer
-from fastsae.types import LatentGradients, MoreGradients, SparseActs, StepTensors
+from fastsae.types import LatentGradients, MoreGradients, SparseActs, StepTensors, can_look
 
 if TYPE_CHECKING:
     from fastsae.train.config import TrainConfig
@@ -216,8 +216,6 @@ def sums_of(tape: Tape, parameters: StepTensors, more: MoreGradients) -> Sums:
         (enc,), (dec,) = encoder, decoder
         acts = SparseActs(dec.values, dec.indices, dec.offsets, d_sae)
         return acts, enc.values, enc.x, dec.x, more
-    if parameters.W_enc.device.type != "cpu":
-        return gradients_of(tape, parameters, more)
     acts, grad_output = _stacked(decoder, parameters.W_dec)
     grad_acts, x = _stacked(encoder, parameters.W_enc)
     return acts, grad_acts, x, grad_output, more
@@ -233,16 +231,22 @@ def _share_entries(enc: Entries, dec: Entries) -> bool:
         return False
     if enc.offsets is not None and enc.offsets.data_ptr() != dec.offsets.data_ptr():  # type: ignore[union-attr]
         return False
-    if enc.values.device.type != "cpu":  # asking would be a wait; the classes that come here
-        return True  # have no gradient where they have no value
+    if not can_look(enc.values):  # asking would be a wait; what was encoded says enough
+        return enc.code is not None and enc.code.data_ptr() == dec.values.data_ptr()
     return not bool(((dec.values == 0) & (enc.values != 0)).any())
 
 
 def _stacked(sums: list[Entries], W: Tensor) -> tuple[SparseActs, Tensor]:
     """Return several sums as one: a code of all their rows, and the rows."""
     d_sae, width = W.shape
+    codes = [SparseActs(*one[:3], d_sae) for one in sums]
     if len(sums) == 1:
-        return SparseActs(*sums[0][:3], d_sae), sums[0].x
+        return codes[0], sums[0].x
+    if not sums:
+        offsets = torch.zeros(1, dtype=torch.int32, device=W.device)
+        return SparseActs(W.new_empty(0), offsets[:0], offsets, d_sae), W.new_empty(0, width)
+    if not can_look(W):
+        return SparseActs.cat(codes), torch.cat([one.x for one in sums])
     values, indices, ends = [W.new_empty(0)], [torch.empty(0, dtype=torch.int32)], [torch.zeros(1)]
     total = 0
     for one in sums:
@@ -262,13 +266,13 @@ def _stacked(sums: list[Entries], W: Tensor) -> tuple[SparseActs, Tensor]:
 
 
 def gradients_of(tape: Tape, parameters: StepTensors, more: MoreGradients) -> Sums:
-    """Return no sums, and their gradients among the others, for a device without the kernel."""
+    """Return no sums, and their gradients among the others, for where these are less to send."""
     W_enc, W_dec, b_enc, b_dec = parameters
     d_sae = W_enc.shape[0]
-    for values, indices, offsets, grad in tape.decoder:
+    for values, indices, offsets, grad, _ in tape.decoder:
         g = _autograd.weight_grad(values, indices, offsets, d_sae, grad)[0]
         more = more._replace(W_dec=_plus(more.W_dec, g))
-    for values, indices, offsets, x in tape.encoder:
+    for values, indices, offsets, x, _ in tape.encoder:
         centered = x - b_dec if tape.centered else x
         g, g_b = _autograd.weight_grad(values, indices, offsets, d_sae, centered)
         more = more._replace(W_enc=_plus(more.W_enc, g), b_enc=_plus(more.b_enc, g_b))

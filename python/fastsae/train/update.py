@@ -17,36 +17,10 @@ from torch import Tensor, nn
 
 from fastsae import _library
 from fastsae._log import logger
-from fastsae.nn import (
-    SAE,
-    BatchTopKSAE,
-    CrossCoder,
-    FeatureChoiceSAE,
-    GroupMaxSAE,
-    ReLUCrossCoder,
-    ReLUSAE,
-    SAEOutput,
-    SampledSAE,
-    StepContext,
-    TopKCrossCoder,
-    TopKSAE,
-)
+from fastsae.nn import SAE, SAEOutput, StepContext
 from fastsae.train.autograd_update import AutogradUpdate
 from fastsae.train.config import TrainConfig
 from fastsae.train.fused_update import PARAMETERS, FusedUpdate
-
-ON_CUDA: tuple[type[SAE], ...] = (
-    TopKSAE,
-    BatchTopKSAE,
-    FeatureChoiceSAE,
-    SampledSAE,
-    GroupMaxSAE,
-    ReLUSAE,
-    CrossCoder,
-    TopKCrossCoder,
-    ReLUCrossCoder,
-)
-"""Classes whose encoder and decoder have one code, which the CUDA kernel takes."""
 
 OTHERS = {"log_threshold", "r_mag", "b_mag", "W_skip"}
 """Parameters of classes of fastsae besides those of every SAE."""
@@ -129,8 +103,6 @@ def why_not_fused(sae: SAE, config: TrainConfig) -> str | None:
         return f"{cls.__name__} is no class of fastsae"
     if (why := _several_dictionaries(sae, config)) is not None:
         return why
-    if sae.W_enc_rows.device.type == "cuda" and not _suits_cuda(sae, base):
-        return f"{base.__name__} has no fused update on CUDA"
     return _overridden(sae, base) or _foreign_tensors(sae) or _hooks(sae) or _unsuited_tensors(sae)
 
 
@@ -140,10 +112,6 @@ def _several_dictionaries(sae: SAE, config: TrainConfig) -> str | None:
     if hasattr(sae, "W_decs") and config.clip_grad_norm is not None:
         return "clip_grad_norm needs the norm of all layers first"
     return None
-
-
-def _suits_cuda(sae: SAE, base: type[SAE]) -> bool:
-    return base in ON_CUDA and sae.apply_b_dec_to_input and not getattr(sae, "multi_topk", False)
 
 
 def _overridden(sae: SAE, base: type[SAE]) -> str | None:
