@@ -26,9 +26,9 @@ struct VecF {
   }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(bf16* p) const {
-    alignas(32) float lanes[8];
-    _mm256_store_ps(lanes, v);
-    for (int i = 0; i < 8; ++i) p[i] = narrow<bf16>(lanes[i]);
+    const __m256i h = _mm256_srli_epi32(rounded(), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(h, h), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
   // 16 entries as the even and the odd ones: two instructions where two loads take four.
   static void load_pair(const bf16* p, VecF& even, VecF& odd) {
@@ -37,10 +37,18 @@ struct VecF {
     odd.v = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(-65536)));
   }
   static void store_pair(bf16* p, VecF even, VecF odd) {
-    alignas(32) float lanes[2][8];
-    _mm256_store_ps(lanes[0], even.v);
-    _mm256_store_ps(lanes[1], odd.v);
-    for (int i = 0; i < 16; ++i) p[i] = narrow<bf16>(lanes[i & 1][i >> 1]);
+    const __m256i high = _mm256_and_si256(odd.rounded(), _mm256_set1_epi32(-65536));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm256_or_si256(_mm256_srli_epi32(even.rounded(), 16), high));
+  }
+  // The bits with the upper half rounded to nearest, ties to even; a NaN stays a NaN.
+  __m256i rounded() const {
+    const __m256i u = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(up, quiet, nan);
   }
   void store(fp16* p) const {
     const __m128i h = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
