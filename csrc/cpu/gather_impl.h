@@ -1,10 +1,12 @@
 // Sums of rows picked from a matrix by index, and dot products with them.
 //
-// A sum goes over all rows for one strip of columns after the other: the strip's sums stay in
-// registers, and every line is read once either way. From caches the processor keeps enough rows in
-// flight by itself, and fetching ahead costs 10 %; from memory it saves a quarter, for bfloat16
-// half (Zen 5). Sums run over j ascending in one accumulator per column, so they depend on nothing
-// but the order of the entries.
+// Eight rows at a time are read side by side, from their first column to their last: so many
+// streams hide the latency of memory, and the sums, which pass through L1 once for eight rows, cost
+// little. 16-bit rows, which cannot hold their sums, go by for one strip of columns after the
+// other, whose sums stay in registers. Rows are fetched ahead into L2, where far more lines can be
+// on their way than into L1: into L1 was no faster than not at all, into L2 takes half as long (Zen
+// 4). Sums run over j ascending in one accumulator per column, so they depend on nothing but the
+// order of the entries.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -12,8 +14,14 @@
 namespace fastsae::cpu {
 namespace {
 
-constexpr int kAhead = 16;  // rows between the one that a sum reads and the one it fetches
-constexpr int kRows = 8;    // rows that dot products read side by side
+constexpr int kRows = 8;         // rows that are read side by side
+constexpr int kAhead = 16;       // rows between the one that is read and the one that is fetched
+constexpr int kStripAhead = 32;  // the same for parts of rows
+
+template <int kNumber>
+struct Count {
+  static constexpr int value = kNumber;
+};
 
 // bfloat16 is read as pairs of vectors, the even and the odd entries.
 template <class T>
@@ -38,6 +46,69 @@ inline void store_two(T* p, V a, V b) {
   }
 }
 
+// out[0, n) += the sum over r < kCount of weights[r] row[r][0, n), from 0 if kFirst, while the rows
+// at `ahead` are fetched if kFetch. n is a multiple of 2 kWidth.
+template <class V, int kCount, bool kFirst, bool kFetch, class A>
+inline void add_rows(const A* weights, const A* const* row, const A* const* ahead, int64_t n,
+                     A* out) {
+  constexpr int64_t kStep = 2 * V::kWidth, kLine = 64 / static_cast<int64_t>(sizeof(A));
+  V w[kCount];
+  for (int r = 0; r < kCount; ++r) w[r] = V::set1(weights[r]);
+  for (int64_t c = 0; c < n; c += kStep) {
+    if (kFetch && (kStep >= kLine || c % kLine == 0)) {
+      for (int r = 0; r < kCount; ++r) {
+        for (int64_t o = 0; o < kStep; o += kLine) prefetch_to_l2(ahead[r] + c + o);
+      }
+    }
+    V left = kFirst ? V::set1(A(0)) : V::load(out + c);
+    V right = kFirst ? V::set1(A(0)) : V::load(out + c + V::kWidth);
+    for (int r = 0; r < kCount; ++r) {
+      left = V::fma(w[r], V::load(row[r] + c), left);
+      right = V::fma(w[r], V::load(row[r] + c + V::kWidth), right);
+    }
+    left.store(out + c);
+    right.store(out + c + V::kWidth);
+  }
+}
+
+// Adds rows j, j + 1, ... j + kCount - 1 of the list.
+template <class V, int kCount, class A>
+inline void add_listed(const A* weights, const int32_t* indices, int64_t j, int64_t listed,
+                       const A* rows, int64_t d, int64_t n, bool first, A* out) {
+  const A *row[kCount], *ahead[kCount];
+  const bool fetch = j + kAhead < listed;
+  for (int r = 0; r < kCount; ++r) {
+    const int64_t next = j + r + kAhead < listed ? j + r + kAhead : j + r;
+    row[r] = rows + static_cast<int64_t>(indices[j + r]) * d;
+    ahead[r] = rows + static_cast<int64_t>(indices[next]) * d;
+  }
+  weights += j;
+  if (first && fetch) add_rows<V, kCount, true, true>(weights, row, ahead, n, out);
+  else if (first) add_rows<V, kCount, true, false>(weights, row, ahead, n, out);
+  else if (fetch) add_rows<V, kCount, false, true>(weights, row, ahead, n, out);
+  else add_rows<V, kCount, false, false>(weights, row, ahead, n, out);
+}
+
+// The first columns of the sum, side by side; returns how many.
+template <class V, class A>
+inline int64_t sum_side_by_side(const A* weights, const int32_t* indices, int64_t count,
+                                int64_t listed, const A* rows, int64_t d, const A* bias, A* out) {
+  const int64_t n = d - d % (2 * V::kWidth);
+  const bool fresh = !bias && count > 0;
+  for (int64_t c = 0; !fresh && c < n; ++c) out[c] = bias ? bias[c] : A(0);
+  int64_t j = 0;
+  const auto add = [&](auto rows_at_once) {
+    constexpr int kCount = decltype(rows_at_once)::value;
+    add_listed<V, kCount>(weights, indices, j, listed, rows, d, n, fresh && j == 0, out);
+    j += kCount;
+  };
+  while (j + kRows <= count) add(Count<kRows>{});
+  if (j + 4 <= count) add(Count<4>{});
+  if (j + 2 <= count) add(Count<2>{});
+  if (j < count) add(Count<1>{});
+  return n;
+}
+
 // Columns [c, c + kCount kWidth) of the sum, in registers while the rows go by. Unrolled by pragma:
 // left to itself the compiler moves the sums through memory around the loop over rows.
 template <class V, int kCount, class T>
@@ -53,24 +124,19 @@ inline void sum_strip(const typename V::A* weights, const int32_t* indices, int6
   }
   for (int64_t j = 0; j < count; ++j) {
     const T* row = rows + static_cast<int64_t>(indices[j]) * d + c;
-    if (j + kAhead < listed) {
+    if (j + kStripAhead < listed) {
       constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-      const T* ahead = rows + static_cast<int64_t>(indices[j + kAhead]) * d + c;
+      const T* ahead = rows + static_cast<int64_t>(indices[j + kStripAhead]) * d + c;
 #pragma GCC unroll 16
-      for (int64_t o = 0; o < kCount * V::kWidth; o += kLine) prefetch(ahead + o);
+      for (int64_t o = 0; o < kCount * V::kWidth; o += kLine) prefetch_to_l2(ahead + o);
     }
     const V w = V::set1(weights[j]);
-    if constexpr (kPaired<T>) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kCount; i += 2) {
-        V even, odd;
-        V::load_pair(row + i * V::kWidth, even, odd);
-        sum[i] = V::fma(w, even, sum[i]);
-        sum[i + 1] = V::fma(w, odd, sum[i + 1]);
-      }
-    } else {
-#pragma GCC unroll 16
-      for (int i = 0; i < kCount; ++i) sum[i] = V::fma(w, V::load(row + i * V::kWidth), sum[i]);
+    for (int i = 0; i < kCount; i += 2) {
+      V even, odd;
+      load_two(row + i * V::kWidth, even, odd);
+      sum[i] = V::fma(w, even, sum[i]);
+      sum[i + 1] = V::fma(w, odd, sum[i + 1]);
     }
   }
 #pragma GCC unroll 16
@@ -88,20 +154,32 @@ inline int64_t sum_strips(const typename V::A* weights, const int32_t* indices, 
   return c;
 }
 
+// The first columns of the sum, strip by strip; returns how many. Short strips leave room for more
+// rows in flight: 24 vectors were 15 % slower than 16. Of 16 and 12 the one that leaves less to
+// narrower strips.
 template <class V, class T>
-void gather_sum(const typename V::A* weights, const int32_t* indices, int64_t count, int64_t listed,
-                const T* rows, int64_t d, const T* bias, T* out) {
-  using A = typename V::A;
-  // Short strips leave room for more rows in flight: 24 vectors were 15 % slower than 16. Of 16 and
-  // 12 the one that leaves less to narrower strips.
+inline int64_t sum_by_strips(const typename V::A* weights, const int32_t* indices, int64_t count,
+                             int64_t listed, const T* rows, int64_t d, const T* bias, T* out) {
   int64_t c = 0;
-  if (d % (12 * V::kWidth) < d % (16 * V::kWidth)) {
+  if (V::kAccumulators < 16 || d % (12 * V::kWidth) < d % (16 * V::kWidth)) {
     c = sum_strips<V, 12>(weights, indices, count, listed, rows, d, c, bias, out);
   } else {
     c = sum_strips<V, 16>(weights, indices, count, listed, rows, d, c, bias, out);
   }
   c = sum_strips<V, 4>(weights, indices, count, listed, rows, d, c, bias, out);
-  c = sum_strips<V, 2>(weights, indices, count, listed, rows, d, c, bias, out);
+  return sum_strips<V, 2>(weights, indices, count, listed, rows, d, c, bias, out);
+}
+
+template <class V, class T>
+void gather_sum(const typename V::A* weights, const int32_t* indices, int64_t count, int64_t listed,
+                const T* rows, int64_t d, const T* bias, T* out) {
+  using A = typename V::A;
+  int64_t c;
+  if constexpr (__is_same(T, A)) {
+    c = sum_side_by_side<V>(weights, indices, count, listed, rows, d, bias, out);
+  } else {
+    c = sum_by_strips<V>(weights, indices, count, listed, rows, d, bias, out);
+  }
   for (; c < d; ++c) {
     A sum = bias ? widen(bias[c]) : A(0);
     for (int64_t j = 0; j < count; ++j) {

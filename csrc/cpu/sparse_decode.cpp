@@ -30,9 +30,9 @@ Tensor sparse_decode(const Tensor& values, const Tensor& indices, std::optional<
     const T* rows = data_of<T>(W);
     const T* shift = bias ? data_of<T>(*bias) : nullptr;
     T* to = mutable_data_of<T>(out);
-    // Rows of a matrix far larger than the caches are fetched ahead, 16-bit rows always. Measured:
-    // 75 MB is slower with it by 5 %, 400 MB faster by 25 %.
-    constexpr int64_t kLarge = int64_t{128} << 20;
+    // Rows of a matrix larger than L2, or than a core's part of L3, are fetched ahead, 16-bit rows
+    // always. Measured: with it 5 MB take 10 % longer, 21 MB 15 % less, 75 MB a third less.
+    constexpr int64_t kLarge = int64_t{8} << 20;
     const bool ahead = sizeof(T) == 2 || W.numel() * static_cast<int64_t>(sizeof(T)) > kLarge;
     torch::stable::parallel_for(0, e.n, 8, [&](int64_t begin, int64_t end) {
       thread_local ActiveRow<A> active;

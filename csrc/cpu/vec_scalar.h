@@ -74,6 +74,9 @@ using VecD = ScalarVec<double>;
 inline void prefetch(const void* p) {
   __builtin_prefetch(p);
 }
+inline void prefetch_to_l2(const void* p) {
+  __builtin_prefetch(p, 0, 2);
+}
 
 }  // namespace
 }  // namespace fastsae::cpu
