@@ -81,10 +81,9 @@ void select_chunked(const EncoderInput& in, const Choice& choice, T* values, int
         if (choice.absolute) {
           magnitudes.resize(static_cast<size_t>(m));
           for (int64_t j = 0; j < m; ++j) magnitudes[j] = std::abs(sum(j));
-          select_row(kernels<A>(), magnitudes.data(), static_cast<const A*>(nullptr), m, k,
-                     static_cast<const A*>(nullptr), s);
+          select_row(kernels<A>(), magnitudes.data(), static_cast<const A*>(nullptr), m, k, s);
         } else {
-          select_row(kernels<T>(), row, bias, m, k, static_cast<const T*>(nullptr), s);
+          select_row(kernels<T>(), row, bias, m, k, s);
         }
         T* v = values + (first + r) * k;
         int32_t* index = indices + (first + r) * k;

@@ -55,6 +55,15 @@ struct Kernels {
 
   // widen_row, and best[j] = the larger of best[j] and x[j]; best[j] where x[j] is NaN.
   void (*widen_max)(const T* x, int64_t n, A* out, A* best);
+
+  // Maxima of the entries x[j] + bias[j] in sets of eight, as many as whole chunks of them fit in
+  // n; returns how many. A set with a NaN may have a NaN instead. Room for n / 8.
+  int64_t (*lane_max)(const T* x, const A* bias, int64_t n, A* maxima);
+
+  // `filter` of the 8 count entries with these maxima, for one bound and kNotBelow: reads only
+  // chunks that may hold an entry that passes.
+  int64_t (*filter_chunks)(const T* x, const A* bias, int64_t count, const A* maxima,
+                           const A* lower_bound, int32_t base, A* values, int32_t* indices);
 };
 
 // What encoders do to rows of pre-activations, each of one latent and n tokens. Row r of several

@@ -11,8 +11,9 @@ namespace fastsae::cpu {
 namespace {
 
 template <class V, class T>
-constexpr Kernels<T> kTable{group_max<V, T>,  filter<V, T>,    keep_largest<V>,  kth_bound<V>,
-                            gather_sum<V, T>, widen_row<V, T>, gather_dot<V, T>, widen_max<V, T>};
+constexpr Kernels<T> kTable{group_max<V, T>,  filter<V, T>,       keep_largest<V>,  kth_bound<V>,
+                            gather_sum<V, T>, widen_row<V, T>,    gather_dot<V, T>, widen_max<V, T>,
+                            lane_max<V, T>,   filter_chunks<V, T>};
 
 }  // namespace
 

@@ -1,9 +1,9 @@
-// The exact k largest entries of one row: a lower bound from group maxima, one filtering pass, and
-// a selection among the few candidates that are left.
+// The exact k largest entries of one row: a lower bound from group maxima, a filter of the chunks
+// whose own maxima reach it, and a selection among the few candidates that are left.
 //
 // Order: NaN largest, -0 equal to +0, then the lowest index. Candidates are found in ascending
 // index order and kept in it, so no sort is needed for the default output order.
-// Cost: the row is read once from memory (the second time it is in L2), plus O(candidates).
+// Cost: the row is read once, of a long one about 8 k vectors again, from L2, plus O(candidates).
 #pragma once
 
 #include <algorithm>
@@ -35,25 +35,30 @@ struct RowScratch {
   }
 };
 
-// Leaves exactly k candidates in `s`, ascending index. 1 <= k <= n. The row is read from memory
-// once; while it is read again from L2, what lies at `next` (the start of the next row, or null) is
-// fetched.
+// Leaves exactly k candidates in `s`, ascending index. 1 <= k <= n.
 template <class T>
 void select_row(const Kernels<T>& kernel, const T* x, const Acc<T>* bias, int64_t n, int64_t k,
-                const T* next, RowScratch<Acc<T>>& s) {
+                RowScratch<Acc<T>>& s) {
   using A = Acc<T>;
   constexpr A kInf = std::numeric_limits<A>::infinity();
   constexpr int64_t kBlock = 4096;        // entries filtered between two looks at the buffer
   constexpr int64_t kMinCapacity = 8192;  // candidates held before the bound is tightened
-  constexpr int64_t kAhead = 32768;       // entries of the next row that L2 has room for
   const int64_t capacity = std::max<int64_t>(kMinCapacity, 2 * k);
   const int64_t groups = (4 * k + 63) / 64 * 64;
-  s.reserve(static_cast<size_t>(capacity + kBlock + 64), static_cast<size_t>(groups));
+  s.reserve(static_cast<size_t>(capacity + kBlock + 64), static_cast<size_t>(groups + n / 8));
 
   // NaN lets everything through: for k too near n, and for rows of -inf, there is no useful bound.
   A lower_bound = std::numeric_limits<A>::quiet_NaN();
+  A* const maxima = s.maxima.data() + groups;
+  int64_t chunked = 0;  // entries whose maxima are known
   if (groups * 2 <= n) {
-    kernel.group_max(x, bias, n, groups, s.maxima.data());
+    if (groups * 64 <= n) {  // below, most chunks hold a candidate
+      const int64_t count = kernel.lane_max(x, bias, n, maxima);
+      kernels<A>().group_max(maxima, nullptr, count, groups, s.maxima.data());
+      chunked = 8 * count;
+    } else {
+      kernel.group_max(x, bias, n, groups, s.maxima.data());
+    }
     const A bound = kernel.kth_bound(s.maxima.data(), groups, k, s.keys.data());
     // Entries equal to the bound belong: the filter is strict, so it gets the number below.
     if (bound > -kInf) lower_bound = std::nextafter(bound, -kInf);
@@ -62,13 +67,13 @@ void select_row(const Kernels<T>& kernel, const T* x, const Acc<T>* bias, int64_
   s.count = 0;
   for (int64_t j = 0; j < n; j += kBlock) {
     const int64_t size = std::min(kBlock, n - j);
-    if (next && j < kAhead) {
-      constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-      for (int64_t c = 0; c < size; c += kLine) __builtin_prefetch(next + j + c, 0, 2);
-    }
-    s.count += kernel.filter(x + j, bias ? bias + j : nullptr, size, &lower_bound, false,
-                             Pass::kNotBelow, static_cast<int32_t>(j), s.values.data() + s.count,
-                             s.indices.data() + s.count);
+    const int64_t known = std::clamp<int64_t>(chunked - j, 0, size);
+    s.count += kernel.filter_chunks(x + j, bias ? bias + j : nullptr, known / 8, maxima + j / 8,
+                                    &lower_bound, static_cast<int32_t>(j),
+                                    s.values.data() + s.count, s.indices.data() + s.count);
+    s.count += kernel.filter(x + j + known, bias ? bias + j + known : nullptr, size - known,
+                             &lower_bound, false, Pass::kNotBelow, static_cast<int32_t>(j + known),
+                             s.values.data() + s.count, s.indices.data() + s.count);
     if (s.count > capacity) {
       // What comes later and equals the k-th value has a higher index and loses: strict is right.
       lower_bound =

@@ -15,8 +15,7 @@ void topk_rows(const T* x, int64_t n, int64_t m, int64_t k, bool sorted, T* valu
   torch::stable::parallel_for(0, n, grain, [=, &kernel](int64_t begin, int64_t end) {
     thread_local RowScratch<Acc<T>> s;
     for (int64_t row = begin; row < end; ++row) {
-      select_row(kernel, x + row * m, static_cast<const Acc<T>*>(nullptr), m, k,
-                 row + 1 < end ? x + (row + 1) * m : nullptr, s);
+      select_row(kernel, x + row * m, static_cast<const Acc<T>*>(nullptr), m, k, s);
       if (sorted) sort_descending(s);
       for (int64_t j = 0; j < k; ++j) {
         values[row * k + j] = narrow<T>(s.values[j]);

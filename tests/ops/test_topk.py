@@ -59,6 +59,18 @@ def test_rows_that_defeat_the_first_bound(isa) -> None:
         assert torch.equal(ops.topk(x, k).indices, reference.topk(x, k).indices)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_rows_are_skipped_by_their_maxima(isa, kind, dtype) -> None:
+    for m, k in ((4096, 16), (9001, 30), (20_003, 64)):
+        x = matrix(kind, 3, m, dtype)
+        x[1, 5::997], x[2, 7::101] = float("inf"), float("-inf")
+        x[2, 11::1009] = float("nan")
+        got, want = ops.topk(x, k), reference.topk(x, k)
+        assert same(got.values, want.values), (m, k)
+        assert torch.equal(got.indices, want.indices), (m, k)
+
+
 # Rows that one block holds, streams, or shares with others; odd widths; k at each bound between
 # kernels; rows that overflow the candidates.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
