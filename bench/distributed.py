@@ -50,6 +50,7 @@ def trainer(s: Start, mesh: tuple[int, int] | None) -> Trainer:
     sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec = s.W.t(), s.W, s.b_enc, s.b_dec
     settings: dict[str, Any] = {"lr": s.lr, "batch_size": len(s.x), "steps": STEPS}
     settings |= {"warmup_steps": 0, "dead_after_tokens": 10**9, "normalize": False}
+    settings["compute_dtype"] = "float32"  # as the others compute
     found = Trainer(sae, None, TrainConfig(**settings, mesh=mesh, progress=False))
     found.prepare(s.x)
     return found
