@@ -1,11 +1,24 @@
 """Start processes as a user does."""
 
+import fcntl
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+
+
+def once(tmp_path_factory, name, make):
+    """Return the file `name` that `make(path)` writes, which is called by one worker of xdist."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    path = root / f"distributed-{name}"
+    with (root / f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            make(path)
+    return path
 
 
 def command(world, script, *args, restarts=0):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.launch import command, settings, torchrun
+from tests.distributed.launch import command, once, settings, torchrun
 
 KILLS = int(os.environ.get("FASTSAE_KILLS", "3"))
 
@@ -76,6 +76,7 @@ def test_torchrun_goes_on_by_itself(tmp_path, whole_run):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "run"
-    torchrun(2, "run_fit.py", 1, 2, "TopK", out)
-    return torch.load(f"{out}.pt")
+    def run(out):
+        torchrun(2, "run_fit.py", 1, 2, "TopK", out)
+
+    return torch.load(f"{once(tmp_path_factory, 'whole', run)}.pt")

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from fastsae.distributed.plan import ARCHITECTURES, MACHINES, plan
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import once, torchrun
 from tests.distributed.run_plan import D, F, K, N
 
 MESHES = [(1, 2), (2, 1), (2, 2)]
@@ -14,8 +14,12 @@ MESHES = [(1, 2), (2, 1), (2, 2)]
 
 @pytest.fixture(scope="module", params=MESHES, ids=lambda mesh: "x".join(map(str, mesh)))
 def measured(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp("plan") / "found.json"
-    torchrun(request.param[0] * request.param[1], "run_plan.py", *request.param, out)
+    data, latent = request.param
+
+    def run(out):
+        torchrun(data * latent, "run_plan.py", data, latent, out)
+
+    out = once(tmp_path_factory, f"plan-{data}x{latent}", run)
     return request.param, json.loads(out.read_text())
 
 

@@ -5,14 +5,17 @@ import torch
 
 import fastsae
 from fastsae import TrainConfig, Trainer
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import once, torchrun
 
 
 @pytest.fixture(scope="module", params=[(1, 2), (2, 2)], ids=["1x2", "2x2"])
 def results(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp("rows") / "results.pt"
     data, latent = request.param
-    torchrun(data * latent, "run_rows.py", data, latent, out)
+
+    def run(out):
+        torchrun(data * latent, "run_rows.py", data, latent, out)
+
+    out = once(tmp_path_factory, f"rows-{data}x{latent}", run)
     return request.param, torch.load(out, weights_only=False)
 
 

@@ -6,15 +6,19 @@ import torch
 from fastsae import ops
 from fastsae.train import make_update
 from tests.distributed import cases
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import once, torchrun
 
 MESHES = [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)]
 
 
 @pytest.fixture(scope="module", params=MESHES, ids=lambda mesh: "x".join(map(str, mesh)))
 def several(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp("steps") / "results.pt"
-    torchrun(request.param[0] * request.param[1], "run_steps.py", *request.param, out)
+    data, latent = request.param
+
+    def run(out):
+        torchrun(data * latent, "run_steps.py", data, latent, out)
+
+    out = once(tmp_path_factory, f"steps-{data}x{latent}", run)
     return request.param, torch.load(out, weights_only=False)
 
 

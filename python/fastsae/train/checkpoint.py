@@ -80,10 +80,7 @@ def save_checkpoint(
             write_file(stage / STATE, as_json(sealed({**header, "state": values})))
             publish_folder(stage, final)
     except (OSError, SafetensorError) as error:
-        raise RuntimeError(
-            f"checkpoint: could not write {final} ({reason(error)}); the newest complete one is "
-            f"{latest(folder)}"
-        ) from error
+        raise _not_written(final, error) from error
     prune(folder, keep)
     return final
 
@@ -121,13 +118,17 @@ def save_spread_checkpoint(
                 write_file(stage / STATE, as_json(sealed({**header, "state": values})))
                 publish_folder(stage, final)
     except (OSError, SafetensorError) as error:
-        raise RuntimeError(
-            f"checkpoint: could not write {final} ({reason(error)}); the newest complete one is "
-            f"{latest(folder)}"
-        ) from error
+        raise _not_written(final, error) from error
     if first:
         prune(folder, keep)
     return final
+
+
+def _not_written(path: Path, error: Exception) -> RuntimeError:
+    return RuntimeError(
+        f"checkpoint: could not write {path} ({reason(error)}); the newest complete one is "
+        f"{latest(path.parent)}"
+    )
 
 
 def prune(folder: Path, keep: int) -> None:
