@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import weakref
 from collections import Counter
 from datetime import timedelta
 from typing import Any
@@ -46,7 +48,30 @@ def make_mesh(data: int, latent: int, device: str = "cpu") -> DeviceMesh:
         raise ValueError(
             f"make_mesh: expected data * latent = {world} processes, got {data} * {latent}"
         )
-    return init_device_mesh(device, (data, latent), mesh_dim_names=NAMES)
+    mesh = init_device_mesh(device, (data, latent), mesh_dim_names=NAMES)
+    if not _MESHES:
+        atexit.register(_leave)
+    _MESHES.append(mesh)
+    return mesh
+
+
+_MESHES: list[DeviceMesh] = []
+HOLDERS: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Objects that hold process groups, and `let_go` of them."""
+
+
+def _leave() -> None:
+    """Let go of all process groups before the interpreter ends.
+
+    Those of gloo that end with it abort the process, in torch 2.13: a job would fail after its
+    work was done.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for holder in list(HOLDERS):
+        holder.let_go()
+    for mesh in _MESHES:
+        getattr(mesh, "_pg_registry", {}).clear()
 
 
 def _join() -> None:
@@ -87,6 +112,11 @@ class Peers:
         self.rank: int = mesh.get_local_rank(name)
         self._group: Any = mesh.get_group(name)
         self._name, self._used = name, Counter() if used is None else used
+        HOLDERS.add(self)
+
+    def let_go(self) -> None:
+        """Keep the process group no longer."""
+        self._group = None
 
     def sum(self, t: Tensor) -> Tensor:
         """Return the sum over the processes, the same bits on each; `t` is not changed."""

@@ -69,9 +69,16 @@ class Processes(Team):
         if beside:
             from torch import distributed
 
+            from fastsae.distributed.mesh import HOLDERS
+
             self.saving = distributed.new_group(backend="gloo")
+            HOLDERS.add(self)
         self.is_first = mesh.get_rank() == 0
         self.data_groups = mesh.size(0)
+
+    def let_go(self) -> None:
+        """Keep the process group no longer."""
+        self.saving = None
 
     def shard_(self, sae: SAE) -> None:
         """See `Team.shard_`."""
