@@ -38,7 +38,8 @@ def planted(n: int = 5000, *, own: bool = False) -> tuple[torch.Tensor, torch.Te
 
 def trained(sae, data, out=None, lr=3e-3):
     """The fraction of variance of held-out outputs that is left."""
-    config = TrainConfig(lr=lr, out=out, **FITS)
+    # A processor that multiplies bfloat16 would round, and come to another L0.
+    config = TrainConfig(lr=lr, out=out, compute_dtype="float32", **FITS)
     return Trainer(sae, data[:4000], config, val=data[4000:]).fit().final["val_fvu"]
 
 
@@ -68,8 +69,7 @@ def test_a_planted_transcoder_is_found(cls, options, tmp_path):
             best = (rows @ write[layer, :, later].t()).amax(0)
             assert best.mean() > 0.75, (layer, later)
     k = sae.k * L if options.get("select") == "layer" else sae.k
-    # ReLU comes to its target slowly: 6.5 to 7 of 4 here, by processor and its rounding.
-    assert 0.4 * k < float(sae.encode_sparse(x).l0()) < 1.9 * k
+    assert 0.4 * k < float(sae.encode_sparse(x).l0()) < 1.7 * k
     again = fastsae.load(tmp_path)
     assert type(again) is cls
     torch.testing.assert_close(again(x), sae(x))
