@@ -98,8 +98,8 @@ def load_tensors(folder: Path, seals: dict[str, str], layout: Layout | None) -> 
 
 def own_rows(tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Return the rows of the latents here of a whole state."""
-    own = slice(layout.first_latent, layout.first_latent + layout.held)
-    return {name: t[own] if is_by_latent(name, t) else t for name, t in tensors.items()}
+    own = layout.of_own_latents
+    return {name: own(t) if is_by_latent(name, t) else t for name, t in tensors.items()}
 
 
 def _compare(folder: Path, seals: dict[str, str], layout: Layout | None) -> None:

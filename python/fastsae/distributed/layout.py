@@ -185,8 +185,15 @@ class Layout(Parallel):
         return self.data.gather(part).amin(0)
 
     def of_all_latents(self, held: Tensor) -> Tensor:
-        """See `Parallel.of_all_latents`."""
-        return whole(held, self)
+        """See `Parallel.of_all_latents`; rows, where `held` has some for each latent."""
+        if self.latent.size == 1:
+            return held
+        padded = held
+        if len(held) < self.share:
+            padded = held.new_zeros(self.share, *held.shape[1:])
+            padded[: len(held)] = held
+        every = self.latent.gather(padded).flatten(0, 1)
+        return every if len(every) == self.d_sae else every[: self.d_sae].clone()
 
     def of_own_latents(self, every: Tensor) -> Tensor:
         """See `Parallel.of_own_latents`."""
@@ -207,18 +214,6 @@ class Layout(Parallel):
         every = self.data.gather(torch.cat([mean, own.unsqueeze(0)]))
         means = every[:, :-1]
         return every[:, -1].sum() + x.shape[0] * (means - means.mean(0)).square().sum()
-
-
-def whole(part: Tensor, layout: Layout) -> Tensor:
-    """Return all rows of a tensor, of which this process has those of its own latents."""
-    if layout.latent.size == 1:
-        return part
-    padded = part
-    if len(part) < layout.share:
-        padded = part.new_zeros(layout.share, *part.shape[1:])
-        padded[: len(part)] = part
-    every = layout.latent.gather(padded).flatten(0, 1)
-    return every if len(every) == layout.d_sae else every[: layout.d_sae].clone()
 
 
 def _only(values: Tensor, indices: Tensor, kept: Tensor, d_sae: int) -> SparseActs:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastsae.distributed.layout import Layout, whole
+from fastsae.distributed.layout import Layout
 from fastsae.nn import (
     SAE,
     BatchTopKSAE,
@@ -93,9 +93,8 @@ def shard_(sae: SAE, mesh: DeviceMesh) -> SAE:
         )
     for t in [*sae.parameters(), *sae.buffers()]:
         dist.broadcast(t.data, src=0)
-    own = slice(layout.first_latent, layout.first_latent + layout.held)
     for t in _by_latent(sae):
-        t.data = t.data[own].clone()
+        t.data = layout.of_own_latents(t.data).clone()
         t.grad = None
     sae.d_sae = layout.held
     sae.parallel = layout
@@ -113,7 +112,7 @@ def unshard_(sae: SAE) -> SAE:
     if not isinstance(layout, Layout):
         return sae
     for t in _by_latent(sae):
-        t.data = whole(t.data, layout)
+        t.data = layout.of_all_latents(t.data)
         t.grad = None
     sae.d_sae = layout.d_sae
     sae.parallel = ALONE

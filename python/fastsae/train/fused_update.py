@@ -271,13 +271,13 @@ def gradients_of(tape: Tape, parameters: StepTensors, more: MoreGradients) -> Su
     d_sae = W_enc.shape[0]
     for values, indices, offsets, grad, _ in tape.decoder:
         g = _autograd.weight_grad(values, indices, offsets, d_sae, grad)[0]
-        more = more._replace(W_dec=_plus(more.W_dec, g))
+        more = more._replace(W_dec=plus(more.W_dec, g))
     for values, indices, offsets, x, _ in tape.encoder:
         centered = x - b_dec if tape.centered else x
         g, g_b = _autograd.weight_grad(values, indices, offsets, d_sae, centered)
-        more = more._replace(W_enc=_plus(more.W_enc, g), b_enc=_plus(more.b_enc, g_b))
+        more = more._replace(W_enc=plus(more.W_enc, g), b_enc=plus(more.b_enc, g_b))
         if tape.centered:
-            more = more._replace(b_dec=_plus(more.b_dec, -(g_b @ W_enc)))
+            more = more._replace(b_dec=plus(more.b_dec, -(g_b @ W_enc)))
     none = torch.zeros(0, 1, dtype=torch.int32, device=W_enc.device)
     acts = SparseActs(W_enc.new_empty(0, 1), none, None, d_sae)
     nothing = b_enc.new_empty(0, 1)
@@ -290,5 +290,6 @@ def gradients_of(tape: Tape, parameters: StepTensors, more: MoreGradients) -> Su
     )
 
 
-def _plus(a: Tensor | None, b: Tensor) -> Tensor:
+def plus(a: Tensor | None, b: Tensor) -> Tensor:
+    """Return the sum of two gradients, the first of which may be none."""
     return b if a is None else a + b

@@ -16,7 +16,7 @@ from fastsae.distributed import Layout
 from fastsae.distributed.exchange import gather_codes, gather_rows, sends_entries
 from fastsae.nn import SAE
 from fastsae.ops._tape import Tape
-from fastsae.train.fused_update import FusedUpdate, Sums, gradients_of, sums_of
+from fastsae.train.fused_update import FusedUpdate, Sums, gradients_of, plus, sums_of
 from fastsae.types import LatentGradients, MoreGradients, SparseActs, StepTensors
 
 if TYPE_CHECKING:
@@ -109,15 +109,11 @@ class ShardedUpdate(FusedUpdate):
             for p, g in zip(parameters[:3], own[:3], strict=True)
         )
         more = more._replace(
-            W_enc=_total(W_enc, more.W_enc),
-            W_dec=_total(W_dec, more.W_dec),
-            b_enc=_total(b_enc, more.b_enc),
+            W_enc=plus(more.W_enc, W_enc),
+            W_dec=plus(more.W_dec, W_dec),
+            b_enc=plus(more.b_enc, b_enc),
         )
         return (*nothing, more), b_enc  # type: ignore[return-value]
-
-
-def _total(g: Tensor, more: Tensor | None) -> Tensor:
-    return g if more is None else g + more
 
 
 def _latent_sums(acts: SparseActs, grad_values: Tensor | SparseActs, d_sae: int) -> Tensor:
