@@ -79,34 +79,47 @@ void widen_max(const T* x, int64_t n, typename V::A* out, typename V::A* best) {
   }
 }
 
+constexpr int kFilterUnroll = 4;
+
+// The elements below n, a multiple of kFilterUnroll vectors.
 template <class V, bool kBias, bool kPerColumn, Pass kPass, class T>
-int64_t filter_loop(const T* x, const typename V::A* bias, int64_t n,
-                    const typename V::A* lower_bound, int32_t base, typename V::A* values,
-                    int32_t* indices) {
+int64_t filter_vectors(const T* x, const typename V::A* bias, int64_t n,
+                       const typename V::A* lower_bound, int32_t base, typename V::A* values,
+                       int32_t* indices) {
   using A = typename V::A;
   const V one_bound = V::set1(kPerColumn ? A(0) : lower_bound[0]);
   const auto passing = [&](V v, int64_t j) {
     const V t = kPerColumn ? V::load(lower_bound + j) : one_bound;
     return kPass == Pass::kAbove ? V::above(v, t) : V::not_below_or_equal(v, t);
   };
-  int64_t m = 0, j = 0;
-  constexpr int kUnroll = 4;
-  for (; j + kUnroll * V::kWidth <= n; j += kUnroll * V::kWidth) {
-    V v[kUnroll];
-    typename V::Mask mask[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) {
+  int64_t m = 0;
+  for (int64_t j = 0; j < n; j += kFilterUnroll * V::kWidth) {
+    V v[kFilterUnroll];
+    typename V::Mask mask[kFilterUnroll];
+    for (int u = 0; u < kFilterUnroll; ++u) {
       const int64_t at = j + u * V::kWidth;
       v[u] = load_sum<V, kBias>(x, bias, at);
       mask[u] = passing(v[u], at);
     }
     if (__builtin_expect(V::none(mask[0], mask[1], mask[2], mask[3]), 1)) continue;
     // No branch for each vector: which of them hold the few that pass is not predictable.
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kFilterUnroll; ++u) {
       const unsigned bits = V::bits(mask[u]);
       const int32_t at = base + static_cast<int32_t>(j) + u * V::kWidth;
       m += V::compress(v[u], bits, at, values + m, indices + m);
     }
   }
+  return m;
+}
+
+template <class V, bool kBias, bool kPerColumn, Pass kPass, class T>
+int64_t filter_loop(const T* x, const typename V::A* bias, int64_t n,
+                    const typename V::A* lower_bound, int32_t base, typename V::A* values,
+                    int32_t* indices) {
+  using A = typename V::A;
+  int64_t j = n - n % (kFilterUnroll * V::kWidth);
+  int64_t m =
+      filter_vectors<V, kBias, kPerColumn, kPass>(x, bias, j, lower_bound, base, values, indices);
   for (; j < n; ++j) {
     const A v = kBias ? widen(x[j]) + bias[j] : widen(x[j]);  // -0 stays -0
     const A t = lower_bound[kPerColumn ? j : 0];
@@ -158,6 +171,7 @@ int64_t filter_chunks(const T* x, const typename V::A* bias, int64_t count,
                       const typename V::A* maxima, const typename V::A* lower_bound, int32_t base,
                       typename V::A* values, int32_t* indices) {
   constexpr int64_t kSize = kChunk * V::kWidth;
+  static_assert(kChunk % kFilterUnroll == 0);
   const V bound = V::set1(*lower_bound);
   int64_t m = 0;
   for (int64_t c = 0; c < count / V::kWidth; ++c) {
@@ -165,10 +179,10 @@ int64_t filter_chunks(const T* x, const typename V::A* bias, int64_t count,
     if (__builtin_expect(V::bits(mask) == 0, 1)) continue;
     const int64_t j = c * kSize;
     const int32_t at = base + static_cast<int32_t>(j);
-    m += bias ? filter_loop<V, true, false, Pass::kNotBelow>(x + j, bias + j, kSize, lower_bound,
-                                                             at, values + m, indices + m)
-              : filter_loop<V, false, false, Pass::kNotBelow>(x + j, nullptr, kSize, lower_bound,
-                                                              at, values + m, indices + m);
+    m += bias ? filter_vectors<V, true, false, Pass::kNotBelow>(x + j, bias + j, kSize, lower_bound,
+                                                                at, values + m, indices + m)
+              : filter_vectors<V, false, false, Pass::kNotBelow>(x + j, nullptr, kSize, lower_bound,
+                                                                 at, values + m, indices + m);
   }
   return m;
 }
