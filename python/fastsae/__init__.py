@@ -1,6 +1,18 @@
 """fastsae: sparse autoencoders over handwritten C++ and CUDA ops."""
 
-from fastsae import analysis, data, eval, interop, models, nn, ops, reference, report, train
+from fastsae import (
+    analysis,
+    data,
+    eval,
+    interop,
+    interpret,
+    models,
+    nn,
+    ops,
+    reference,
+    report,
+    train,
+)
 from fastsae.interop import load, save
 from fastsae.nn import (
     SAE,
@@ -81,6 +93,7 @@ __all__ = [
     "eval",
     "gradient_pursuit",
     "interop",
+    "interpret",
     "load",
     "models",
     "nn",

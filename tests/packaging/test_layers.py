@@ -28,6 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "train": {"nn", "data", "ops", "interop", "distributed", "_files", "_library", "_signals"},
     "eval": {"nn", "models", "data"},
     "analysis": {"nn", "models", "data", "train", "eval"},
+    "interpret": {"nn", "models", "data", "analysis", "eval", "_files"},
     "verification": {"data", "interop", "train", "_files"},
     "report": {"nn", "models", "data", "eval", "analysis", "_files"},
 }
