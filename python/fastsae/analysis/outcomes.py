@@ -145,9 +145,7 @@ class Outcomes:
         cuda = range(torch.cuda.device_count()) if device.type == "cuda" else []
         rates = []
         for at in range(0, len(self.prompts), self.batch_size):
-            ids, mask = (
-                x.to(device) for x in _padded_left(self.prompts[at : at + self.batch_size])
-            )
+            ids, mask = (x.to(device) for x in padded_left(self.prompts[at : at + self.batch_size]))
             shares = []
             for sample in range(max(self.samples, 1)):
                 with self._changed(fn, None), torch.random.fork_rng(cuda):
@@ -163,7 +161,7 @@ def _each(x: Tensor) -> Outcome:
     return Outcome(x.cpu(), torch.ones(len(x), dtype=torch.float64))
 
 
-def _padded_left(prompts: Prompts) -> tuple[Tensor, Tensor]:
+def padded_left(prompts: Prompts) -> tuple[Tensor, Tensor]:
     """Return tokens `[n, t]` with padding in front, and their attention mask."""
     longest = max(len(ids) for ids in prompts)
     gaps = [longest - len(ids) for ids in prompts]

@@ -31,6 +31,7 @@ from fastsae.analysis.examples import Context
 from fastsae.data import ActivationStore
 from fastsae.interpret.kept import Candidates, Kept
 from fastsae.interpret.windows import Windows
+from fastsae.models.chunks import spread
 from fastsae.models.probe import evaluating
 from fastsae.nn import SAE
 from fastsae.types import SparseActs
@@ -93,13 +94,26 @@ class ContextSample:
         """Return a uniform sample of the windows in which a latent fires, strongest first."""
         return [context for _, context in self.kept("drawn", latent)]
 
+    def split(self, latent: int) -> tuple[list[Context], list[Context]]:
+        """Return contexts to explain a latent with, and others to score the explanation on.
+
+        A random half of the drawn windows is for either; windows that are also among the top ones
+        are only to explain with, after which the rest of the top ones follows. Strongest first in
+        each part.
+        """
+        order = self._tensors["drawn.key"][latent]
+        drawn = self.kept("drawn", latent)
+        first = set(order[: len(drawn)].argsort()[: (len(drawn) + 1) // 2].tolist())
+        top = dict(self.kept("top", latent))
+        explain = {w: c for i, (w, c) in enumerate(drawn) if i in first or w in top}
+        score = [c for w, c in drawn if w not in explain]
+        rest = [c for w, c in top.items() if w not in explain]
+        return [*explain.values(), *rest], score
+
     def quantiles(self, latent: int, quantiles: int = 5, n: int = 4) -> list[list[Context]]:
         """Return up to `n` windows out of each of several equal parts of the drawn windows, the
         strongest part first; in a part, those at equal distances."""
-        return [
-            [part[i * len(part) // n] for i in range(n)] if len(part) > n else part
-            for part in parts(self.drawn(latent), quantiles)
-        ]
+        return [spread(part, n) for part in parts(self.drawn(latent), quantiles)]
 
     def kept(self, name: str, latent: int) -> list[tuple[int, Context]]:
         """Return the windows of "top" or "drawn", with their numbers, strongest first."""
@@ -153,6 +167,11 @@ class ContextSample:
                 f"{about.get('contexts', 'another file')}"
             )
         return cls({name: file.tensor(name, verify=verify) for name in file.shapes}, about)
+
+
+def spread_by_strength(contexts: list[Context], n: int) -> list[Context]:
+    """Return up to `n` contexts at equal distances from the strongest to the weakest."""
+    return spread(sorted(contexts, key=lambda c: -c.acts[c.peak]), n)
 
 
 def parts(items: list[Context], n: int) -> list[list[Context]]:

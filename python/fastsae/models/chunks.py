@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,8 @@ def pad(ids: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
     return tokens, torch.arange(longest) < lengths.unsqueeze(1)
 
 
-def spread(contexts: Sequence[list[int]], n: int) -> list[list[int]]:
-    """Return up to `n` of the contexts, evenly spaced from the first to the last."""
-    if len(contexts) <= n:
-        return list(contexts)
-    return [contexts[i * len(contexts) // n] for i in range(n)]
+def spread(items: Sequence[T], n: int) -> list[T]:
+    """Return up to `n` of the items, evenly spaced from the first to the last."""
+    if len(items) <= n:
+        return list(items)
+    return [items[i * len(items) // n] for i in range(n)]
