@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"interpret: expected an SAE in {args.sae}, got {type(sae).__name__}")
     store = ActivationStore(args.store, args.site, split=args.split)
     decode = _decode(args.model or store.manifest.model)
-    explain, judge = _who(args)
+    explain, judge = who(args)
     sample = _contexts(sae, store, Path(args.out), 2 * args.windows)
     fires = sample.counts.nonzero().flatten()
     generator = torch.Generator().manual_seed(args.seed)
@@ -123,8 +123,8 @@ def _decode(name: str) -> Any:
     return tokenizer.decode
 
 
-def _who(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the explainer and the judge."""
+def who(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the explainer and the judge that `--llm` and `--url` name."""
     from fastsae.interpret import (
         keyword_explainer,
         keyword_judge,
