@@ -1,14 +1,15 @@
-"""Time a training step of every class, and of SAELens' class of the same kind where there is one.
+"""Time a training step of every class, and of other libraries' classes of the same kind.
 
     python -m bench.classes [--classes ReLU Gated] [--at start target] [--n 1024] [--d 576]
         [--d-sae 9216] [--k 32] [--rounds 5] [--dead 0] [--threads 2] [--out RESULTS.jsonl]
 
-Steps are the first of a run on tokens made of k latents each: `Trainer.step` here, by default, and
-`SAETrainer.step` there, with Adam on both sides. At the `start` half of the latents of a class with
-a penalty are active; at the `target` its biases are lowered, here and there, until k are. `--dead`
-makes so many latents dead, for AuxK. All ways take turns; reported are medians in milliseconds,
-what they are of TopK's step in the same run and of SAELens', the mean number of active latents, and
-the update fastsae used. A class that loses to SAELens is marked.
+Steps are the first of a run on tokens made of k latents each: `Trainer.step` here, by default,
+SAELens' `SAETrainer.step`, the `update` of dictionary-learning's trainers, and a forward, backward
+and Adam step of sparsify's SparseCoder. At the `start` half of the latents of a class with a
+penalty are active; at the `target` its biases are lowered, here and there, until k are. `--dead`
+makes so many latents dead, for AuxK; sparsify takes no part in that. All ways take turns; reported
+are medians in milliseconds, what they are of TopK's step in the same run and of each library's, the
+mean number of active latents, and the update fastsae used. A class that loses is marked.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import fastsae
 from bench.peers import import_error, start
 from fastsae import TrainConfig, Trainer, ops
 from fastsae.train.fused_update import FusedUpdate
-from parity import saelens
+from parity import dictionary_learning, saelens, sparsify
 
 CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "TopK": ("TopKSAE", {}),
@@ -49,7 +50,7 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "CrossCoder": ("CrossCoder", {}),
 }
 """Classes of fastsae, and how they are made; a crosscoder is of three layers."""
-PEERS: dict[str, tuple[str, Callable[[int, int], dict[str, Any]]]] = {
+SAELENS: dict[str, tuple[str, Callable[[int, int], dict[str, Any]]]] = {
     "TopK": ("TopKTrainingSAE", lambda d_sae, k: {"k": k}),
     "BatchTopK": ("BatchTopKTrainingSAE", lambda d_sae, k: {"k": k}),
     "Matryoshka": (
@@ -61,6 +62,28 @@ PEERS: dict[str, tuple[str, Callable[[int, int], dict[str, Any]]]] = {
     "ReLU": ("StandardTrainingSAE", lambda d_sae, k: {}),
 }
 """SAELens' class of the same kind, and its own arguments."""
+FRACTIONS = [1 / 32, 1 / 32, 1 / 16, 1 / 8, 3 / 4]
+"""Groups of latents of the same widths."""
+DICTIONARY_LEARNING: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
+    "TopK": ("TopKTrainer", lambda k: {"k": k}),
+    "BatchTopK": ("BatchTopKTrainer", lambda k: {"k": k}),
+    "Matryoshka": (
+        "MatryoshkaBatchTopKTrainer",
+        lambda k: {"k": k, "group_fractions": FRACTIONS},
+    ),
+    "JumpReLU": ("JumpReluTrainer", lambda k: {"target_l0": float(k)}),
+    "Gated": ("GatedSAETrainer", lambda k: {}),
+    "ReLU": ("StandardTrainer", lambda k: {}),
+}
+"""dictionary-learning's trainer of the same kind, and its own arguments."""
+SPARSIFY: dict[str, dict[str, Any]] = {
+    "TopK": {},
+    "GroupMax": {"activation": "groupmax"},
+    "Multi-TopK": {"multi_topk": True},
+    "Transcoder": {"transcode": True},
+    "Skip": {"transcode": True, "skip_connection": True},
+}
+"""sparsify's options of the same kind."""
 PENALIZED = ("JumpReLU", "ReLU", "Gated")
 """Classes whose step depends on how far a run is."""
 
@@ -100,11 +123,11 @@ def ours(
     return step, trainer
 
 
-def theirs(name: str, at: str, x: Tensor, args: argparse.Namespace) -> Callable[[], Any] | None:
+def of_saelens(name: str, at: str, x: Tensor, args: argparse.Namespace) -> Callable[[], Any] | None:
     """Return SAELens' step of the class of that kind; None without one."""
-    if name not in PEERS or import_error("sae_lens"):
+    if name not in SAELENS or import_error("sae_lens"):
         return None
-    kind, options = PEERS[name]
+    kind, options = SAELENS[name]
     torch.manual_seed(0)
     sae = saelens.module(kind, args.d, args.d_sae, torch.float32, **options(args.d_sae, args.k))
     if name == "JumpReLU":
@@ -124,12 +147,73 @@ def theirs(name: str, at: str, x: Tensor, args: argparse.Namespace) -> Callable[
     return step
 
 
+def of_dictionary_learning(
+    name: str, at: str, x: Tensor, args: argparse.Namespace
+) -> Callable[[], Any] | None:
+    """Return dictionary-learning's step of the class of that kind; None without one."""
+    if name not in DICTIONARY_LEARNING or import_error("dictionary_learning"):
+        return None
+    kind, options = DICTIONARY_LEARNING[name]
+    torch.manual_seed(0)
+    trainer = dictionary_learning.make_trainer(
+        kind, args.d, args.d_sae, steps=10_000, **options(args.k)
+    )
+    ae = trainer.ae
+    if name == "JumpReLU":
+        by = lower(torch.zeros(args.d_sae), ae.W_enc.t(), x, args.k)
+        ae.threshold.data.fill_(by)
+    elif at == "target" and name in PENALIZED:
+        bias = ae.gate_bias if name == "Gated" else ae.encoder.bias
+        lower(bias.data, ae.encoder.weight, x, args.k)
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        if args.dead and hasattr(trainer, "num_tokens_since_fired"):
+            trainer.num_tokens_since_fired[: args.dead] = 1 << 40
+        trainer.update(count, x)
+        count += 1
+
+    return step
+
+
+def of_sparsify(
+    name: str, at: str, x: Tensor, args: argparse.Namespace
+) -> Callable[[], Any] | None:
+    """Return sparsify's step of that kind; None without one."""
+    if name not in SPARSIFY or args.dead or import_error("sparsify"):
+        return None
+    torch.manual_seed(0)
+    coder = sparsify.coder(
+        args.d, args.d_sae, args.k, dtype=torch.float32, device="cpu", **SPARSIFY[name]
+    )
+    optimizer = torch.optim.Adam(coder.parameters(), lr=5e-4)
+    y = x if "transcode" in SPARSIFY[name] else None
+
+    def step() -> None:
+        out = coder(x, y)
+        (out.fvu + out.multi_topk_fvu / 8).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        coder.set_decoder_norm_to_unit_norm()
+
+    return step
+
+
+PEERS = {
+    "sae-lens": of_saelens,
+    "dictionary-learning": of_dictionary_learning,
+    "sparsify": of_sparsify,
+}
+
+
 def measure(name: str, at: str, x: Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    """Return a row: medians of the class, of TopK's step and of SAELens', which take turns."""
+    """Return a row: medians of the class, of TopK's step and of its peers', which take turns."""
     step, trainer = ours(name, at, x, args)
     ways = {"fastsae": step}
-    if (peer := theirs(name, at, x, args)) is not None:
-        ways["sae-lens"] = peer
+    for library, make in PEERS.items():
+        if (peer := make(name, at, x, args)) is not None:
+            ways[library] = peer
     if name != "TopK":
         ways["TopK"] = ours("TopK", "start", x, args)[0]
     times: dict[str, list[float]] = {way: [] for way in ways}
@@ -151,10 +235,12 @@ def measure(name: str, at: str, x: Tensor, args: argparse.Namespace) -> dict[str
 
 def line(row: dict[str, Any]) -> str:
     """Return a line of the table."""
-    own, peer = row["ms"]["fastsae"], row["ms"].get("sae-lens")
+    own = row["ms"]["fastsae"]
     cells = [row["class"], row["at"], f"{row['l0']:.0f}", f"{own:.0f}"]
     cells.append(f"{own / row['ms'].get('TopK', own):.2f}")
-    cells.append("" if peer is None else f"{own / peer:.2f}" + (" loses" if own > peer else ""))
+    for library in PEERS:
+        peer = row["ms"].get(library)
+        cells.append("" if peer is None else f"{own / peer:.2f}" + (" loses" if own > peer else ""))
     return f"| {' | '.join([*cells, row['update']])} |"
 
 
@@ -174,7 +260,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     x = start(args.n, args.d, args.d_sae, args.k).x
-    print("| class | at | L0 | ms | of TopK | of sae-lens | update |\n|" + "---|" * 7)
+    heads = ["class", "at", "L0", "ms", "of TopK", *(f"of {name}" for name in PEERS), "update"]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for name in args.classes:
         for at in args.at if name in PENALIZED else ["start"]:
             row = measure(name, at, x, args)
