@@ -33,7 +33,7 @@ from fastsae.interpret.kept import Candidates, Kept
 from fastsae.interpret.windows import Windows
 from fastsae.models.chunks import spread
 from fastsae.models.probe import evaluating
-from fastsae.nn import SAE
+from fastsae.nn import SAE, NormalizedSAE
 from fastsae.types import SparseActs
 
 FORMAT = 1
@@ -137,6 +137,27 @@ class ContextSample:
         a, b = self._bounds[window : window + 2].tolist()
         return list(self._tensors["token_ids"][a:b].tolist())
 
+    @property
+    def bounds(self) -> Tensor:
+        """Window w holds rows bounds[w] to bounds[w + 1] of the store: int64 `[windows + 1]`."""
+        return self._bounds
+
+    @property
+    def all_token_ids(self) -> Tensor:
+        """The token of every row that was encoded: int32 `[tokens]`."""
+        return self._tensors["token_ids"]
+
+    def windows_of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the windows of "top" or "drawn" of all latents, on the disk where it was opened.
+
+        Returns:
+            window: int32 `[d_sae, n]`, -1 where there is none.
+            scale: float32 `[d_sae, n]`, the largest absolute activation.
+            shape: float16 `[d_sae, n, width]`, activations over scale.
+        """
+        window, scale, shape = (self._tensors[f"{name}.{x}"] for x in ("window", "scale", "shape"))
+        return window, scale, shape
+
     def rows(self, window: int) -> slice:
         """Return the rows of a window in the store."""
         return slice(*self._bounds[window : window + 2].tolist())
@@ -181,7 +202,7 @@ def parts(items: list[Context], n: int) -> list[list[Context]]:
 
 @torch.no_grad()
 def sample_contexts(
-    sae: SAE,
+    sae: SAE | NormalizedSAE,
     store: ActivationStore,
     *,
     width: int = 32,
@@ -220,7 +241,7 @@ def sample_contexts(
         for first, last in _batches(windows.bounds, batch_size):
             a, b = windows.bounds[[first, last]].tolist()
             x = store.rows(slice(a, b)).to(device, dtype)
-            sampler.look(sae.encode_sparse(x), a)
+            sampler.look(sae.encode_sparse(sae.columns.split(x).x), a)
             if progress:
                 progress(b - a)
     about: dict[str, str | int] = {
@@ -236,9 +257,12 @@ def sample_contexts(
     return ContextSample(sampler.tensors(), about)
 
 
-def fingerprint(sae: SAE) -> str:
+def fingerprint(sae: SAE | NormalizedSAE) -> str:
     """Return a checksum of the class, the settings and all parameters of an SAE."""
     state = {name: checksum.of_rows(x.flatten()) for name, x in sae.state_dict().items()}
+    if isinstance(sae, NormalizedSAE):
+        around = [sae.normalize_activations, sae.reshape_activations]
+        return checksum.of_json([type(sae.sae).__name__, sae.sae.config(), state, around])
     return checksum.of_json([type(sae).__name__, sae.config(), state])
 
 
@@ -353,8 +377,8 @@ def uniform(pair: Tensor, seed: int) -> Tensor:
 
 
 def _check(
-    sae: SAE, store: ActivationStore, width: int, top: int, drawn: int, max_rows: int | None,
-    batch_size: int,
+    sae: SAE | NormalizedSAE, store: ActivationStore, width: int, top: int, drawn: int,
+    max_rows: int | None, batch_size: int,
 ) -> None:  # fmt: skip
     owner = "sample_contexts"
     for name, value, least in (
