@@ -292,6 +292,13 @@ def printable(text: str) -> str:
     return "".join(_escaped(c) if _controls(c) else c for c in text)
 
 
+def visible(text: str) -> str:
+    """Return `printable` text in which line breaks and tabs are signs."""
+    for blank, sign in (("\r\n", "↵"), ("\n", "↵"), ("\r", "↵"), ("\t", "⇥")):
+        text = text.replace(blank, sign)
+    return printable(text)
+
+
 def _controls(c: str) -> bool:
     bidi = unicodedata.bidirectional(c)
     return unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or bidi in BIDI_CONTROLS

@@ -2,7 +2,7 @@
 
 from fastsae.models.blocks import find_blocks
 from fastsae.models.check import SiteReport, check_sites
-from fastsae.models.load import load_model
+from fastsae.models.load import load_model, load_tokenizer
 from fastsae.models.read import read, read_gradients
 from fastsae.models.resolve import resolve
 from fastsae.models.sites import Site, describe
@@ -16,6 +16,7 @@ __all__ = [
     "describe",
     "find_blocks",
     "load_model",
+    "load_tokenizer",
     "read",
     "read_gradients",
     "replace",

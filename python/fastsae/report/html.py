@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
-from fastsae._files.read import printable
+from fastsae._files.read import visible
 from fastsae.analysis.examples import Context, Latent
 
 
@@ -60,6 +60,4 @@ def _context(context: Context, max_act: float, decode: Callable[[int], str]) -> 
 
 def show(token: str) -> str:
     """Return a token as HTML: escaped, with line breaks, tabs and control characters visible."""
-    for blank, sign in (("\r\n", "↵"), ("\n", "↵"), ("\r", "↵"), ("\t", "⇥")):
-        token = token.replace(blank, sign)
-    return escape(printable(token))
+    return escape(visible(token))
