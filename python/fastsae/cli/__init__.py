@@ -23,11 +23,12 @@ from fastsae.cli import (
     inspect,
     interpret,
     plan,
+    serve,
     train,
     verify,
 )
 
-COMMANDS = (demo, harvest, train, plan, evaluate, interpret, inspect, convert, verify, info)
+COMMANDS = (demo, harvest, train, plan, evaluate, interpret, inspect, serve, convert, verify, info)
 
 
 class Parser(argparse.ArgumentParser):
