@@ -30,5 +30,9 @@ def test_it_explains_and_goes_on(model_folder, text, tmp_path, capsys):
     capsys.readouterr()
     assert main([*argv, "--negatives", "neighbors"]) == 1
     assert "got others; choose another file" in capsys.readouterr().err
+    assert main([*argv, "--windows", "30"]) == 1
+    assert "to hold 60 drawn windows of this SAE and store, got 20 of them" in (
+        capsys.readouterr().err
+    )
     assert main(["interpret", sae, acts, "--url", "http://localhost:1/v1"]) == 1
     assert "expected --llm" in capsys.readouterr().err

@@ -147,6 +147,12 @@ def test_text_that_repeats_is_counted_and_kept_once(tmp_path):
     assert sample.counts.tolist() == [4 * WIDTH] * D
     for contexts in (sample.top(0), sample.drawn(0)):
         assert sorted(c.token_ids[0] for c in contexts) == [0, 100]
+    (tmp_path / "images").mkdir()
+    store = write_store(
+        tmp_path / "images", x, torch.full((len(x),), -1), docs, torch.arange(WIDTH).repeat(4) + 1
+    )
+    sample = sample_contexts(sae, store, width=WIDTH, top=4, drawn=4)
+    assert len(sample.top(0)) == len(sample.drawn(0)) == 4
 
 
 def test_a_saved_sample_is_the_same_and_knows_its_sae(made, tmp_path):

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsae.cli.console import emit, positive, progress, say, subcommand, table
+from fastsae.cli.console import emit, positive, progress, subcommand, table
 
 if TYPE_CHECKING:
     from fastsae.data import ActivationStore
@@ -98,18 +98,27 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _contexts(sae: SAE, store: ActivationStore, out: Path, drawn: int) -> ContextSample:
-    """Take the sample beside the explanations if it is of this SAE and store; else make it."""
+    """Take the sample beside the explanations, or make one.
+
+    Raises:
+        FileExistsError: what is there is of another SAE or store, or has too few windows.
+    """
     from fastsae.interpret import ContextSample, sample_contexts
     from fastsae.interpret.sample import fingerprint
 
     path = out.parent / CONTEXTS
     if path.exists():
         sample = ContextSample.open(path)
-        same = sample.about["sae"] == fingerprint(sae)
-        same &= sample.about["store"] == store.fingerprint() and sample.about["drawn"] == drawn
-        if same:
+        about = {"sae": fingerprint(sae), "store": store.fingerprint()}
+        found = int(sample.about["drawn"])
+        if found >= drawn and all(sample.about[name] == mark for name, mark in about.items()):
             return sample
-        say(f"{path} is of something else, and is made anew")
+        raise FileExistsError(
+            f"interpret: expected {path} to hold {drawn} drawn windows of this SAE and store, got "
+            f"{found} of {'them' if found < drawn else 'others'}; remove it, or choose --out in "
+            "another folder"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
     with progress("contexts", len(store), "token") as advance:
         sample = sample_contexts(sae, store, drawn=drawn, progress=advance)
     sample.save(path)

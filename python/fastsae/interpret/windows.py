@@ -46,7 +46,8 @@ class Windows:
         self.positions = torch.cat([none, *positions])
         """Of their first tokens in their contexts: int32 `[windows]`."""
         self.repeated = torch.cat([none.bool(), *repeats])
-        """Whether an earlier window holds the very same tokens: bool `[windows]`."""
+        """Whether an earlier window holds the very same tokens: bool `[windows]`. Images and sound
+        have none, and are never repeated."""
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -66,6 +67,6 @@ def _repeats(ids: Tensor, starts: Tensor, stops: Tensor, seen: set[int]) -> Tens
     found = []
     for a, b in zip(starts.tolist(), stops.tolist(), strict=True):
         mark = xxhash.xxh3_64_intdigest(data[a:b].tobytes())
-        found.append(mark in seen)
+        found.append(mark in seen and data[a] >= 0)
         seen.add(mark)
     return torch.tensor(found, dtype=torch.bool)
