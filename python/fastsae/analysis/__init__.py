@@ -1,11 +1,28 @@
 """What one does with a trained SAE: attribution, circuits, examples, its error, steering."""
 
+from fastsae.analysis.approximation import Approximation, Share, approximation
 from fastsae.analysis.attention import (
     head_attribution,
     recursive_attribution,
     source_attribution,
 )
+from fastsae.analysis.attributes import (
+    LatentUnion,
+    Splitting,
+    attribute_f1,
+    share_found,
+    splitting,
+    union_f1,
+)
 from fastsae.analysis.circuits import connections, latent_attribution
+from fastsae.analysis.contrast import (
+    Activity,
+    Contrast,
+    contrast,
+    expert_activity,
+    latent_activity,
+)
+from fastsae.analysis.control import Edit, edit_success, sparse_edit
 from fastsae.analysis.cross_layer import cross_layer_attribution, virtual_weights
 from fastsae.analysis.effect import EffectCurve, EffectRow, effect_curve
 from fastsae.analysis.error import ErrorAnatomy, error_anatomy
@@ -18,32 +35,64 @@ from fastsae.analysis.head_codes import (
     roc_auc,
     train_code_sae,
 )
+from fastsae.analysis.ioi import IOIPrompts, IOITask, Solved, solvable, solved
 from fastsae.analysis.lens import promoted_tokens
 from fastsae.analysis.steer import steer
+from fastsae.analysis.supervised import SupervisedDictionary, supervised_dictionary
+from fastsae.analysis.task import TaskPrompts, TaskRuns, task_activations
+from fastsae.analysis.tune_experts import tune_experts
 
 __all__ = [
     "ActivatingExamples",
+    "Activity",
+    "Approximation",
     "Context",
+    "Contrast",
+    "Edit",
     "EffectCurve",
     "EffectRow",
     "ErrorAnatomy",
     "Firing",
+    "IOIPrompts",
+    "IOITask",
     "Latent",
+    "LatentUnion",
+    "Share",
+    "Solved",
+    "Splitting",
+    "SupervisedDictionary",
+    "TaskPrompts",
+    "TaskRuns",
+    "approximation",
+    "attribute_f1",
     "connections",
+    "contrast",
     "cross_layer_attribution",
     "edge_scores",
+    "edit_success",
     "effect_curve",
     "error_anatomy",
+    "expert_activity",
     "firing",
     "head_attribution",
     "head_codes",
+    "latent_activity",
     "latent_attribution",
     "node_scores",
     "promoted_tokens",
     "recursive_attribution",
     "roc_auc",
+    "share_found",
+    "solvable",
+    "solved",
     "source_attribution",
+    "sparse_edit",
+    "splitting",
     "steer",
+    "supervised_dictionary",
+    "task_activations",
     "train_code_sae",
+    "tune_experts",
+    "union_f1",
     "virtual_weights",
 ]
