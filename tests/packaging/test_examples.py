@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fastsae.analysis import IOITask
+from tests.analysis.words import Words, answering_model
 from tests.models.tiny import CharTokenizer, tiny_model
 
 FOLDER = Path(__file__).parents[2] / "examples"
@@ -40,8 +42,19 @@ def test_steer() -> None:
     assert len(curve.controls) == len(texts) == 3
 
 
+def test_ioi() -> None:
+    pytest.importorskip("transformers")
+    main = runpy.run_path(str(FOLDER / "ioi.py"))["main"]
+    task = IOITask(Words(), names=["Mary", "John", "Anne", "Tom"])
+    model = answering_model(task)
+    found = main(model, task, "resid_post.2", fit=120, n=16)
+    assert found["supervised: sufficiency"] > 0.9
+    assert found["edit of IO, supervised: success"] == 1
+    assert found["edit of IO, nothing: success"] < 0.5
+
+
 def test_every_example_is_tested_and_starts_by_itself() -> None:
-    tested = {"train_two.py", "op_in_your_code.py", "load_and_steer.py", "steer.py"}
+    tested = {"train_two.py", "op_in_your_code.py", "load_and_steer.py", "steer.py", "ioi.py"}
     assert {path.name for path in FOLDER.glob("*.py")} == tested
     command = [sys.executable, str(FOLDER / "op_in_your_code.py")]
     done = subprocess.run(command, capture_output=True, text=True)
