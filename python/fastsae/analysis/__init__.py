@@ -24,8 +24,17 @@ from fastsae.analysis.contrast import (
 )
 from fastsae.analysis.control import Edit, edit_success, sparse_edit
 from fastsae.analysis.cross_layer import cross_layer_attribution, virtual_weights
+from fastsae.analysis.dark_matter import DarkMatter, EarlierOutput, Pursuit, SAEError, dark_matter
 from fastsae.analysis.effect import EffectCurve, EffectRow, effect_curve
-from fastsae.analysis.error import ErrorAnatomy, error_anatomy
+from fastsae.analysis.error import (
+    ErrorAnatomy,
+    LinearError,
+    TokenErrors,
+    error_anatomy,
+    fit_linear_error,
+    token_errors,
+)
+from fastsae.analysis.error_cost import ErrorCost, error_cost
 from fastsae.analysis.examples import ActivatingExamples, Context, Latent
 from fastsae.analysis.firing import Firing, firing
 from fastsae.analysis.head_codes import (
@@ -48,32 +57,42 @@ __all__ = [
     "Approximation",
     "Context",
     "Contrast",
+    "DarkMatter",
+    "EarlierOutput",
     "Edit",
     "EffectCurve",
     "EffectRow",
     "ErrorAnatomy",
+    "ErrorCost",
     "Firing",
     "IOIPrompts",
     "IOITask",
     "Latent",
     "LatentUnion",
+    "LinearError",
+    "Pursuit",
+    "SAEError",
     "Share",
     "Solved",
     "Splitting",
     "SupervisedDictionary",
     "TaskPrompts",
     "TaskRuns",
+    "TokenErrors",
     "approximation",
     "attribute_f1",
     "connections",
     "contrast",
     "cross_layer_attribution",
+    "dark_matter",
     "edge_scores",
     "edit_success",
     "effect_curve",
     "error_anatomy",
+    "error_cost",
     "expert_activity",
     "firing",
+    "fit_linear_error",
     "head_attribution",
     "head_codes",
     "latent_activity",
@@ -91,6 +110,7 @@ __all__ = [
     "steer",
     "supervised_dictionary",
     "task_activations",
+    "token_errors",
     "train_code_sae",
     "tune_experts",
     "union_f1",

@@ -15,14 +15,20 @@ Source: Engels et al. 2024, "Decomposing the dark matter of sparse autoencoders"
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastsae.analysis.least_squares import LeastSquares, r2
 from fastsae.eval.metrics import FVU
+from fastsae.models.probe import evaluating
 from fastsae.nn import SAE
+from fastsae.types import SparseActs
+
+Encode = Callable[[Tensor], SparseActs]
+"""Gives the code of rows `[n, d_in]`."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,62 @@ class ErrorAnatomy:
     """R^2 of the error with both sums taken over all dimensions; nan where it does not vary."""
 
 
+@dataclass(frozen=True)
+class LinearError:
+    """The linear maps of the input that give an SAE's error best; see `fit_linear_error`."""
+
+    vector: Tensor
+    """B, `[d_in, d_out]`, float64: x B is the linear error."""
+    squared_norm: Tensor
+    """a, `[d_in]`, float64: x . a predicts the squared norm of the error."""
+
+
+@dataclass(frozen=True)
+class TokenErrors:
+    """The error of every token and its parts; each is `[n]`, float64."""
+
+    activation: Tensor
+    """Norm of what is reconstructed."""
+    error: Tensor
+    """Norm of the error."""
+    linear: Tensor
+    """Norm of the linear error."""
+    nonlinear: Tensor
+    """Norm of the error without its linear part."""
+    predicted_square: Tensor
+    """The squared norm of the error as the norm test predicts it; may be negative."""
+
+
+def fit_linear_error(
+    sae: SAE, fit: Tensor, *, encode: Encode | None = None, batch_size: int = 4096
+) -> LinearError:
+    """Fit the error of an SAE in eval mode, and its squared norm, by linear maps of its input.
+
+    Args:
+        sae: as in `error_anatomy`, like the rest.
+        fit: `[n, d_in]`.
+        encode: how rows are encoded.
+        batch_size: rows at a time.
+
+    Raises:
+        ValueError: not `[n, columns]`, or fewer rows than d_in.
+    """
+    _check("fit_linear_error", "fit", fit, sae, sae.d_in)
+    regression = LeastSquares()
+    for x, y, y_hat in reconstructions(sae, fit, batch_size, encode):
+        regression.update(x, _target(y - y_hat))
+    weights = regression.solution()
+    return LinearError(weights[:, :-1], weights[:, -1])
+
+
 @torch.no_grad()
 def error_anatomy(
-    sae: SAE, fit: Tensor, held_out: Tensor, *, batch_size: int = 4096
+    sae: SAE,
+    fit: Tensor,
+    held_out: Tensor,
+    *,
+    encode: Encode | None = None,
+    batch_size: int = 4096,
 ) -> ErrorAnatomy:
     """Fit the error of an SAE in eval mode by a linear map of its input, and test that map.
 
@@ -55,6 +114,8 @@ def error_anatomy(
             give an R^2 of d_in / n on themselves and about minus that on others. Columns as in
             training, see `SAE.columns`.
         held_out: the same, other rows.
+        encode: how rows are encoded, such as by `fastsae.nn.gradient_pursuit`; None:
+            `sae.encode_sparse`.
         batch_size: rows at a time.
 
     Raises:
@@ -66,43 +127,71 @@ def error_anatomy(
     Cost: beside the SAE's, 2 d_in (d_in + d_out) flops per row to fit and 2 d_in d_out per row held
     out; memory for [d_in, d_in + d_out] in float64.
     """
-    width = sum(sae.columns.widths)
-    for name, rows, least in (("fit", fit, sae.d_in), ("held_out", held_out, 1)):
-        if rows.ndim != 2 or rows.shape[1] != width or len(rows) < least:
-            raise ValueError(
-                f"error_anatomy: expected {name} to be [n, {width}] with n >= {least}, "
-                f"got {[*rows.shape]}"
-            )
-    training = sae.training
-    sae.eval()
-    try:
-        weights = _regress(sae, fit, batch_size)
-        before, after, columns = FVU(), FVU(), FVU()
-        for x, y, y_hat in _reconstructions(sae, held_out, batch_size):
-            prediction = x @ weights
-            before.update(y, y_hat)
-            after.update(y, y_hat + prediction[:, :-1])
-            columns.update(_target(y - y_hat), prediction)
-    finally:
-        sae.train(training)
+    _check("error_anatomy", "fit", fit, sae, sae.d_in)
+    _check("error_anatomy", "held_out", held_out, sae, 1)
+    linear = fit_linear_error(sae, fit, encode=encode, batch_size=batch_size)
+    return anatomy_of(sae, linear, held_out, encode=encode, batch_size=batch_size)
+
+
+def anatomy_of(
+    sae: SAE, linear: LinearError, held_out: Tensor, *, encode: Encode | None, batch_size: int
+) -> ErrorAnatomy:
+    """Test a fit on rows held out, as in `error_anatomy`."""
+    weights = torch.cat([linear.vector, linear.squared_norm.unsqueeze(1)], 1)
+    before, after, columns = FVU(), FVU(), FVU()
+    for x, y, y_hat in reconstructions(sae, held_out, batch_size, encode):
+        prediction = x @ weights
+        before.update(y, y_hat)
+        after.update(y, y_hat + prediction[:, :-1])
+        columns.update(_target(y - y_hat), prediction)
     residual, deviation = columns.squared_error, columns.squared_deviation
-    r2 = _r2(residual, deviation)
+    by_column = r2(residual, deviation)
     return ErrorAnatomy(
         fvu=before.value,
         fvu_nonlinear=after.value,
-        r2_norm=float(r2[-1]),
-        r2_vector=float(r2[:-1].nanmean()),
-        r2_vector_pooled=float(_r2(residual[:-1].sum(), deviation[:-1].sum())),
+        r2_norm=float(by_column[-1]),
+        r2_vector=float(by_column[:-1].nanmean()),
+        r2_vector_pooled=float(r2(residual[:-1].sum(), deviation[:-1].sum())),
     )
 
 
-def _reconstructions(
-    sae: SAE, rows: Tensor, batch_size: int
+def token_errors(
+    sae: SAE, linear: LinearError, rows: Tensor, *, batch_size: int = 4096
+) -> TokenErrors:
+    """Return the error of every token and its linear and nonlinear parts.
+
+    The parts of one token need not be at right angles, so their squares add up to that of the error
+    only on average over the rows of the fit.
+
+    Args:
+        sae: as in `error_anatomy`.
+        linear: from `fit_linear_error`, of other rows.
+        rows: `[n, d_in]`.
+        batch_size: rows at a time.
+
+    Raises:
+        ValueError: not `[n, columns]`, or no rows.
+    """
+    _check("token_errors", "rows", rows, sae, 1)
+    found = []
+    for x, y, y_hat in reconstructions(sae, rows, batch_size):
+        error, part = y - y_hat, x @ linear.vector
+        norms = [t.norm(dim=1) for t in (y, error, part, error - part)]
+        found.append(torch.stack([*norms, x @ linear.squared_norm]))
+    return TokenErrors(*torch.cat(found, 1))
+
+
+@torch.no_grad()
+def reconstructions(
+    sae: SAE, rows: Tensor, batch_size: int, encode: Encode | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield what is encoded, what is reconstructed and the reconstruction, in float64."""
-    for batch in rows.split(batch_size):
-        x, y, _ = sae.columns.split(batch.to(sae.W_enc_rows))
-        yield x.double(), y.double(), sae.reconstruct(x, sae.encode_sparse(x)).double()
+    """Yield what is encoded, what is reconstructed and the reconstruction, in float64; the SAE is
+    in eval mode meanwhile."""
+    with evaluating(sae):
+        for batch in rows.split(batch_size):
+            x, y, _ = sae.columns.split(batch.to(sae.W_enc_rows))
+            acts = (encode or sae.encode_sparse)(x)
+            yield x.double(), y.double(), sae.reconstruct(x, acts).double()
 
 
 def _target(error: Tensor) -> Tensor:
@@ -113,20 +202,9 @@ def _target(error: Tensor) -> Tensor:
     return torch.cat([error, error.square().sum(1, keepdim=True)], 1)
 
 
-def _regress(sae: SAE, rows: Tensor, batch_size: int) -> Tensor:
-    """Return B and, as its last column, a: `[d_in, d_out + 1]`, float64."""
-    d_in, d_out = sae.d_in, sae.b_dec.shape[0]
-    gram = torch.zeros(d_in, d_in, dtype=torch.float64, device=sae.W_enc.device)
-    moments = gram.new_zeros(d_in, d_out + 1)
-    for x, y, y_hat in _reconstructions(sae, rows, batch_size):
-        gram.addmm_(x.t(), x)
-        moments.addmm_(x.t(), _target(y - y_hat))
-    # Only the CPU has drivers for a singular matrix. The default one, gelsy, can be wrong where
-    # columns depend on each other (seen in torch 2.13).
-    solution: Tensor = torch.linalg.lstsq(gram.cpu(), moments.cpu(), driver="gelsd").solution
-    return solution.to(gram.device)
-
-
-def _r2(residual: Tensor, deviation: Tensor) -> Tensor:
-    """Return 1 - residual / deviation; nan where nothing deviates."""
-    return torch.where(deviation > 0, 1 - residual / deviation, torch.nan)
+def _check(owner: str, name: str, rows: Tensor, sae: SAE, least: int) -> None:
+    width = sum(sae.columns.widths)
+    if rows.ndim != 2 or rows.shape[1] != width or len(rows) < least:
+        raise ValueError(
+            f"{owner}: expected {name} to be [n, {width}] with n >= {least}, got {[*rows.shape]}"
+        )

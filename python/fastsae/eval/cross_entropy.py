@@ -25,6 +25,8 @@ from fastsae.models.probe import device_of, evaluating, options
 from fastsae.models.resolve import resolve
 from fastsae.models.splice import ablate, intervene, splice
 
+Intervention = Callable[[Tensor], AbstractContextManager[None]]
+
 
 @dataclass(frozen=True)
 class CrossEntropy:
@@ -92,10 +94,6 @@ def cross_entropy(
         ValueError: no context is long enough to predict anything, max_norm leaves no row, or what
             is given cannot be spliced in there.
     """
-    if not any(len(ids) > drop_prefix + 1 for ids in contexts):
-        raise ValueError(
-            f"cross_entropy: expected a context of at least {drop_prefix + 2} tokens, got none"
-        )
     names = (site,) if isinstance(site, str) else site
     if len(names) > 2:
         raise ValueError(
@@ -111,8 +109,61 @@ def cross_entropy(
         seen.update(own.float(), own.float())
         return own
 
-    def run(intervention: Callable[[Tensor], AbstractContextManager[None]]) -> tuple[float, int]:
-        total, tokens = 0.0, 0
+    def run(intervention: Intervention) -> tuple[float, int]:
+        return mean_loss(
+            "cross_entropy", model, contexts, intervention, batch_size, drop_prefix, progress
+        )
+
+    if mean is None:
+        clean, tokens = run(
+            lambda pads: intervene(model, sites[-1], watch, source, pads, drop_prefix, max_norm)
+        )
+        if not seen.rows:
+            raise ValueError(
+                f"cross_entropy: expected rows of a norm of at most max_norm = {max_norm} at "
+                f"{site}, got none"
+            )
+        mean = seen.mean
+    else:
+        clean, tokens = run(lambda pads: nullcontext())
+    through, _ = run(lambda pads: splice(model, found, sae, keep=pads, **rules))
+    by_mean, _ = run(lambda pads: ablate(model, found, "mean", mean=mean, keep=pads, **rules))
+    by_zero, _ = run(lambda pads: ablate(model, found, "zero", keep=pads, **rules))
+    return CrossEntropy(clean, through, by_mean, by_zero, tokens)
+
+
+@torch.no_grad()
+def mean_loss(
+    owner: str,
+    model: nn.Module,
+    contexts: Sequence[Sequence[int]],
+    intervention: Intervention,
+    batch_size: int,
+    drop_prefix: int,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[float, int]:
+    """Return the mean loss of a model in eval mode under an intervention, and of how many
+    predictions.
+
+    Args:
+        owner: who asks, for errors.
+        model: as in `cross_entropy`, like what is not said here.
+        contexts: token lists.
+        intervention: takes which tokens of a batch are padding, bool `[n, t]`, and returns what to
+            be inside of during the pass.
+        batch_size: contexts per forward pass.
+        drop_prefix: positions at the start of each context whose predictions do not count.
+        progress: called with the number of contexts done.
+
+    Raises:
+        ValueError: no context is long enough to predict anything.
+    """
+    if not any(len(ids) > drop_prefix + 1 for ids in contexts):
+        raise ValueError(
+            f"{owner}: expected a context of at least {drop_prefix + 2} tokens, got none"
+        )
+    total, tokens = 0.0, 0
+    with evaluating(model):
         for at in range(0, len(contexts), batch_size):
             ids, real = pad(contexts[at : at + batch_size], 0)
             with intervention(~real):
@@ -120,25 +171,7 @@ def cross_entropy(
             total, tokens = total + loss, tokens + count
             if progress:
                 progress(len(ids))
-        return total / tokens, tokens
-
-    with evaluating(model):
-        if mean is None:
-            clean, tokens = run(
-                lambda pads: intervene(model, sites[-1], watch, source, pads, drop_prefix, max_norm)
-            )
-            if not seen.rows:
-                raise ValueError(
-                    f"cross_entropy: expected rows of a norm of at most max_norm = {max_norm} at "
-                    f"{site}, got none"
-                )
-            mean = seen.mean
-        else:
-            clean, tokens = run(lambda pads: nullcontext())
-        through, _ = run(lambda pads: splice(model, found, sae, keep=pads, **rules))
-        by_mean, _ = run(lambda pads: ablate(model, found, "mean", mean=mean, keep=pads, **rules))
-        by_zero, _ = run(lambda pads: ablate(model, found, "zero", keep=pads, **rules))
-    return CrossEntropy(clean, through, by_mean, by_zero, tokens)
+    return total / tokens, tokens
 
 
 def _losses(model: nn.Module, ids: Tensor, real: Tensor, drop_prefix: int) -> tuple[float, int]:
