@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
+from pathlib import Path
 
 from fastsae._files.read import visible
 from fastsae.analysis.examples import Context, Latent
+
+
+def page(title: str, body: str) -> str:
+    """Return a whole page; `body` is HTML, `title` is not."""
+    css = Path(__file__).with_name("report.css").read_text()
+    return _PAGE.format(title=escape(title), css=css, body=body)
+
+
+def figure_list(shown: Sequence[tuple[str, str]]) -> str:
+    """Return the few numbers to look at first: what is shown large, and what it says."""
+    return "".join(f"<li><b>{value}</b><span>{text}</span></li>" for value, text in shown)
+
+
+def plot_list(shown: Sequence[tuple[str, str]]) -> str:
+    """Return plots, which are `<svg>`, with their captions."""
+    return "".join(f"<figure>{svg}<figcaption>{text}</figcaption></figure>" for svg, text in shown)
 
 
 def table_rows(rows: Sequence[tuple[str, ...]]) -> str:
@@ -61,3 +78,20 @@ def _context(context: Context, max_act: float, decode: Callable[[int], str]) -> 
 def show(token: str) -> str:
     """Return a token as HTML: escaped, with line breaks, tabs and control characters visible."""
     return escape(visible(token))
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+{css}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""

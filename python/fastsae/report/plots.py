@@ -51,7 +51,7 @@ def training_curve(history: Sequence[dict[str, float]], val_fvu: float | None = 
         _fvu_ticks(ax)
         ax.legend()
 
-    return _svg("training", draw)
+    return svg("training", draw)
 
 
 def held_out(history: Sequence[dict[str, float]]) -> tuple[str, list[dict[str, float]]]:
@@ -92,7 +92,7 @@ def time_curve(history: Sequence[dict[str, float]]) -> str | None:
         _fvu_ticks(ax)
         ax.margins(y=0.12)
 
-    return _svg("time", draw)
+    return svg("time", draw)
 
 
 def firing_frequency(frequency: Tensor) -> str:
@@ -112,7 +112,7 @@ def firing_frequency(frequency: Tensor) -> str:
         ticks = [t for t in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0) if t >= float(bins[0])]
         ax.set_xticks(ticks, [f"{100 * t:g}%" for t in ticks])
 
-    return _svg("frequency", draw)
+    return svg("frequency", draw)
 
 
 def alignment(sae: SAE) -> str:
@@ -128,7 +128,7 @@ def alignment(sae: SAE) -> str:
             title="Reading vs. writing direction",
         )
 
-    return _svg("alignment", draw)
+    return svg("alignment", draw)
 
 
 def _fvu_ticks(ax: Any) -> None:
@@ -142,7 +142,7 @@ def _within(x: float, limits: tuple[float, float]) -> bool:
     return limits[0] <= x <= limits[1]
 
 
-def _svg(name: str, draw: Callable[[Any], None]) -> str:
+def svg(name: str, draw: Callable[[Any], None]) -> str:
     """Return what `draw` draws as an `<svg>` element that refers to nothing outside itself.
 
     Raises:
@@ -163,12 +163,12 @@ def _svg(name: str, draw: Callable[[Any], None]) -> str:
         ax.set_axisbelow(True)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = file.getvalue()[file.getvalue().index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(
-        r'id="(figure|axes|patch|text|line2d|matplotlib|xtick|ytick|legend)[._]\w+"', "", svg
+    text = file.getvalue()[file.getvalue().index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(
+        r'id="(figure|axes|patch|text|line2d|matplotlib|xtick|ytick|legend)[._]\w+"', "", text
     )
     # What is left is referred to; another plot on the page may use the same names.
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
+    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)

@@ -10,7 +10,7 @@ from fastsae.data import ActivationStore
 from fastsae.eval import CrossEntropy, EvalResult
 from fastsae.models.sites import describe
 from fastsae.nn import SAE
-from fastsae.report.html import table_rows
+from fastsae.report.html import figure_list, plot_list, table_rows
 from fastsae.report.plots import alignment, firing_frequency, time_curve, training_curve
 
 
@@ -37,7 +37,7 @@ def figures(result: EvalResult, ce: CrossEntropy | None) -> str:
     if ce is not None:
         share = f"{100 * ce.fraction_recovered_mean:.1f}%"
         shown.insert(0, (share, "of the model's predictive power here survives the rewrite"))
-    return "".join(f"<li><b>{value}</b><span>{text}</span></li>" for value, text in shown)
+    return figure_list(shown)
 
 
 def numbers(sae: SAE, result: EvalResult, ce: CrossEntropy | None) -> str:
@@ -109,7 +109,7 @@ def plots(sae: SAE, result: EvalResult, history: Sequence[dict[str, float]]) -> 
                          "seen; the numbers are updates. The learning rate falls at the end of a "
                          "run, so a run that ends early is better than this one was at that "
                          "time."))  # fmt: skip
-    return "".join(f"<figure>{svg}<figcaption>{text}</figcaption></figure>" for svg, text in shown)
+    return plot_list(shown)
 
 
 def about(latents: Sequence[Latent], n: int, store: ActivationStore, promoted: bool) -> str:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from html import escape
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,7 +18,7 @@ from fastsae.data import ActivationStore
 from fastsae.eval import CrossEntropy, EvalResult
 from fastsae.nn import SAE
 from fastsae.report import sections
-from fastsae.report.html import latent_section, table_rows
+from fastsae.report.html import latent_section, page, table_rows
 
 
 def write_report(
@@ -60,9 +58,7 @@ def write_report(
     rows = sae.W_dec.detach()[[latent.index for latent in latents]]
     promoted = promoted_tokens(model, store.site, rows) if model is not None else None
     decode = _decoder(tokenizer)
-    page = _PAGE.format(
-        title=escape(f"Sparse autoencoder of {store.manifest.model}"),
-        css=Path(__file__).with_name("report.css").read_text(),
+    body = _BODY.format(
         lead=sections.lead(sae, store),
         figures=sections.figures(result, cross_entropy),
         numbers=sections.numbers(sae, result, cross_entropy),
@@ -74,7 +70,7 @@ def write_report(
         ),
         facts=table_rows(list((facts or {}).items())),
     )
-    write_atomic(path, page)
+    write_atomic(path, page(f"Sparse autoencoder of {store.manifest.model}", body))
 
 
 def _decoder(tokenizer: Any) -> Callable[[int], str]:
@@ -88,18 +84,7 @@ def _decoder(tokenizer: Any) -> Callable[[int], str]:
     return decode
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{css}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="lead">{lead}</p>
+_BODY = """<p class="lead">{lead}</p>
 <ul class="figures">{figures}</ul>
 <h2>Numbers</h2>
 <table>
@@ -113,7 +98,4 @@ _PAGE = """<!DOCTYPE html>
 <h2>How this was made</h2>
 <table>
 {facts}
-</table>
-</body>
-</html>
-"""
+</table>"""
