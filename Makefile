@@ -162,7 +162,8 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) 'pytest>=8' 'pytest-xdist[psutil]>=3.5' 'hypothesis>=6' 'tensorboard>=2.14' 'datasets>=3'
+	$(PIP) 'pytest>=8' 'pytest-xdist[psutil]>=3.5' 'hypothesis>=6' 'tensorboard>=2.14' 'datasets>=3' \
+	  'scikit-learn>=1.4'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
