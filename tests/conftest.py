@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,11 @@ LEVELS = ("scalar", "avx2", "avx512")
 AVAILABLE = LEVELS[: LEVELS.index(_host.best_isa()) + 1]
 if os.environ.get("FASTSAE_TEST_ISA") == "best":
     AVAILABLE = AVAILABLE[-1:]
+
+
+# A shell starts what runs in the background with SIGINT ignored; the tests send it to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
