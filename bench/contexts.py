@@ -6,8 +6,10 @@ FOLDER gets a store of random rows, if it is not there. Each way runs in a proce
 blocks in turns with encoding alone, so that what a shared machine does to one it does to both:
 
     sample     `sample_contexts`: all of it, from the store to the tensors that are saved
-    delphi     delphi's InMemoryCache fed with dense codes of our encoder (if it is installed),
-               which needs all positions and activations in memory before windows can be made
+    delphi     delphi's InMemoryCache, fed with what delphi makes of a SparseCoder of sparsify with
+               the same weights (if both are installed); it needs all positions and activations in
+               memory before windows can be made
+    delphi, our encoder      the same cache fed with dense codes of ours
 
 It prints seconds, the ratio to encoding alone, and the largest resident set.
 """
@@ -19,14 +21,19 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.stream_memory import resident
+from parity import sparsify
+from parity.problem import fill
 
 D_IN, K, CONTEXT = 576, 32, 256
+WAYS = ("sample", "delphi", "delphi, our encoder")
 
 
 def write(folder: Path, tokens: int) -> None:
@@ -48,6 +55,18 @@ def write(folder: Path, tokens: int) -> None:
         acts = torch.randn(len(row), D_IN, generator=generator).half()
         writer.add("train", {**rows, "acts.resid_post.0": acts})
     writer.close()
+
+
+def sparsify_encoder(sae: Any) -> Callable[[Tensor], Tensor]:
+    """Return how delphi encodes with a SparseCoder, here one with the weights of ours."""
+    from delphi.sparse_coders.load_sparsify import sae_dense_latents
+
+    coder = sparsify.coder(sae.d_in, sae.d_sae, sae.k, dtype=torch.float32, device="cpu")
+    fill(coder, sparsify.NAMES, dict(sae.named_parameters()) | {"W_enc": sae.W_enc})
+    x = torch.randn(256, sae.d_in)
+    with torch.no_grad():
+        torch.testing.assert_close(sae_dense_latents(x, coder), sae.encode(x))
+    return lambda rows: sae_dense_latents(rows, coder)
 
 
 def measure(what: str, folder: Path, tokens: int, d_sae: int) -> dict[str, Any]:
@@ -84,12 +103,13 @@ def measure(what: str, folder: Path, tokens: int, d_sae: int) -> dict[str, Any]:
     else:
         from delphi.latents.cache import InMemoryCache
 
+        encoder = sae.encode if what == "delphi, our encoder" else sparsify_encoder(sae)
         cache = InMemoryCache(batch_size=batch // CONTEXT)
         for number, start in enumerate(range(0, tokens, batch)):
             encode(start)
             span = slice(start, min(start + batch, tokens))
             with torch.no_grad():
-                dense = sae.encode(store.rows(span)).view(-1, CONTEXT, d_sae)
+                dense = encoder(store.rows(span)).view(-1, CONTEXT, d_sae)
             cache.add(dense, store.token_ids(span).view(-1, CONTEXT), number, "layer")
         cache.save()
     seconds = time.perf_counter() - begin - alone
@@ -111,14 +131,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--d-sae", type=int, default=24_576)
     parser.add_argument("--delphi-tokens", type=int, default=65_536)
-    parser.add_argument("--what", choices=("sample", "delphi"), help=argparse.SUPPRESS)
+    parser.add_argument("--what", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.what:
         print(json.dumps(measure(args.what, args.folder, args.tokens, args.d_sae)))
         return
     if not (args.folder / "manifest.json").exists():
         write(args.folder, args.tokens)
-    for what, tokens in (("sample", args.tokens), ("delphi", args.delphi_tokens)):
+    for what in WAYS:
+        tokens = args.tokens if what == "sample" else args.delphi_tokens
         command = [sys.executable, "-m", "bench.contexts", str(args.folder), "--what", what]
         command += ["--tokens", str(tokens), "--d-sae", str(args.d_sae)]
         done = subprocess.run(command, capture_output=True, text=True)
