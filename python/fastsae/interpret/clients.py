@@ -9,10 +9,10 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ Client = Callable[[Sequence[Message]], str]
 
 AGAIN = {408, 409, 429, 500, 502, 503, 504}
 """Answers of a server that may be another one later."""
+LARGEST = 1 << 24
+"""Bytes of an answer."""
 
 
 def openai_client(
@@ -50,18 +52,23 @@ def openai_client(
         wait: seconds before the second try, doubled before each further one.
 
     Raises:
-        ValueError: another kind of URL.
+        ValueError: another kind of URL, no tries, or a key that cannot be sent.
 
     The client raises RuntimeError for a request that is refused or fails `tries` times, and for an
     answer of another form; keys are never part of a message.
     """
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"openai_client: expected url to start with http(s)://, got {url!r}")
-    key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
+    if tries < 1:
+        raise ValueError(f"openai_client: expected tries >= 1, got {tries}")
+    key = (os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key).strip()
+    if not (key.isascii() and key.isprintable()):  # what it is, nobody is told
+        raise ValueError("openai_client: expected api_key to be printable ASCII, got others in it")
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
     where = f"{url.rstrip('/')}/chat/completions"
+    open_url = build_opener(_Stay).open
 
     def client(messages: Sequence[Message]) -> str:
         body = {"model": model, "messages": list(messages), "temperature": temperature}
@@ -69,8 +76,9 @@ def openai_client(
         pause = wait
         for left in reversed(range(tries)):
             try:
-                with urlopen(Request(where, data, headers), timeout=timeout) as answer:
-                    return _content(answer.read(), where)
+                until = time.monotonic() + timeout
+                with open_url(Request(where, data, headers), timeout=timeout) as answer:
+                    return _content(_read(answer, until), where)
             except HTTPError as error:
                 problem = f"{error.code} {error.reason}"
                 if error.code not in AGAIN:
@@ -83,6 +91,27 @@ def openai_client(
         raise RuntimeError(f"openai_client: expected an answer from {where}, got {problem}")
 
     return client
+
+
+class _Stay(HTTPRedirectHandler):
+    """Goes nowhere else, since the key would be sent there."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse."""
+
+
+def _read(answer: Any, until: float) -> bytes:
+    """Return what a server sends, however slowly it does."""
+    data = b""
+    while part := answer.read1(1 << 16):
+        data += part
+        if len(data) > LARGEST:
+            raise RuntimeError(f"openai_client: expected an answer of {LARGEST} bytes, got more")
+        if time.monotonic() > until:
+            raise TimeoutError("timed out")
+    if answer.length:  # bytes that were promised
+        raise IncompleteRead(data, answer.length)
+    return data
 
 
 def _content(data: bytes, where: str) -> str:
