@@ -57,6 +57,24 @@ def test_a_latent_that_does_nothing_has_no_effect(made):
     assert Intervention(model, sae, SITE, PROMPTS).effect(2) is None
 
 
+def test_a_token_that_a_model_rules_out_does_not_matter(made):
+    model, sae = made
+    never = model.lm_head.register_forward_hook(
+        lambda _, args, out: out.index_fill(-1, torch.tensor([3]), -torch.inf)
+    )
+    try:
+        found = Intervention(model, sae, SITE, PROMPTS, kl=0.2).effect(9)
+        clean, steered = (next_tokens(model, sae, 9, by) for by in (0.0, found.strength))
+    finally:
+        never.remove()
+    rest = torch.arange(VOCAB) != 3
+    kl = torch.nn.functional.kl_div(
+        steered[:, rest], clean[:, rest], log_target=True, reduction="none"
+    )
+    assert found.kl == pytest.approx(float(kl.sum(1).mean()), rel=1e-3)
+    assert found.kl == pytest.approx(0.2, rel=0.11)
+
+
 class Tokens:
     """Words of one character each."""
 

@@ -163,7 +163,9 @@ class Intervention:
         return torch.cat(found)
 
     def _divergence(self, steered: Tensor) -> float:
-        return float((self._clean.exp() * (self._clean - steered)).sum(1).mean())
+        p = self._clean.exp()
+        terms = torch.where(p > 0, p * (self._clean - steered), 0.0)  # of a token that is masked
+        return float(terms.sum(1).mean())
 
     def _strength(self, latent: int) -> float | None:
         """Return a strength whose divergence is within a tenth of `kl`, by bisection of its
