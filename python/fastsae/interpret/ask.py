@@ -51,6 +51,7 @@ def llm_explainer(client: Client) -> Explainer:
 
 def explanation_in(answer: str) -> str:
     """Return what follows the last "EXPLANATION:" of an answer, else its last line."""
+    answer = without_thoughts(answer)
     found = re.findall(r"explanation\s*[:\]]+[\s*:]*(.+)", answer, re.IGNORECASE)
     lines = [line for line in answer.strip().splitlines() if line.strip()]
     text = found[-1] if found else lines[-1] if lines else ""
@@ -59,7 +60,7 @@ def explanation_in(answer: str) -> str:
 
 def explain_messages(contexts: Sequence[Context], decode: Decode) -> list[Message]:
     """Return what a language model is asked to explain a latent."""
-    largest = max(context.acts[context.peak] for context in contexts)
+    largest = max(abs(context.acts[context.peak]) for context in contexts)
     parts = []
     for number, context in enumerate(contexts, 1):
         listed = ", ".join(
@@ -96,9 +97,14 @@ def judge_messages(task: str, explanation: str, texts: Sequence[str]) -> list[Me
     return [{"role": "system", "content": question}, {"role": "user", "content": numbered}]
 
 
+def without_thoughts(answer: str) -> str:
+    """Return what comes after `<think> ... </think>`; nothing if the answer was cut in there."""
+    return answer.rpartition("</think>")[2].partition("<think>")[0]
+
+
 def parsed(answer: str, n: int) -> list[bool | None]:
     """Return the verdicts in an answer: its last list of n digits 0 or 1; n times None without."""
-    for found in reversed(re.findall(r"\[([01\s,]*)\]", answer)):
+    for found in reversed(re.findall(r"\[([01\s,]*)\]", without_thoughts(answer))):
         digits = re.findall(r"[01]", found)
         if len(digits) == n:
             return [digit == "1" for digit in digits]

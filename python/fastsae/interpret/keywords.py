@@ -29,11 +29,19 @@ def keyword_explainer(contexts: Sequence[Context], decode: Decode, most: int = 3
 
 def keyword_judge(task: str, explanation: str, texts: Sequence[str]) -> list[bool | None]:
     """Return whether a quoted token is in a text; for "fuzzing", in what is marked in it."""
-    words = [json.loads(found) for found in re.findall(r'"(?:[^"\\]|\\.)*"', explanation)]
+    quoted = re.findall(r'"(?:[^"\\]|\\.)*"', explanation)
+    words = [word for word in map(_unquoted, quoted) if word]  # "" is in every text
     verdicts: list[bool | None] = []
     for text in texts:
         looked_at = [text]
         if task == "fuzzing":
-            looked_at = re.findall(f"{OPEN}(.*?){CLOSE}", text, re.DOTALL)
+            looked_at = re.findall(f"{OPEN}(.*?){CLOSE}(?!>)", text, re.DOTALL)  # "<<</p>>>" too
         verdicts.append(any(word in part for word in words for part in looked_at))
     return verdicts
+
+
+def _unquoted(quoted: str) -> str:
+    try:
+        return str(json.loads(quoted))
+    except ValueError:  # not ours
+        return quoted[1:-1]

@@ -14,7 +14,7 @@ from fastsae.analysis.examples import Context
 from fastsae.data import ActivationStore
 from fastsae.interpret.sample import ContextSample, fingerprint
 from fastsae.models.probe import evaluating
-from fastsae.nn import SAE
+from fastsae.nn import SAE, NormalizedSAE
 
 POOL = 512
 """Windows at random, the same for all latents."""
@@ -35,7 +35,11 @@ class Silent:
     """
 
     def __init__(
-        self, sae: SAE, store: ActivationStore, sample: ContextSample, seed: int = 0
+        self,
+        sae: SAE | NormalizedSAE,
+        store: ActivationStore,
+        sample: ContextSample,
+        seed: int = 0,
     ) -> None:
         for name, got in (("sae", fingerprint(sae)), ("store", store.fingerprint())):
             if sample.about[name] != got:
@@ -83,7 +87,8 @@ class Silent:
         if new:
             rows = [self.store.rows(self.sample.rows(window)) for window in new]
             with evaluating(self.sae):
-                acts = self.sae.encode_sparse(torch.cat(rows).to(self.sae.W_enc_rows))
+                x = torch.cat(rows).to(self.sae.W_enc_rows)
+                acts = self.sae.encode_sparse(self.sae.columns.split(x).x)
             active = acts.values != 0
             row, latents = acts.rows()[active].cpu(), acts.indices[active].cpu()
             ends = torch.tensor([len(x) for x in rows]).cumsum(0)

@@ -1,6 +1,7 @@
 """Contexts of all latents of an SAE, sampled in one pass over a store.
 
-    window    a stretch of `width` tokens of one context; its activation is the largest one in it
+    window    a stretch of `width` tokens of one context; its activation is the largest one in it,
+              in magnitude where a code has signs
     top       the windows of the largest activation, for each latent
     drawn     a uniform sample of the windows in which it fires, from which quantiles are made
 
@@ -129,7 +130,8 @@ class ContextSample:
             if window >= 0:
                 ids = self.token_ids(window)
                 acts = (shape * scale).tolist()[: len(ids)]
-                found.append((window, Context(ids, acts, acts.index(max(acts)))))
+                peak = max(range(len(acts)), key=lambda i: abs(acts[i]))
+                found.append((window, Context(ids, acts, peak)))
         return found
 
     def token_ids(self, window: int) -> list[int]:
@@ -192,7 +194,7 @@ class ContextSample:
 
 def spread_by_strength(contexts: list[Context], n: int) -> list[Context]:
     """Return up to `n` contexts at equal distances from the strongest to the weakest."""
-    return spread(sorted(contexts, key=lambda c: -c.acts[c.peak]), n)
+    return spread(sorted(contexts, key=lambda c: -abs(c.acts[c.peak])), n)
 
 
 def parts(items: list[Context], n: int) -> list[list[Context]]:
@@ -227,7 +229,8 @@ def sample_contexts(
         progress: called with the number of rows after each batch.
 
     Raises:
-        ValueError: a number below 1 (top and drawn: below 0), no rows, or rows of another width.
+        ValueError: a number below 1 (top and drawn: below 0), no rows, rows of another width, or
+            an activation that is not finite.
 
     Numerics: the largest absolute activation of a window in float32, the others as float16
     multiples of it; statistics in float64 and integers.
@@ -292,8 +295,14 @@ class _Sampler:
 
     def look(self, acts: SparseActs, at: int) -> None:
         """Take the code of rows from `at` on, which begin and end with windows."""
-        active = acts.values != 0
-        value = acts.values[active].float().cpu()
+        values = acts.values.float()
+        if not bool(values.isfinite().all()):
+            raise ValueError(
+                f"sample_contexts: expected activations that are finite in float32, got others in "
+                f"rows {at}..{at + acts.n - 1}"
+            )
+        active = values != 0
+        value = values[active].cpu()
         latent = acts.indices[active].long().cpu()
         row = acts.rows()[active].cpu() + at
         self._count(latent, value)
@@ -304,13 +313,12 @@ class _Sampler:
             return_inverse=True, return_counts=True
         )
         value, column = value[order], (row - bounds[window])[order]
-        strength = torch.segment_reduce(value, "max", lengths=lengths)
+        scale = torch.segment_reduce(value.abs(), "max", lengths=lengths)
         slot, window = pair % d_sae, pair // d_sae
-        by_strength, by_chance = -strength.double(), uniform(pair, self.seed)
+        by_strength, by_chance = -scale.double(), uniform(pair, self.seed)
         good = (by_strength < self.top.bound[slot]) | (by_chance < self.drawn.bound[slot])
         good &= ~self.windows.repeated[window]
         place = good.cumsum(0) - 1
-        scale = torch.segment_reduce(value.abs(), "max", lengths=lengths)
         kept = good[which]
         shape = torch.zeros(int(good.sum()), self.width, dtype=torch.float16)
         shape[place[which[kept]], column[kept]] = (value[kept] / scale[which[kept]]).half()
@@ -354,8 +362,7 @@ class _Sampler:
             "positions": self.windows.positions,
         }
         for name, kept in (("top", self.top), ("drawn", self.drawn)):
-            strength = kept.shape.amax(2).double() * kept.scale
-            kept.sort((-strength).masked_fill(kept.window < 0, torch.inf))
+            kept.sort((-kept.scale).masked_fill(kept.window < 0, torch.inf))
             out |= {f"{name}.window": kept.window, f"{name}.scale": kept.scale}
             out[f"{name}.shape"] = kept.shape
         # Random order of the drawn ones, to split them: see `split`.

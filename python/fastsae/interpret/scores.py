@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from fastsae.analysis.examples import Context
 from fastsae.analysis.head_codes import roc_auc
 from fastsae.interpret.ask import Judge
-from fastsae.interpret.text import Decode, active, marked, plain
+from fastsae.interpret.text import CLOSE, OPEN, Decode, active, marked, plain
 from fastsae.models.probe import device_of, evaluating, options
 
 Embed = Callable[[list[str]], Tensor]
@@ -83,8 +83,13 @@ def fuzzing(
 ) -> Score:
     """Ask whether marked tokens are those of the latent.
 
-    In the negatives as many tokens are marked, at random, as in the positives on average.
+    In the negatives as many tokens are marked, at random, as in the positives on average. Texts in
+    which `<<` or `>>` is written are left out: nobody could tell what is marked there.
     """
+    positives, negatives = (
+        [c for c in part if not any(mark in plain(c, decode) for mark in (OPEN, CLOSE))]
+        for part in (positives, negatives)
+    )
     texts = [(marked(context, decode, active(context)), True) for context in positives]
     draw = random.Random(seed)
     mean = sum(sum(active(context)) for context in positives) / max(len(positives), 1)

@@ -14,7 +14,8 @@ ROWS_AT_ONCE = 1 << 22
 class Windows:
     """The rows of a store, in the order of the text, as windows of at most `width` tokens.
 
-    No window spans two documents or two contexts; the last one of a context may be shorter.
+    No window spans two documents or two contexts, or a token that was not stored; the last one of
+    a context may be shorter.
 
     Args:
         store: rows in the order of the text.
@@ -57,7 +58,7 @@ def _starts(documents: Tensor, positions: Tensor, width: int) -> Tensor:
     """Return the first rows of windows: int64, ascending."""
     row = torch.arange(len(documents))
     new = torch.ones(len(documents), dtype=torch.bool)
-    new[1:] = (documents[1:] != documents[:-1]) | (positions[1:] <= positions[:-1])
+    new[1:] = (documents[1:] != documents[:-1]) | (positions[1:] != positions[:-1] + 1)
     begin = torch.where(new, row, 0).cummax(0).values
     return ((row - begin) % width == 0).nonzero().flatten()
 
