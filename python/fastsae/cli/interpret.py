@@ -11,7 +11,7 @@ from fastsae.cli.console import emit, positive, progress, subcommand, table
 if TYPE_CHECKING:
     from fastsae.data import ActivationStore
     from fastsae.interpret import ContextSample, Interpretation
-    from fastsae.nn import SAE
+    from fastsae.nn import SAE, NormalizedSAE
 
 EXAMPLE = """
 fastsae interpret fastsae-demo/sae fastsae-demo/activations --out words.jsonl
@@ -33,7 +33,7 @@ def add_to(subparsers: Any) -> None:
     add = parser.add_argument
     add("sae", help="folder of the SAE")
     add("store", help="folder written by `fastsae harvest`")
-    add("--site", help="which site, if the store has several")
+    add("--site", action="append", help="which site, if the store has several (default: the SAE's)")
     add("--split", default="train", choices=("train", "val"), help="which text (default: train)")
     add("--model", help="whose tokenizer reads the tokens (default: the store's model)")
     add(
@@ -59,14 +59,20 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from fastsae.data import ActivationStore
+    from fastsae.data.shards import Manifest
     from fastsae.interop import load
+    from fastsae.interop.hooks import sites_in
     from fastsae.interpret import interpret, judge_scorers
-    from fastsae.nn import SAE
+    from fastsae.nn import SAE, NormalizedSAE
 
     sae = load(args.sae)
-    if not isinstance(sae, SAE):
+    if not isinstance(sae, SAE | NormalizedSAE):
         raise ValueError(f"interpret: expected an SAE in {args.sae}, got {type(sae).__name__}")
-    store = ActivationStore(args.store, args.site, split=args.split)
+    trained_on = sites_in(sae.metadata)
+    known = set(trained_on) <= set(Manifest.read(Path(args.store)).sites)
+    store = ActivationStore(
+        args.store, args.site or (trained_on if known else None), split=args.split
+    )
     decode = _decode(args.model or store.manifest.model)
     explain, judge = who(args)
     sample = _contexts(sae, store, Path(args.out), 2 * args.windows)
@@ -97,7 +103,9 @@ def run(args: argparse.Namespace) -> None:
     emit(result, args.json, table([*shown, ("written", args.out)]))
 
 
-def _contexts(sae: SAE, store: ActivationStore, out: Path, drawn: int) -> ContextSample:
+def _contexts(
+    sae: SAE | NormalizedSAE, store: ActivationStore, out: Path, drawn: int
+) -> ContextSample:
     """Take the sample beside the explanations, or make one.
 
     Raises:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fastsae._files import checksum
+from fastsae._files.lock import try_lock
 from fastsae._files.read import read_bytes
-from fastsae._files.write import write_atomic
 from fastsae.analysis.examples import Context
 from fastsae.data import ActivationStore
 from fastsae.interpret.ask import Explainer, Judge
@@ -21,10 +22,13 @@ from fastsae.interpret.negatives import Silent
 from fastsae.interpret.sample import ContextSample, spread_by_strength
 from fastsae.interpret.scores import Score, detection, fuzzing
 from fastsae.interpret.text import Decode
-from fastsae.nn import SAE
+from fastsae.nn import SAE, NormalizedSAE
 
 Scorer = Callable[[str, Sequence[Context], Sequence[Context], Decode], Score]
 """Explanation, windows with the latent, windows without it, decode."""
+
+_Job = tuple[int, list[Context], list[Context], list[Context]]
+"""A latent, windows to explain it, others to score the explanation, and windows without it."""
 
 FEWEST = 8
 """Windows that a latent must fire in; half of them are for the explanation."""
@@ -76,7 +80,7 @@ def judge_scorers(judge: Judge, seed: int = 0) -> dict[str, Scorer]:
 
 
 def interpret(
-    sae: SAE,
+    sae: SAE | NormalizedSAE,
     store: ActivationStore,
     sample: ContextSample,
     decode: Decode,
@@ -127,45 +131,51 @@ def interpret(
     Raises:
         ValueError: a number below 1, another word, a sample of something else, a latent that is
             not there, or `out` was written with other settings or for another SAE.
+        RuntimeError: another run writes to `out`.
     """
     _check(examples, windows, negatives, workers)
     if latents is None:
         latents = sample.counts.nonzero().flatten().tolist()
+    latents = list(dict.fromkeys(map(index, latents)))  # of a tensor or an array as well
     if wrong := [i for i in latents if not 0 <= i < sae.d_sae]:
         raise ValueError(f"interpret: expected latents in 0..{sae.d_sae - 1}, got {wrong[0]}")
-    settings = [sample.about, examples, windows, negatives, label, seed, sorted(scorers)]
-    log = _Log(None if out is None else Path(out), checksum.of_json(settings))
+    of = [sample.about, sample.width, sample.tokens]
+    settings = [of, examples, windows, negatives, label, seed, sorted(scorers)]
     silent = Silent(sae, store, sample, seed)
+    find = silent.random if negatives == "random" else silent.neighbors
 
-    def prepared() -> Iterator[tuple[int, list[Context], list[Context], list[Context]]]:
-        for latent in latents:
-            if latent not in log.done:
-                shown, rest = sample.split(latent)
-                held = spread_by_strength(rest, windows)
-                others: list[Context] = []
-                if len(shown) + len(rest) >= FEWEST:
-                    find = silent.random if negatives == "random" else silent.neighbors
-                    others = find(latent, windows)
-                yield latent, spread_by_strength(shown, examples), held, others
+    def prepared(latent: int) -> Interpretation | _Job:
+        shown, rest = sample.split(latent)
+        if len(shown) + len(rest) < FEWEST:
+            return Interpretation(latent, "", {}, "fires in too few windows")
+        if not rest:
+            return Interpretation(latent, "", {}, "has no windows to score on")
+        others = find(latent, windows)
+        if not others:
+            return Interpretation(latent, "", {}, "is silent in no window that was looked at")
+        held = spread_by_strength(rest, windows)
+        return latent, spread_by_strength(shown, examples), held, others
 
-    def work(given: tuple[int, list[Context], list[Context], list[Context]]) -> Interpretation:
+    def work(given: Interpretation | _Job) -> Interpretation:
+        if isinstance(given, Interpretation):
+            return given
         latent, shown, held, others = given
-        if not others or not held:
-            short = "fires in too few windows" if not others else "has no windows to score on"
-            return Interpretation(latent, "", {}, short)
         text = explain(shown, decode)
+        if not text:
+            return Interpretation(latent, "", {}, "got no explanation")
         scores = {name: scorer(text, held, others, decode) for name, scorer in scorers.items()}
         return Interpretation(latent, text, scores)
 
-    jobs = prepared()
-    with ThreadPoolExecutor(workers) as pool:
+    path = None if out is None else Path(out)
+    with _Log(path, checksum.of_json(settings)) as log, ThreadPoolExecutor(workers) as pool:
+        jobs = (prepared(latent) for latent in latents if latent not in log.done)
         # The SAE is used by one thread only, and no more is prepared than is soon asked for.
         while part := list(islice(jobs, workers)):
             for found in pool.map(work, part):
                 log.add(found)
                 if progress:
                     progress(1)
-    return [log.done[latent] for latent in dict.fromkeys(latents)]
+    return [log.done[latent] for latent in latents]
 
 
 def read_interpretations(path: str | os.PathLike[str]) -> list[Interpretation]:
@@ -174,58 +184,89 @@ def read_interpretations(path: str | os.PathLike[str]) -> list[Interpretation]:
     Raises:
         FileNotFoundError, ValueError: it is not there, or is another file.
     """
-    return list(_Log(Path(path), None).done.values())
+    path = Path(path)
+    return list(_read(path, read_bytes(path, "interpret"), None)[0].values())
 
 
 class _Log:
-    """The lines of a file: the first one says what it is of, then one for each latent."""
+    """The lines of a file, which no other run writes to meanwhile: see `_read`."""
 
-    def __init__(self, path: Path | None, settings: str | None) -> None:
-        self.path, self.done = path, dict[int, Interpretation]()
+    def __init__(self, path: Path | None, settings: str) -> None:
+        self.done, self._file = dict[int, Interpretation](), None
         if path is None:
             return
-        if not path.exists() and settings is not None:
-            write_atomic(path, json.dumps({"interpretations": 1, "settings": settings}) + "\n")
-            return
-        data = read_bytes(path, "interpret")
-        whole = data[: data.rfind(b"\n") + 1]
-        first, *lines = whole.decode().splitlines() or [""]
-        self._check(first, settings)
-        for number, line in enumerate(lines, 2):
-            try:
-                found = Interpretation.from_dict(json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"interpret: expected an explanation in line {number} of {path}, got "
-                    f"{line[:60]!r}"
-                ) from None
-            self.done[found.latent] = found
-        if len(whole) < len(data) and settings is not None:
-            write_atomic(path, whole)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+        try:
+            if not try_lock(file.fileno()):
+                raise RuntimeError(
+                    f"interpret: expected no other run that writes {path}, got one; wait for it, "
+                    "or choose another file"
+                )
+            file.seek(0)
+            data, whole = file.read(), 0
+            head = f"{json.dumps({'interpretations': 1, 'settings': settings})}\n".encode()
+            if not head.startswith(data):  # else it is new, or its first line was cut short
+                self.done, whole = _read(path, data, settings)
+            file.truncate(whole)
+            self._file = file
+            if not whole:
+                self._write(head)
+        except BaseException:
+            file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def add(self, found: Interpretation) -> None:
         """Remember an interpretation, on the disk as well."""
         self.done[found.latent] = found
-        if self.path is not None:
-            with self.path.open("ab") as file:
-                file.write(f"{json.dumps(found.to_dict())}\n".encode())
-                file.flush()
-                os.fsync(file.fileno())
+        self._write(f"{json.dumps(found.to_dict())}\n".encode())
 
-    def _check(self, first: str, settings: str | None) -> None:
+    def _write(self, line: bytes) -> None:
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+def _read(path: Path, data: bytes, settings: str | None) -> tuple[dict[int, Interpretation], int]:
+    """Return what whole lines say, and how many bytes these are: the first one says what the file
+    is of, then comes one for each latent."""
+    whole = data.rfind(b"\n") + 1
+    first, *lines = data[:whole].decode(errors="replace").split("\n")[:-1] or [""]
+    _check_head(path, first, settings)
+    done = {}
+    for number, line in enumerate(lines, 2):
         try:
-            head = json.loads(first)
-            if head["interpretations"] != 1:
-                raise ValueError
+            found = Interpretation.from_dict(json.loads(line))
         except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"interpret: expected {self.path} to hold explanations, got {first[:60]!r}"
+                f"interpret: expected an explanation in line {number} of {path}, got {line[:60]!r}"
             ) from None
-        if settings is not None and head.get("settings") != settings:
-            raise ValueError(
-                f"interpret: expected {self.path} to be of this SAE, this sample and these "
-                "settings, got others; choose another file"
-            )
+        done[found.latent] = found
+    return done, whole
+
+
+def _check_head(path: Path, first: str, settings: str | None) -> None:
+    try:
+        head = json.loads(first)
+        if head["interpretations"] != 1:
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"interpret: expected {path} to hold explanations, got {first[:60]!r}"
+        ) from None
+    if settings is not None and head.get("settings") != settings:
+        raise ValueError(
+            f"interpret: expected {path} to be of this SAE, this sample and these settings, got "
+            "others; choose another file"
+        )
 
 
 def _number(value: float | None) -> float:
