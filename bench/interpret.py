@@ -90,10 +90,9 @@ def score(
 
 def _means(found: list[Any]) -> dict[str, float]:
     names = {name for x in found for name in x.scores}
-    return {
-        name: statistics.fmean(x.scores[name].value for x in found if name in x.scores)
-        for name in sorted(names)
-    }
+    values = {name: [x.scores[name].value for x in found if name in x.scores] for name in names}
+    answered = {name: [x for x in values[name] if x == x] for name in sorted(names)}  # nan: nothing
+    return {name: statistics.fmean(each) for name, each in answered.items() if each}
 
 
 def words_for(raised: list[list[int]], decode: Any, n: int = 5) -> str:
