@@ -196,6 +196,14 @@ def test_windows_of_another_width_or_of_less_text_are_another_sample(made, tmp_p
             by_keywords(sae, store, sample, latents=[0], out=out)
 
 
+def test_two_halves_of_a_store_are_two_stores(made):
+    sae, store, _ = made
+    half, other = store.hold_back(len(store) // 2)
+    assert len(half) == len(other)
+    with pytest.raises(ValueError, match="expected a sample of this store, got another one's"):
+        by_keywords(sae, other, sample_contexts(sae, half, width=WIDTH))
+
+
 def test_a_first_line_that_was_cut_is_written_anew(made, tmp_path):
     out = tmp_path / "words.jsonl"
     found = by_keywords(*made, latents=[0], out=out)

@@ -194,7 +194,9 @@ class ActivationStore:
         """Return a checksum of the rows: of the files, or of a sample where they have none."""
         seals = [shard.seal for shard in self.shards]
         content = checksum.of_rows(self.sample(1024)) if None in seals else None
-        return checksum.of_json([seals, content, len(self), self.sites, self.split])
+        whole = {shard.file: [(0, shard.rows)] for shard in self.shards if shard.rows}
+        part = [] if self._spans == whole else [self._spans]  # of `hold_back`
+        return checksum.of_json([seals, content, len(self), self.sites, self.split, *part])
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """Return `min(n, len(self))` different rows drawn from the whole split, float32."""
