@@ -294,7 +294,8 @@ class Dashboard:
         """Return the strongest tokens of the first windows of some latents."""
         every, _, shapes = self.sample.windows_of("top")
         window = every[latents, :PEAKS].long()
-        row = self.sample.bounds[window.clamp(min=0)] + shapes[latents, :PEAKS].float().argmax(2)
+        peak = shapes[latents, :PEAKS].float().abs().argmax(2)
+        row = self.sample.bounds[window.clamp(min=0)] + peak
         tokens = self.sample.all_token_ids[row]
         return [t[w >= 0].tolist() for t, w in zip(tokens, window, strict=True)]
 
