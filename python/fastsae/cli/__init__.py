@@ -23,12 +23,26 @@ from fastsae.cli import (
     inspect,
     interpret,
     plan,
+    report,
     serve,
     train,
     verify,
 )
 
-COMMANDS = (demo, harvest, train, plan, evaluate, interpret, inspect, serve, convert, verify, info)
+COMMANDS = (
+    demo,
+    harvest,
+    train,
+    plan,
+    evaluate,
+    report,
+    interpret,
+    inspect,
+    serve,
+    convert,
+    verify,
+    info,
+)
 
 
 class Parser(argparse.ArgumentParser):

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fastsae.cli.activations import activations_of
 from fastsae.cli.console import device_named, emit, positive, progress, subcommand, table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastsae.data import ActivationStore
+    from fastsae.eval import CrossEntropy
+    from fastsae.nn import SAE, NormalizedSAE
 
 EXAMPLE = """
 fastsae eval sae acts
@@ -44,39 +51,47 @@ def run(args: argparse.Namespace) -> None:
     from fastsae.models.text import read_files
 
     texts = read_files(args.text) if args.text else []
-    from fastsae.data import ActivationStore
-    from fastsae.data.shards import Manifest
     from fastsae.eval import evaluate
     from fastsae.interop import load
-    from fastsae.interop.hooks import sites_in
 
     device = device_named(args.device)
     sae = load(args.sae, device=device)
-    trained_on = sites_in(sae.metadata)
-    manifest = Manifest.read(Path(args.store), partial=args.partial)
-    known = set(trained_on) <= set(manifest.sites)
-    sites = args.site or (trained_on if known else None)
-    store = ActivationStore(args.store, sites, split=args.split, partial=args.partial)
+    store = activations_of(sae, args.store, args.site, split=args.split, partial=args.partial)
     if not len(store):
         raise ValueError(f"eval: expected rows in split {args.split} of {args.store}, got none")
     with progress("evaluate", len(store), "token") as advance:
         numbers: dict[str, float] = evaluate(sae, store, progress=advance).to_dict()
     if args.model:
-        from fastsae.eval import cross_entropy
-        from fastsae.models.chunks import chunks, spread
         from fastsae.models.load import load_model
 
         model, tokenizer = load_model(args.model)
-        every = chunks(tokenizer, texts, manifest.context, manifest.prefix_id)
-        contexts = spread([chunk.ids for chunk in every], args.contexts)
-        with progress("cross entropy", 4 * len(contexts), "context") as advance:
-            numbers |= cross_entropy(
-                model.to(device),
-                store.site if len(store.sites) == 1 else store.sites,
-                sae,
-                contexts,
-                drop_prefix=manifest.drop_prefix,
-                max_norm=store.max_norm,
-                progress=advance,
-            ).to_dict()
+        loss = loss_on(texts, args.contexts, model.to(device), tokenizer, sae, store)
+        numbers |= loss.to_dict()
     emit(numbers, args.json, table([(name, f"{value:.6g}") for name, value in numbers.items()]))
+
+
+def loss_on(
+    texts: list[str],
+    n: int,
+    model: nn.Module,
+    tokenizer: Any,
+    sae: SAE | NormalizedSAE,
+    store: ActivationStore,
+) -> CrossEntropy:
+    """Splice an SAE into its model on up to `n` contexts of texts, cut as those of its store."""
+    from fastsae.eval import cross_entropy
+    from fastsae.models.chunks import chunks, spread
+
+    manifest = store.manifest
+    every = chunks(tokenizer, texts, manifest.context, manifest.prefix_id)
+    contexts = spread([chunk.ids for chunk in every], n)
+    with progress("cross entropy", 4 * len(contexts), "context") as advance:
+        return cross_entropy(
+            model,
+            store.site if len(store.sites) == 1 else store.sites,
+            sae,
+            contexts,
+            drop_prefix=manifest.drop_prefix,
+            max_norm=store.max_norm,
+            progress=advance,
+        )

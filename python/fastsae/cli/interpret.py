@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastsae.cli.activations import activations_of
 from fastsae.cli.console import emit, positive, progress, subcommand, table
 
 if TYPE_CHECKING:
@@ -58,21 +59,14 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("interpret: expected --llm, a name on the server, together with --url")
     import torch
 
-    from fastsae.data import ActivationStore
-    from fastsae.data.shards import Manifest
     from fastsae.interop import load
-    from fastsae.interop.hooks import sites_in
     from fastsae.interpret import interpret, judge_scorers
     from fastsae.nn import SAE, NormalizedSAE
 
     sae = load(args.sae)
     if not isinstance(sae, SAE | NormalizedSAE):
         raise ValueError(f"interpret: expected an SAE in {args.sae}, got {type(sae).__name__}")
-    trained_on = sites_in(sae.metadata)
-    known = set(trained_on) <= set(Manifest.read(Path(args.store)).sites)
-    store = ActivationStore(
-        args.store, args.site or (trained_on if known else None), split=args.split
-    )
+    store = activations_of(sae, args.store, args.site, split=args.split)
     decode = _decode(args.model or store.manifest.model)
     explain, judge = who(args)
     sample = _contexts(sae, store, Path(args.out), 2 * args.windows)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastsae.cli.activations import activations_of
 from fastsae.cli.console import device_named, emit, positive, progress, say, subcommand
 
 if TYPE_CHECKING:
@@ -79,10 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _opened(args: argparse.Namespace, folder: Path) -> tuple[SAE | NormalizedSAE, ActivationStore]:
     """Return the SAE, and the store of its activations."""
-    from fastsae.data import ActivationStore
-    from fastsae.data.shards import Manifest
     from fastsae.interop import load
-    from fastsae.interop.hooks import sites_in
 
     if not folder.is_dir():
         raise FileNotFoundError(f"serve: expected a folder, got {folder}")
@@ -94,10 +92,7 @@ def _opened(args: argparse.Namespace, folder: Path) -> tuple[SAE | NormalizedSAE
             f"serve: expected {activations}, as a demo makes it, or --activations STORE"
         )
     sae = load(path, device=device_named(args.device))
-    held = Manifest.read(activations).sites
-    trained_on = sites_in(sae.metadata)
-    sites = args.site or (trained_on if set(trained_on) <= set(held) else None)
-    return sae, ActivationStore(activations, sites)
+    return sae, activations_of(sae, activations, args.site)
 
 
 def _contexts(

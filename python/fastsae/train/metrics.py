@@ -196,6 +196,15 @@ def from_json_row(row: dict[str, Any]) -> Row:
     return {name: math.nan if value is None else value for name, value in row.items()}
 
 
+def read_metrics(folder: Path) -> list[Row]:
+    """Return the rows in the metrics.jsonl of a run; none where there is no such file."""
+    try:
+        data = read_bytes(folder / METRICS, "read_metrics")
+    except FileNotFoundError:
+        return []
+    return [row for line in data.splitlines() if (row := _parsed(line)) is not None]
+
+
 def _as_line(row: Row) -> bytes:
     return (json.dumps(as_json_row(row)) + "\n").encode()
 
