@@ -40,7 +40,7 @@ from fastsae.data import ActivationStore
 from fastsae.interpret import Intervention, interpret, judge_scorers, sample_contexts
 from fastsae.models import load_model
 from fastsae.models.chunks import chunks
-from fastsae.models.load import SMOLLM2, SMOLLM2_NAME, load_tokenizer
+from fastsae.models.load import SMOLLM2, load_tokenizer
 from fastsae.models.text import python_topics
 
 K = 32
@@ -160,8 +160,7 @@ def main() -> None:
         for name in runs[0]:
             print(f"{name:12} {spread([run[name] for run in runs])}", flush=True)
         return
-    name = store.manifest.model
-    decode = load_tokenizer(SMOLLM2 if name == SMOLLM2_NAME else name).decode
+    decode = load_tokenizer(store.manifest.model).decode
     kinds: dict[str, Any] = {
         "SAE": lambda seed: trained(store, seed, args.steps),
         "untrained": lambda seed: _untrained(store, seed),

@@ -61,13 +61,14 @@ def run(args: argparse.Namespace) -> None:
 
     from fastsae.interop import load
     from fastsae.interpret import interpret, judge_scorers
+    from fastsae.models.load import load_tokenizer
     from fastsae.nn import SAE, NormalizedSAE
 
     sae = load(args.sae)
     if not isinstance(sae, SAE | NormalizedSAE):
         raise ValueError(f"interpret: expected an SAE in {args.sae}, got {type(sae).__name__}")
     store = activations_of(sae, args.store, args.site, split=args.split)
-    decode = _decode(args.model or store.manifest.model)
+    decode = load_tokenizer(args.model or store.manifest.model).decode
     explain, judge = who(args)
     sample = _contexts(sae, store, Path(args.out), 2 * args.windows)
     fires = sample.counts.nonzero().flatten()
@@ -125,13 +126,6 @@ def _contexts(
         sample = sample_contexts(sae, store, drawn=drawn, progress=advance)
     sample.save(path)
     return ContextSample.open(path)
-
-
-def _decode(name: str) -> Any:
-    from fastsae.models.load import SMOLLM2, SMOLLM2_NAME, load_tokenizer
-
-    tokenizer = load_tokenizer(SMOLLM2 if name == SMOLLM2_NAME else name)
-    return tokenizer.decode
 
 
 def who(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     import fastsae
     from fastsae.eval import evaluate
     from fastsae.interop import load
-    from fastsae.models.load import SMOLLM2, SMOLLM2_NAME, load_model, load_tokenizer
+    from fastsae.models.load import load_model, load_tokenizer
     from fastsae.nn import SAE
     from fastsae.report import write_report
     from fastsae.train.metrics import read_metrics
@@ -68,8 +68,7 @@ def run(args: argparse.Namespace) -> None:
     if args.model:
         model, tokenizer = load_model(args.model)
     else:
-        name = train.manifest.model
-        tokenizer = load_tokenizer(SMOLLM2 if name == SMOLLM2_NAME else name)
+        tokenizer = load_tokenizer(train.manifest.model)
     with progress("evaluate", len(val), "token") as advance:
         result = evaluate(sae, val, progress=advance)
     if model is not None and texts:

