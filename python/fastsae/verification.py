@@ -14,6 +14,7 @@ from fastsae._log import logger
 from fastsae.data.shards import MANIFEST, PARTIAL, WAITING, open_shard, read_manifest, shard_from
 from fastsae.interop import load
 from fastsae.interop.folder import CONFIG, WEIGHTS
+from fastsae.interpret.sample import CONTEXTS
 from fastsae.train.checkpoint import STATE, checkpoints, load_checkpoint
 from fastsae.train.metrics import METRICS, is_marked
 from fastsae.train.trainer import RUN
@@ -24,7 +25,7 @@ class Verification:
     """What `verify` found."""
 
     kind: str
-    """activations, run, checkpoint, or SAE."""
+    """activations, run, checkpoint, SAE, or contexts."""
     checked: list[str] = field(default_factory=list)
     """Files of which every byte was compared, or folders of such files."""
     problems: list[str] = field(default_factory=list)
@@ -37,7 +38,7 @@ class Verification:
 
 
 def verify(path: str | os.PathLike[str]) -> Verification:
-    """Check a store, a training run, a checkpoint or an SAE.
+    """Check a store, a training run, a checkpoint, an SAE, and sampled contexts that lie there.
 
     All problems are collected, each with its file and, in tensors, the offset in bytes. Files of a
     version that wrote no checksums are a problem too: nothing can be said about them.
@@ -51,14 +52,18 @@ def verify(path: str | os.PathLike[str]) -> Verification:
         ("checkpoint", (STATE,), _checkpoint),
         ("run", (RUN, METRICS, "checkpoints"), _run),
         ("SAE", (WEIGHTS, CONFIG), _sae),
+        ("contexts", (CONTEXTS,), lambda *_: None),
     ):
         if any((folder / sign).exists() for sign in signs):
             found = Verification(kind)
             check(folder, found)
+            if (folder / CONTEXTS).exists():
+                with _collected(found, folder / CONTEXTS):
+                    _tensors(TensorFile(folder / CONTEXTS, "verify"), found)
             return found
     what = "none of their files in it" if folder.is_dir() else "no such folder"
     raise FileNotFoundError(
-        f"verify: expected a store, a run, a checkpoint or an SAE, got {folder}: {what}"
+        f"verify: expected a store, a run, a checkpoint, an SAE or contexts, got {folder}: {what}"
     )
 
 

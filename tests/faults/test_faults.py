@@ -195,6 +195,6 @@ def test_verify_names_what_is_damaged(folder, tmp_path):
 def test_verify_refuses_what_is_not_ours(tmp_path):
     for place in (tmp_path, tmp_path / "none"):
         with pytest.raises(
-            FileNotFoundError, match="expected a store, a run, a checkpoint or an SAE"
+            FileNotFoundError, match="expected a store, a run, a checkpoint, an SAE or contexts"
         ):
             fastsae.verify(place)

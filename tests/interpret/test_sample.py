@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import pairwise
 
 import pytest
 import torch
 
+import fastsae
 from fastsae.interpret import ContextSample, sample_contexts
 from fastsae.interpret.sample import EDGES, uniform
 from fastsae.nn import JumpReLUSAE, TopKSAE
@@ -186,3 +188,19 @@ def test_what_is_wrong_is_one_line(made, tmp_path):
     (tmp_path / "c").write_bytes(data)
     with pytest.raises(ValueError, match="as it was written"):
         ContextSample.open(tmp_path / "c", verify=True)
+
+
+def test_verify_compares_all_of_it(made, tmp_path):
+    sae = TopKSAE(D, F, k=3)
+    sample_contexts(sae, made[0], width=WIDTH).save(tmp_path / "contexts.safetensors")
+    fastsae.save(sae, tmp_path / "sae")
+    shutil.copy(tmp_path / "contexts.safetensors", tmp_path / "sae")
+    for folder, kind in ((tmp_path, "contexts"), (tmp_path / "sae", "SAE")):
+        found = fastsae.verify(folder)
+        assert (found.kind, found.problems) == (kind, [])
+        assert str(folder / "contexts.safetensors") in map(str, found.checked)
+        data = bytearray((folder / "contexts.safetensors").read_bytes())
+        data[len(data) // 2] ^= 4
+        (folder / "contexts.safetensors").write_bytes(data)
+        (problem,) = fastsae.verify(folder).problems
+        assert "contexts.safetensors" in problem

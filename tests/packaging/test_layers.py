@@ -29,7 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "eval": {"nn", "models", "data"},
     "analysis": {"nn", "models", "data", "train", "eval"},
     "interpret": {"nn", "models", "data", "analysis", "eval", "_files"},
-    "verification": {"data", "interop", "train", "_files"},
+    "verification": {"data", "interop", "interpret", "train", "_files"},
     "serve": {"nn", "models", "data", "analysis", "interpret", "_files"},
     "report": {"nn", "models", "data", "eval", "analysis", "_files"},
 }

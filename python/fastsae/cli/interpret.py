@@ -19,7 +19,6 @@ fastsae interpret fastsae-demo/sae fastsae-demo/activations --out words.jsonl
 fastsae interpret sae acts --llm qwen3-8b --url http://localhost:8000/v1 --latents 200 --workers 8
 fastsae interpret sae acts --llm ./my-chat-model --negatives neighbors
 """
-CONTEXTS = "contexts.safetensors"
 
 
 def add_to(subparsers: Any) -> None:
@@ -107,7 +106,7 @@ def _contexts(
         FileExistsError: what is there is of another SAE or store, or has too few windows.
     """
     from fastsae.interpret import ContextSample, sample_contexts
-    from fastsae.interpret.sample import fingerprint
+    from fastsae.interpret.sample import CONTEXTS, fingerprint
 
     path = out.parent / CONTEXTS
     if path.exists():

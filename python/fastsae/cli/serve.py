@@ -24,7 +24,7 @@ fastsae serve fastsae-demo
 fastsae serve my-sae --activations acts --model ./my-llama
 fastsae serve fastsae-demo --port 8000
 """
-CONTEXTS, EXPLANATIONS = "contexts.safetensors", "explanations.jsonl"
+EXPLANATIONS = "explanations.jsonl"
 TOKENS = 1_000_000
 DRAWN = 60
 """Windows drawn for each latent: as many as `fastsae interpret` wants by default, so that it uses
@@ -45,7 +45,7 @@ def add_to(subparsers: Any) -> None:
     add("--host", default="127.0.0.1", help="where to listen (default: this machine only)")
     add("--port", type=_port, default=0, help="default: a free one")
     add("--tokens", type=positive, help=f"most tokens to sample contexts from ({TOKENS:,})")
-    add("--overwrite", action="store_true", help=f"replace a {CONTEXTS} of something else")
+    add("--overwrite", action="store_true", help="replace a contexts.safetensors of another SAE")
     add("--device", default="cpu", help="where the SAE and the model run, e.g. cuda")
 
 
@@ -103,7 +103,7 @@ def _contexts(
 
     from fastsae._files.write import reason
     from fastsae.interpret import ContextSample, sample_contexts
-    from fastsae.interpret.sample import fingerprint
+    from fastsae.interpret.sample import CONTEXTS, fingerprint
 
     path = folder / CONTEXTS
     tokens = min(args.tokens or TOKENS, len(store))

@@ -38,6 +38,8 @@ from fastsae.nn import SAE, NormalizedSAE
 from fastsae.types import SparseActs
 
 FORMAT = 1
+CONTEXTS = "contexts.safetensors"
+"""What commands call the file of a sample."""
 CANDIDATES = 1 << 19
 """Looked at together."""
 EDGES = 2.0 ** (torch.arange(-20, 30) / 2)
