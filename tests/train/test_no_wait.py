@@ -1,0 +1,116 @@
+"""What a training step asks the device: on a GPU each question is a wait for all that was started.
+
+The step runs on the CPU with the questions that are free there (`types.can_look`) left out, as they
+are on a GPU. Questions are seen in the dispatcher: numbers that are read, and results whose shape
+depends on values.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastsae
+from fastsae import TrainConfig, Trainer
+
+N, D, F, K = 128, 16, 64, 4
+ASKING = {
+    "aten._local_scalar_dense.default",
+    "aten.equal.default",
+    "aten.is_nonzero.default",
+    "aten.masked_select.default",
+    "aten.nonzero.default",
+    "aten.repeat_interleave.Tensor",
+    "aten._unique2.default",
+    "aten.unique_consecutive.default",
+}
+CLASSES = ("TopKSAE", "BatchTopKSAE", "MatryoshkaSAE", "HierarchicalTopKSAE", "SampledSAE")
+CLASSES += ("GroupMaxSAE", "Transcoder")
+"""Classes whose steps ask nothing as long as no latent is dead."""
+
+
+class Questions(TorchDispatchMode):
+    """Counts what is asked, and keeps the shapes of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: Counter[str] = Counter()
+        self.shapes: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        masks = name.startswith("aten.index") and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool
+            for i in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
+        )
+        if name in ASKING or masks:
+            self.asked[name] += 1
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.shapes.append((name, tuple(x.shape)))
+        return out
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastsae.") and hasattr(module, "can_look"):
+            monkeypatch.setattr(module, "can_look", lambda t: False)
+
+
+def step_of(trainer, x) -> Questions:
+    """Return what one step of a prepared trainer asks."""
+    with Questions() as questions:
+        trainer._step(x)
+    return questions
+
+
+def prepared(name):
+    torch.manual_seed(0)
+    widths = (D, D) if name == "Transcoder" else (D,)
+    sae = getattr(fastsae, name)(*widths, F, K)
+    batch = torch.randn(N, sum(sae.columns.widths))
+    trainer = Trainer(
+        sae, None, TrainConfig(steps=100, batch_size=N, dead_after_tokens=1 << 20, progress=False)
+    )
+    trainer.prepare(batch)
+    trainer.step(batch)  # makes what the first step makes
+    return trainer, batch
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_step_asks_nothing_and_its_shapes_do_not_depend_on_the_batch(name):
+    trainer, batch = prepared(name)
+    found = [step_of(trainer, x) for x in (batch, torch.zeros_like(batch), 3 * batch.flip(0))]
+    assert [dict(q.asked) for q in found] == [{}] * 3
+    assert found[0].shapes == found[1].shapes == found[2].shapes
+    assert len(found[0].shapes) > 10
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_dead_latents_cost_one_question(name):
+    trainer, batch = prepared(name)
+    trainer._dead.tokens_since_fired.zero_()[:9] = 1 << 40
+    trainer._tokens_done = 1 << 40
+    assert dict(step_of(trainer, batch).asked) == {"aten.nonzero.default": 1}
+
+
+@pytest.mark.parametrize("name", ["JumpReLUSAE", "ReLUSAE", "GatedSAE"])
+def test_classes_with_a_penalty_ask_how_many_entries_there_are(name):
+    trainer, batch = prepared(name)
+    assert dict(step_of(trainer, batch).asked) == {"aten._local_scalar_dense.default": 1}
+
+
+def test_questions_are_seen():
+    x = torch.randn(8)
+    with Questions() as questions:
+        float(x.sum())
+        x[x > 0]
+        x.nonzero()
+    assert questions.asked["aten._local_scalar_dense.default"] == 1
+    assert sum(questions.asked.values()) == 3
