@@ -2,8 +2,9 @@
 
     python -m bench.classes [--classes ReLU Gated] [--at start target] [--n 1024] [--d 576]
         [--d-sae 9216] [--k 32] [--rounds 5] [--dead 0] [--threads 2] [--out RESULTS.jsonl]
+        [--compute-dtype float32]
 
-Steps are the first of a run on tokens made of k latents each: `Trainer.step` here, by default,
+Steps are the first of a run on tokens made of k latents each: `Trainer.step` here, in float32,
 SAELens' `SAETrainer.step`, the `update` of dictionary-learning's trainers, and a forward, backward
 and Adam step of sparsify's SparseCoder. At the `start` half of the latents of a class with a
 penalty are active; at the `target` its biases are lowered, here and there, until k are. `--dead`
@@ -105,7 +106,9 @@ def ours(
     first = {"Transcoder": (args.d, args.d), "CrossCoder": (args.d, 3)}.get(kind, (args.d,))
     sae: Any = getattr(fastsae, kind)(*first, args.d_sae, args.k, **options)
     batch = torch.cat([x] * (sum(sae.columns.widths) // args.d), 1)
-    config = TrainConfig(steps=10_000, batch_size=args.n, progress=False)
+    config = TrainConfig(
+        steps=10_000, batch_size=args.n, compute_dtype=args.compute_dtype, progress=False
+    )
     trainer = Trainer(sae, None, config)
     trainer.prepare(batch)
     if at == "target" and name in ("ReLU", "Gated"):  # JumpReLU starts there
@@ -229,7 +232,10 @@ def measure(name: str, at: str, x: Tensor, args: argparse.Namespace) -> dict[str
     row: dict[str, Any] = {"class": name, "at": at, "l0": l0, "times": times}
     row["ms"] = {way: statistics.median(found) for way, found in times.items()}
     row["update"] = "fused" if isinstance(trainer._update, FusedUpdate) else "autograd"
-    row |= {key: getattr(args, key) for key in ("n", "d", "d_sae", "k", "dead", "threads")}
+    row |= {
+        key: getattr(args, key)
+        for key in ("n", "d", "d_sae", "k", "dead", "threads", "compute_dtype")
+    }
     return row
 
 
@@ -254,6 +260,9 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=9216)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--dead", type=int, default=0)
+    parser.add_argument(
+        "--compute-dtype", default="float32", help="of fastsae; auto: as by default"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
