@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,13 +142,16 @@ class Intervention:
         )
         return sum(steered) / len(steered) - sum(clean) / len(clean)
 
-    def _steered(self, latent: int | None, strength: float, mask: Tensor) -> Any:
+    def _steered(
+        self, latent: int | None, strength: float, mask: Tensor
+    ) -> AbstractContextManager[None]:
+        if latent is None:
+            return nullcontext()
         keep = torch.ones_like(mask, dtype=torch.bool)
         keep[:, -1] = False
         return steer(
-            self.model, self.sae, 0 if latent is None else latent, site=self.site, how="add",
-            strength=strength, keep=keep,
-        )  # fmt: skip
+            self.model, self.sae, latent, site=self.site, how="add", strength=strength, keep=keep
+        )
 
     @torch.no_grad()
     def _next(self, latent: int | None, strength: float) -> Tensor:
