@@ -106,14 +106,13 @@ def _contexts(
         FileExistsError: what is there is of another SAE or store, or has too few windows.
     """
     from fastsae.interpret import ContextSample, sample_contexts
-    from fastsae.interpret.sample import CONTEXTS, fingerprint
+    from fastsae.interpret.sample import CONTEXTS
 
     path = out.parent / CONTEXTS
     if path.exists():
         sample = ContextSample.open(path)
-        about = {"sae": fingerprint(sae), "store": store.fingerprint()}
         found = int(sample.about["drawn"])
-        if found >= drawn and all(sample.about[name] == mark for name, mark in about.items()):
+        if found >= drawn and not sample.not_of(sae, store):
             return sample
         raise FileExistsError(
             f"interpret: expected {path} to hold {drawn} drawn windows of this SAE and store, got "

@@ -103,14 +103,13 @@ def _contexts(
 
     from fastsae._files.write import reason
     from fastsae.interpret import ContextSample, sample_contexts
-    from fastsae.interpret.sample import CONTEXTS, fingerprint
+    from fastsae.interpret.sample import CONTEXTS
 
     path = folder / CONTEXTS
     tokens = min(args.tokens or TOKENS, len(store))
     if path.exists() and not args.overwrite:
         sample = ContextSample.open(path)
-        wanted = {"sae": fingerprint(sae), "store": store.fingerprint()}
-        other = [name for name, mark in wanted.items() if sample.about.get(name) != mark]
+        other = sample.not_of(sae, store)
         if args.tokens is not None and sample.tokens != tokens:
             other.append("number of tokens")
         if other:

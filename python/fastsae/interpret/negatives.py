@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fastsae.analysis.examples import Context
 from fastsae.data import ActivationStore
-from fastsae.interpret.sample import ContextSample, fingerprint
+from fastsae.interpret.sample import ContextSample
 from fastsae.models.probe import evaluating
 from fastsae.nn import SAE, NormalizedSAE
 
@@ -41,9 +41,8 @@ class Silent:
         sample: ContextSample,
         seed: int = 0,
     ) -> None:
-        for name, got in (("sae", fingerprint(sae)), ("store", store.fingerprint())):
-            if sample.about[name] != got:
-                raise ValueError(f"interpret: expected a sample of this {name}, got another one's")
+        for name in sample.not_of(sae, store):
+            raise ValueError(f"interpret: expected a sample of this {name}, got another one's")
         self.sae, self.store, self.sample = sae, store, sample
         generator = torch.Generator().manual_seed(seed)
         self.pool: list[int] = torch.randperm(sample.windows, generator=generator)[:POOL].tolist()

@@ -166,6 +166,11 @@ class ContextSample:
         """Return the rows of a window in the store."""
         return slice(*self._bounds[window : window + 2].tolist())
 
+    def not_of(self, sae: SAE | NormalizedSAE, store: ActivationStore) -> list[str]:
+        """Return which of "sae" and "store" are not those that this was sampled from."""
+        marks = {"sae": fingerprint(sae), "store": store.fingerprint()}
+        return [name for name, mark in marks.items() if self.about.get(name) != mark]
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically."""
         path = Path(path)
