@@ -12,6 +12,7 @@ namespace fastsae::cuda {
 // A row as selection sees it: x, or x + bias with the latents outside of `mask` at -inf.
 template <class F, bool kAffine>
 struct Row {
+  using Format = F;
   using Bits = typename F::Bits;
   using Acc = typename F::Acc;
   const Bits* x;
@@ -172,10 +173,10 @@ __device__ __forceinline__ float group_bound(const float (&maxima)[kMaxima], int
 // The k largest of the `size` elements of a row from `first` on, in ascending index:
 // emit(place, index). By radix selection on all of the row: as many reads of it as a key has bytes,
 // less where the digits settle it earlier, and one more.
-template <int kThreads, class F, bool kAffine, class Emit>
-__device__ __forceinline__ void radix_select(const Row<F, kAffine>& row, int first, int size,
-                                             unsigned k, SelectSpace& s, unsigned* warp_counts,
-                                             Emit&& emit) {
+template <int kThreads, class AnyRow, class Emit>
+__device__ __forceinline__ void radix_select(const AnyRow& row, int first, int size, unsigned k,
+                                             SelectSpace& s, unsigned* warp_counts, Emit&& emit) {
+  using F = typename AnyRow::Format;
   using Bits = typename F::Bits;
   constexpr int kWarps = kThreads / 32;
   const int tid = static_cast<int>(threadIdx.x), lane = tid & 31, warp = tid >> 5;
