@@ -79,14 +79,55 @@ def devices() -> list[str]:
     return found if EMULATED is None else [*found, "emulated"]
 
 
-@pytest.fixture(params=devices())
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every device that torch has here, and the CPU with the emulated CUDA kernels as its own."""
-    if request.param != "emulated":
-        yield request.param
+@contextmanager
+def on_device(name: str) -> Iterator[str]:
+    """Yield the device that torch calls it; "emulated" is the CPU with those kernels as its own."""
+    if name != "emulated":
+        yield name
         return
     with emulated(*NAMES):
         yield "cpu"
+
+
+@pytest.fixture(params=devices())
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every device that torch has here, and the CPU with the emulated CUDA kernels as its own."""
+    with on_device(request.param) as device:
+        yield device
+
+
+@contextmanager
+def encoding(way: str, device: str) -> Iterator[None]:
+    """Let the CUDA encoders meet their pre-activations in another way."""
+    library = EMULATED if device == "emulated" else None
+    before = _library.set_cuda_encode(way, library)
+    yield
+    _library.set_cuda_encode(before, library)
+
+
+ENCODE_WAYS = ("blocks", "overlap", "overlap:5x192")
+
+
+def encode_devices() -> list[str]:
+    """The devices, and those with CUDA's kernels again for every way that encoders have there."""
+    there = [device for device in devices() if device != "cpu"]
+    return [*devices(), *(f"{device}-{way}" for way in ENCODE_WAYS for device in there)]
+
+
+@pytest.fixture(params=encode_devices())
+def encode_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every device, in every way that encoders have there."""
+    name, _, way = request.param.partition("-")
+    with on_device(name) as device:
+        if not way:
+            yield device
+            return
+        with encoding(way, name):
+            yield device
+
+
+def _device_of(parameters: dict[str, object]) -> object:
+    return parameters.get("device", parameters.get("encode_device", "cpu"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -95,6 +136,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item
         for item in items
         if (parameters := getattr(item, "callspec", None)) is None
-        or parameters.params.get("device", "cpu") == "cpu"
+        or _device_of(parameters.params) == "cpu"
         or parameters.params.get("isa", AVAILABLE[-1]) == AVAILABLE[-1]
     ]

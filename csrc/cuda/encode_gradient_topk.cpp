@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor> encode_gradient_topk(const Tensor& x, const Tensor& W
       op, in, x, k, true, device.stream(), [&](const void* pre, int64_t first, int64_t rows) {
         Tensor scores = buffer;
         scores = torch::stable::narrow(scores, 0, 0, rows);
-        multiply(effects, first, rows, scores);
+        multiply(effects, first, rows, 0, in.d_sae, scores);
         void* data = scores.mutable_data_ptr();
         const ScoreParams params{latent_rows(in, pre, rows), data, beta, normalize, data};
         check_launch(op, launch_scores(params, format, device.stream()));

@@ -1,11 +1,13 @@
 // What encode_batch_topk and encode_threshold share on CUDA: the selection in a whole matrix of
 // pre-activations. Exact, though the matrix is met a chunk of rows at a time: what a chunk adds is
-// merged with what was kept so far, and the smallest of that bounds the next chunk.
+// merged with what was kept so far, and the smallest of that bounds the next chunk. Or it is met a
+// block of rows and latents at a time, which block_select.h takes.
 #pragma once
 
 #include <limits>
 
-#include "cuda/encoder.h"
+#include "cuda/block_select.h"
+#include "cuda/encoder_blocks.h"
 #include "cuda/matrix_select.h"
 #include "selection.h"
 
@@ -40,6 +42,12 @@ class ChunkedSelect {
   Selection run() {
     const int64_t n = x_.size(0), chunks = capacity_ == 0 ? 0 : chunks_of(in_).count;
     Selection out(x_, n, capacity_, acc_, acc_);
+    const EncodePlan plan = encode_plan(n, in_.d_sae);
+    if (plan.way != EncodeWay::kRows && chunks > 0) {
+      select_in_blocks(plan, out);
+      out.values = torch::stable::to(out.values, x_.scalar_type());
+      return out;
+    }
     Tensor rows = new_empty(x_, {capacity_}, ScalarType::Int);
     const EntryList list{out.values.mutable_data_ptr(), mutable_data_of<int32_t>(out.indices),
                          mutable_data_of<int32_t>(rows)};
@@ -63,6 +71,37 @@ class ChunkedSelect {
   }
 
  private:
+  void select_in_blocks(const EncodePlan& plan, Selection& out) {
+    BlockSelectParams p;
+    p.n = x_.size(0);
+    p.m = static_cast<int32_t>(in_.d_sae);
+    p.block_rows = plan.rows;
+    p.block_columns = static_cast<int32_t>(plan.columns);
+    p.capacity = capacity_;
+    p.threshold = threshold_ ? threshold_->const_data_ptr() : nullptr;
+    p.per_column = per_column_;
+    p.bias = in_.b_enc ? in_.b_enc->const_data_ptr() : nullptr;
+    p.mask = in_.mask ? data_of<bool>(*in_.mask) : nullptr;
+    p.values = out.values.mutable_data_ptr();
+    p.indices = mutable_data_of<int32_t>(out.indices);
+    p.offsets = mutable_data_of<int32_t>(out.offsets);
+    p.smallest = out.threshold.mutable_data_ptr();
+    Tensor space = scratch(x_, block_select_scratch(p, format_));
+    p.scratch = space.mutable_data_ptr();
+    check_launch(op_, launch_begin_blocks(p, format_, device_.stream()));
+    for_each_block(op_, in_, plan, device_.stream(), [&](const EncodeBlock& block, void* stream) {
+      const SelectBlock part{block.pre,
+                             block.pitch,
+                             block.first,
+                             block.rows,
+                             static_cast<int32_t>(block.first_column),
+                             static_cast<int32_t>(block.columns),
+                             block.index};
+      check_launch(op_, launch_add_block(p, part, format_, stream));
+    });
+    check_launch(op_, launch_finish_blocks(p, format_, device_.stream()));
+  }
+
   MatrixSelectParams params(const EntryList& to, Tensor& smallest) {
     MatrixSelectParams p;
     p.capacity = capacity_;

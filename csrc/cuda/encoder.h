@@ -44,11 +44,14 @@ inline RowChunks chunks_of(const EncoderArguments& in) {
   return row_chunks(in.x.size(0), 4 * in.d_sae, kChunkBytes, kMinChunkRows, 8);
 }
 
-// out [rows, F] = the pre-activations of rows first, first + 1, ... without the bias.
-inline void multiply(const EncoderArguments& in, int64_t first, int64_t rows, Tensor& out) {
-  Tensor x = in.x;
+// out [rows, columns] = the pre-activations of rows first, first + 1, ... and latents first_column,
+// first_column + 1, ... without the bias.
+inline void multiply(const EncoderArguments& in, int64_t first, int64_t rows, int64_t first_column,
+                     int64_t columns, Tensor& out) {
+  Tensor x = in.x, W = in.W_enc;
   x = torch::stable::narrow(x, 0, first, rows);
-  const Tensor W = torch::stable::transpose(in.W_enc, 0, 1);
+  if (columns < in.d_sae) W = torch::stable::narrow(W, 0, first_column, columns);
+  W = torch::stable::transpose(W, 0, 1);
   if (x.scalar_type() == out.scalar_type()) mm_out(x, W, out);
   else mm_widening_out(x, W, out);
 }
@@ -63,7 +66,7 @@ void for_each_chunk(const EncoderArguments& in, Call&& f) {
     const int64_t rows = std::min(chunks.rows, n - first);
     Tensor out = buffer;
     out = torch::stable::narrow(out, 0, 0, rows);
-    multiply(in, first, rows, out);
+    multiply(in, first, rows, 0, in.d_sae, out);
     f(out.const_data_ptr(), first, rows);
   }
 }

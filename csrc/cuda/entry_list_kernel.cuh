@@ -18,7 +18,7 @@ __device__ __forceinline__ int32_t entries_before(const int32_t* rows, int64_t k
 }
 
 // The columns and rows of a selection from a list; its values are merged already.
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ inline void __launch_bounds__(kSelectThreads)
     gather_entries_kernel(const int32_t* columns, const int32_t* rows, const int32_t* chosen,
                           const int32_t* half, int64_t capacity, int32_t* merged_columns,
                           int32_t* merged_rows) {

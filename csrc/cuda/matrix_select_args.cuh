@@ -27,7 +27,8 @@
 // that is small, or of which much is kept, is read so from the start, without stages 1 and 2.
 //
 // The choice needs only the directory and what it points to (and, for the sign of a zero, the
-// entry), so another producer of tiles may take the place of stages 1 and 2.
+// entry), so another producer of tiles may take the place of stages 1 and 2:
+// block_select_kernel.cuh, of a matrix that is met a block at a time.
 //
 // Cost: one read of the matrix, about 6 bytes written and four times read per candidate (10 of
 // float64), of which there are 1.2 to 2 times as many as are kept; integer atomics only. Of dense
@@ -79,6 +80,8 @@ struct SelectArgs {
   struct Header {  // zeroed before the first kernel
     Count candidates;
     Count sampled;  // the bound is the sample's, and above the threshold
+    Count idle;     // digit_kernel and count_kernel have nothing to do
+    Key bound;      // of a matrix that is met in blocks, or 0
     Progress<Key> sample;
     Count sample_histogram[2][kDigits];
     DigitSearch<F> search;
@@ -101,6 +104,8 @@ struct SelectArgs {
     const int64_t found = static_cast<int64_t>(scratch.header->candidates);
     return found > candidates.capacity || (scratch.header->sampled && found < out.capacity);
   }
+
+  __device__ __forceinline__ bool is_idle() const { return scratch.header->idle != 0; }
 
   // The column of entry `local` of a tile whose first entry has column `first`.
   __device__ __forceinline__ int column(int first, int local) const {

@@ -16,6 +16,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) digit_kernel(SelectArgs<F> 
   __shared__ unsigned histogram[kDigits];
   __shared__ DigitSpace space;
   const int tid = static_cast<int>(threadIdx.x), lane = tid & 31;
+  if (a.is_idle()) return;
   const Progress<Key> known =
       known_before<F>(a.scratch.header->search, static_cast<Count>(a.out.capacity), pass, space);
   const int shift = KeyDigits<F>::shift(pass);
@@ -116,6 +117,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) count_kernel(SelectArgs<F> 
   using Key = KeyOf<F>;
   __shared__ DigitSpace space;
   __shared__ Count warp_sums[2][kSelectThreads / 32];
+  if (a.is_idle()) return;
   const TileGroup group(a.plan.tile_lanes);
   const Progress<Key> known = known_before<F>(
       a.scratch.header->search, static_cast<Count>(a.out.capacity), KeyDigits<F>::kPasses, space);
@@ -145,42 +147,50 @@ __global__ void __launch_bounds__(kSelectThreads, 4) count_kernel(SelectArgs<F> 
   }
 }
 
-// Writes what is kept, after what the blocks and tiles before keep. With the grid of count_kernel.
-template <class F, bool kColumns>
-__global__ void __launch_bounds__(kSelectThreads, 3) write_kernel(SelectArgs<F> a) {
-  using AccFormat = AccFormatOf<F>;
+struct KeptSpace {
+  Count sums[2][kSelectThreads / 32];
+  unsigned starts[2][kSelectThreads];
+  unsigned warp_sums[2][kSelectThreads / 32];
+};
+
+// Calls put(to, tile, place in the tile, key) for what is kept; `to` comes after what the blocks
+// and tiles before keep. Then, by one lane for each tile, done(tile, its first `to`, how many).
+// With the grid of count_kernel.
+template <class F, bool kColumns, class Put, class Done>
+__device__ __forceinline__ void for_each_kept(const SelectArgs<F>& a, KeptSpace& s, Put&& put,
+                                              Done&& done) {
   using Key = KeyOf<F>;
-  __shared__ Count sums[2][kSelectThreads / 32];
-  __shared__ unsigned starts[2][kSelectThreads];
-  __shared__ unsigned warp_sums[2][kSelectThreads / 32];
   const int tid = static_cast<int>(threadIdx.x);
   const TileGroup group(a.plan.tile_lanes);
   const unsigned lower_lanes = (1u << (tid & 31)) - 1u;
   const Progress<Key> known = a.scratch.header->search.progress[KeyDigits<F>::kPasses];
   const bool whole = a.reads_matrix();
   const TileRange tiles = tiles_of_block(a);
+  // Of those that are equal to the smallest, the first ones.
+  const auto least = [&](Count equal) { return equal < known.need ? equal : known.need; };
 
   Count above = 0, equal = 0;  // before this block
   for (unsigned b = threadIdx.x; b < blockIdx.x; b += kSelectThreads) {
     above += a.scratch.block_kept[2 * b];
     equal += a.scratch.block_kept[2 * b + 1];
   }
-  above = block_sum<kSelectThreads>(above, sums[0]);
-  equal = block_sum<kSelectThreads>(equal, sums[1]);
+  above = block_sum<kSelectThreads>(above, s.sums[0]);
+  equal = block_sum<kSelectThreads>(equal, s.sums[1]);
 
   for (int64_t begin = tiles.begin; begin < tiles.end; begin += kSelectThreads) {
     const uint32_t kept = begin + tid < tiles.end ? a.scratch.tile_kept[begin + tid] : 0;
     unsigned above_here, equal_here;
-    starts[0][tid] = block_exclusive_sum<kSelectThreads>(kept & 0xffffu, warp_sums[0], &above_here);
-    starts[1][tid] = block_exclusive_sum<kSelectThreads>(kept >> 16, warp_sums[1], &equal_here);
+    s.starts[0][tid] =
+        block_exclusive_sum<kSelectThreads>(kept & 0xffffu, s.warp_sums[0], &above_here);
+    s.starts[1][tid] = block_exclusive_sum<kSelectThreads>(kept >> 16, s.warp_sums[1], &equal_here);
     __syncthreads();  // every tile knows what comes before it
     const int here = static_cast<int>(min(int64_t{kSelectThreads}, tiles.end - begin));
     for (int part = 0; part < here; part += group.tiles_at_once()) {
       const int place_in_part = part + group.tile;
       const int64_t tile = begin + place_in_part;
-      const int64_t start = tile * a.plan.tile;
-      Count above_before = above + starts[0][place_in_part];
-      Count equal_before = equal + starts[1][place_in_part];
+      Count above_before = above + s.starts[0][place_in_part];
+      Count equal_before = equal + s.starts[1][place_in_part];
+      const Count first = above_before + least(equal_before);
       for_each_in_tile<F, kColumns>(a, group, tile, tiles.end, whole, [&](Key key, int place) {
         const bool is_above = key != 0 && known.above(key);
         const bool is_equal = key != 0 && known.equal(key);
@@ -188,28 +198,42 @@ __global__ void __launch_bounds__(kSelectThreads, 3) write_kernel(SelectArgs<F> 
         const unsigned equals = __ballot_sync(kFullWarp, is_equal) & group.mask;
         const Count rank = equal_before + static_cast<unsigned>(__popc(equals & lower_lanes));
         if (is_above || (is_equal && rank < known.need)) {
-          const Count to = above_before + static_cast<unsigned>(__popc(aboves & lower_lanes)) +
-                           (rank < known.need ? rank : known.need);
-          const int64_t i = start + place;
-          const int64_t row = i / a.in.m;
-          const int32_t c = static_cast<int32_t>(i - row * a.in.m);
-          typename F::Acc value = AccFormat::widen(AccFormat::from_key(key));
-          if (value == 0) {  // the key has forgotten its sign
-            value = F::widen(a.in.bits[i]);
-            if (kColumns && a.in.bias) value += a.in.bias[c];
-          }
-          a.out.values[to] = F::narrow(value);
-          a.out.indices[to] = c;
-          a.out.rows[to] = static_cast<int32_t>(a.out.first_row + row);
+          put(above_before + static_cast<unsigned>(__popc(aboves & lower_lanes)) + least(rank),
+              tile, place, key);
         }
         above_before += static_cast<unsigned>(__popc(aboves));
         equal_before += static_cast<unsigned>(__popc(equals));
       });
+      if (group.lane == 0 && tile < tiles.end) {
+        done(tile, first, static_cast<unsigned>(above_before + least(equal_before) - first));
+      }
     }
     above += above_here;
     equal += equal_here;
     __syncthreads();  // read before the next tiles overwrite it
   }
+}
+
+// Writes what is kept.
+template <class F, bool kColumns>
+__global__ void __launch_bounds__(kSelectThreads, 3) write_kernel(SelectArgs<F> a) {
+  using AccFormat = AccFormatOf<F>;
+  using Key = KeyOf<F>;
+  __shared__ KeptSpace space;
+  const auto put = [&](Count to, int64_t tile, int place, Key key) {
+    const int64_t i = tile * a.plan.tile + place;
+    const int64_t row = i / a.in.m;
+    const int32_t c = static_cast<int32_t>(i - row * a.in.m);
+    typename F::Acc value = AccFormat::widen(AccFormat::from_key(key));
+    if (value == 0 && a.in.bits) {  // the key has forgotten its sign
+      value = F::widen(a.in.bits[i]);
+      if (kColumns && a.in.bias) value += a.in.bias[c];
+    }
+    a.out.values[to] = F::narrow(value);
+    a.out.indices[to] = c;
+    a.out.rows[to] = static_cast<int32_t>(a.out.first_row + row);
+  };
+  for_each_kept<F, kColumns>(a, space, put, [](int64_t, Count, unsigned) {});
 }
 
 // Writes the offsets, the padding, and what later calls need to know.

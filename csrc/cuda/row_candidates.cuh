@@ -48,9 +48,9 @@ struct ListSpace {
 // Makes the k largest of `count` entries in shared memory the whole list of row r, and the smallest
 // of them its bound. Ends with a barrier.
 template <int kThreads, bool kRanked>
-__device__ __forceinline__ void tighten_row(const RowCandidates& kept, int64_t r,
-                                            uint64_t* entries, int count, int k, uint64_t* winners,
-                                            int size, ListSpace& s) {
+__device__ __forceinline__ void tighten_row(const RowCandidates& kept, int64_t r, uint64_t* entries,
+                                            int count, int k, uint64_t* winners, int size,
+                                            ListSpace& s) {
   uint64_t* list = kept.entries + r * kept.capacity;
   if (threadIdx.x == 0) {
     s.select.winner_count = 0;
@@ -75,15 +75,15 @@ __device__ __forceinline__ void choose_row(const ChooseRowsParams& p, int64_t r,
                                            int count, uint64_t* winners, int size, ListSpace& s) {
   if (threadIdx.x == 0) s.select.winner_count = 0;
   __syncthreads();  // the entries are there, and the counter is zero
-  take_largest<kThreads, kRanked>(
-      entries, count, p.k, Order::kByIndex, winners, size, s.select,
-      [&](int place, uint64_t entry) {
-        const int column = column_of(entry);
-        float value = value_of(entry);
-        if ((p.mask && !p.mask[column]) || (p.relu && value <= 0)) value = 0;
-        p.values[r * p.k + place] = value;
-        p.indices[r * p.k + place] = column;
-      });
+  take_largest<kThreads, kRanked>(entries, count, p.k, Order::kByIndex, winners, size, s.select,
+                                  [&](int place, uint64_t entry) {
+                                    const int column = column_of(entry);
+                                    float value = value_of(entry);
+                                    if ((p.mask && !p.mask[column]) || (p.relu && value <= 0))
+                                      value = 0;
+                                    p.values[r * p.k + place] = value;
+                                    p.indices[r * p.k + place] = column;
+                                  });
 }
 
 }  // namespace fastsae::cuda

@@ -109,10 +109,9 @@ __global__ void __launch_bounds__(kRowListThreads)
     int count = static_cast<int>(select.candidate_count);
     if (count > shape.room) {
       count = min(p.k, p.width);
-      radix_select<kThreads>(row, 0, p.width, static_cast<unsigned>(count), select, warp_counts,
-                             [&](int place, int j) {
-                               push(static_cast<unsigned>(place), row.at(j), j);
-                             });
+      radix_select<kThreads>(
+          row, 0, p.width, static_cast<unsigned>(count), select, warp_counts,
+          [&](int place, int j) { push(static_cast<unsigned>(place), row.at(j), j); });
       __syncthreads();  // selected before they are used
     }
     uint64_t* list = p.kept.entries + r * p.kept.capacity;

@@ -77,6 +77,35 @@ def has_bf16() -> bool:
     return bool(ctypes.CDLL(str(cpu_library)).fastsae_has_bf16())
 
 
+def set_cuda_encode(way: str, library: Path | None = None) -> str:
+    """Say how the CUDA encoders meet their pre-activations; for tests and measurements.
+
+    Args:
+        way: "rows" (the default), "blocks" or "overlap", the latter two also with the sizes of a
+            block, as in "blocks:2048x4096" (`docs/cuda.md`). The answers are the same.
+        library: the library that it is said to; None: the one that serves GPUs.
+
+    Returns:
+        What was in force before.
+
+    Raises:
+        RuntimeError: where that library was not built or not loaded.
+        ValueError: for another `way`; nothing changes then.
+    """
+    library = library or cuda_library
+    if library is None:
+        raise RuntimeError("set_cuda_encode: expected the library libfastsae_cuda.so, found none")
+    loaded = ctypes.CDLL(str(library))
+    loaded.fastsae_cuda_encode.restype = ctypes.c_char_p
+    before = loaded.fastsae_cuda_encode().decode()
+    if loaded.fastsae_set_cuda_encode(way.encode()) != 0:
+        raise ValueError(
+            "set_cuda_encode: expected way to be rows, blocks, overlap, blocks:ROWSxLATENTS or "
+            f"overlap:ROWSxLATENTS with latents a multiple of 64 up to 8192, got {way!r}"
+        )
+    return str(before)
+
+
 def fake(op: str) -> Callable[[F], F]:
     """Register what `op` returns for tensors without data: shapes, dtypes and strides."""
     return cast("Callable[[F], F]", torch.library.register_fake(f"fastsae::{op}"))

@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <limits>
 #include <tuple>
 #include <type_traits>
@@ -124,6 +126,32 @@ void launch(const char* name, void (*fn)(P...), dim3 grid, dim3 block, size_t sm
   launch_impl(
       name, grid, block, smem,
       [](void* c) { std::apply(static_cast<Call*>(c)->fn, static_cast<Call*>(c)->args); }, &call);
+}
+
+// A stream that was made: what it gets runs as late as events allow, where whatever was to wait for
+// it and does not is seen to. The default stream (null) runs everything at once.
+class Stream {
+ public:
+  void add(std::function<void()> work) { waiting_.push_back(std::move(work)); }
+  size_t size() const { return done_ + waiting_.size(); }  // all that it got
+  void run(size_t until);
+
+ private:
+  std::deque<std::function<void()>> waiting_;
+  size_t done_ = 0;
+};
+struct Event {
+  Stream* stream = nullptr;  // null: nothing to wait for
+  size_t until = 0;
+};
+
+template <class... P, class... A>
+void launch_on(void* stream, const char* name, void (*fn)(P...), dim3 grid, dim3 block, size_t smem,
+               A&&... args) {
+  if (!stream) return launch(name, fn, grid, block, smem, std::forward<A>(args)...);
+  static_cast<Stream*>(stream)->add([=, kept = std::tuple<P...>(std::forward<A>(args)...)] {
+    std::apply([&](const P&... a) { launch(name, fn, grid, block, smem, a...); }, kept);
+  });
 }
 
 template <class T>
@@ -342,8 +370,44 @@ inline cudaError_t cudaGetLastError() {
 inline const char* cudaGetErrorString(cudaError_t) {
   return "emulated";
 }
-inline cudaError_t cudaMemsetAsync(void* p, int v, size_t n, cudaStream_t = nullptr) {
-  std::memset(p, v, n);
+inline cudaError_t cudaMemsetAsync(void* p, int v, size_t n, cudaStream_t stream = nullptr) {
+  if (stream) static_cast<emu::Stream*>(stream)->add([=] { std::memset(p, v, n); });
+  else std::memset(p, v, n);
+  return cudaSuccess;
+}
+
+// Streams and events. Nothing is ever captured.
+using cudaEvent_t = emu::Event*;
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed = 2 };
+constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
+inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status,
+                                            unsigned long long*) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  *least = *greatest = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
+  *stream = new emu::Stream;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = new emu::Event;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  auto* of = static_cast<emu::Stream*>(stream);
+  *event = {of, of ? of->size() : 0};
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t event, unsigned) {
+  if (event->stream) event->stream->run(event->until);
   return cudaSuccess;
 }
 template <class K>
@@ -354,6 +418,5 @@ cudaError_t cudaFuncSetAttribute(K* fn, cudaFuncAttribute, int v) {
 }
 
 #define FASTSAE_LAUNCH(kernel, grid, block, smem, stream, ...) \
-  ((void)(stream),                                             \
-   ::emu::launch(#kernel, &kernel, (grid), (block), (smem)__VA_OPT__(, ) __VA_ARGS__))
+  ::emu::launch_on((stream), #kernel, &kernel, (grid), (block), (smem)__VA_OPT__(, ) __VA_ARGS__)
 #define FASTSAE_DYN_SMEM(T, name) T* name = reinterpret_cast<T*>(::emu::tl.dyn_smem)

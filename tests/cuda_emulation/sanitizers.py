@@ -92,7 +92,7 @@ class Build:
             flags = ("-DEMU_TSAN=1",) if kind == "tsan" else FLAGS[kind]
             self.emulators[kind] = [
                 self._compile(HERE / f"{name}.cpp", ROOT / "csrc", f"{name}_{kind}.o", flags)
-                for name in ("block", "fiber", "launch")
+                for name in ("block", "fiber", "launch", "stream")
             ]
         return self.emulators[kind]
 

@@ -8,13 +8,15 @@ and a selection has one right answer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from fastsae import _library
 from tests.ops.inputs import acts, matrix
 
 NAMES = (
@@ -47,17 +49,37 @@ class Call:
     arguments: tuple[Any, ...]
     tolerance: float = 0.0
     """Of floating outputs, relative and absolute; integers are always exact."""
+    way: str = ""
+    """How CUDA's encoders meet their pre-activations, see `_library.set_cuda_encode`."""
 
     def __str__(self) -> str:
-        return f"{self.op}-{self.case}"
+        return f"{self.op}-{self.case}" + (f"-{self.way}" if self.way else "")
 
     def to(self, device: str) -> Call:
         """Return the same call with its tensors there."""
         moved = (a.to(device) if isinstance(a, Tensor) else a for a in self.arguments)
-        return Call(self.op, self.case, tuple(moved), self.tolerance)
+        return replace(self, arguments=tuple(moved))
 
     def __call__(self, namespace: str = "fastsae") -> tuple[Tensor, ...]:
         """Return what the operator returns or, on copies, what it writes to."""
+        library = self._cuda_library(namespace) if self.way else None
+        if library is None:
+            return self._run(namespace)
+        before = _library.set_cuda_encode(self.way, library)
+        try:
+            return self._run(namespace)
+        finally:
+            _library.set_cuda_encode(before, library)
+
+    def _cuda_library(self, namespace: str) -> Path | None:
+        """Return the library with the CUDA kernels that the call runs, emulated or not."""
+        if namespace == "fastsae":
+            on_gpu = any(isinstance(a, Tensor) and a.is_cuda for a in self.arguments)
+            return _library.cuda_library if on_gpu else None
+        known = {str(_library.cpu_library), str(_library.cuda_library)}
+        return Path(next(path for path in torch.ops.loaded_libraries if path not in known))
+
+    def _run(self, namespace: str) -> tuple[Tensor, ...]:
         function = getattr(getattr(torch.ops, namespace), self.op)
         count = MUTATED.get(self.op, 0)
         written = tuple(t.clone() for t in self.arguments[:count])
@@ -206,7 +228,30 @@ def _encode() -> list[Call]:
             Call("latent_scores", case, (x, W, None, b_dec, False, budget, product), 1e-5),
             Call("latent_scores", f"{case}-entropy", entropy, 1e-5),
         ]
-    return found
+    return found + _encode_in_blocks(found)
+
+
+IN_BLOCKS = ("encode_topk", "encode_batch_topk", "encode_threshold")
+
+
+def _encode_in_blocks(found: list[Call]) -> list[Call]:
+    """The same a block at a time, and what blocks find hard: lists that overflow, large k."""
+    ways = ("blocks", "overlap", "blocks:1x64", "overlap:5x192")
+    here = [call for call in found if call.op in IN_BLOCKS]
+    more = [replace(call, way=ways[i % len(ways)]) for i, call in enumerate(here)]
+    n, m = 21, 1003
+    x, W = _integers(n, 1, dtype=torch.float32), _integers(m, 1, dtype=torch.float32)
+    for kind, b_enc in (
+        ("ascending", torch.arange(m).float()),
+        ("equal", torch.ones(m)),
+        ("normal", torch.randn(m)),
+    ):
+        for k in (3, 100):
+            arguments = (x, W, b_enc, None, k, None, False, False, False)
+            more.append(Call("encode_topk", f"{kind}-{k}", arguments, way="blocks"))
+        batch = (x, W, b_enc, None, 11 * n, None, False, None)
+        more.append(Call("encode_batch_topk", kind, batch, way="overlap"))
+    return more
 
 
 def _sparse() -> list[Call]:

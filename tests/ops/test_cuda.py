@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,12 +54,8 @@ def test_captured_in_a_graph(call) -> None:
 
 def test_runs_on_the_current_stream(call) -> None:
     want = call()
-    late = Call(
-        call.op,
-        call.case,
-        tuple(a.clone() if isinstance(a, Tensor) else a for a in call.arguments),
-        call.tolerance,
-    )
+    clones = (a.clone() if isinstance(a, Tensor) else a for a in call.arguments)
+    late = replace(call, arguments=tuple(clones))
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):

@@ -12,6 +12,12 @@ from fastsae import _library, ops, reference
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
+@pytest.fixture
+def device(encode_device: str) -> str:
+    """Every device, in every way that encoders have there."""
+    return encode_device
+
+
 def weights(d_sae: int, d_in: int, dtype=torch.float32, device="cpu"):
     W = torch.randn(d_sae, d_in, dtype=torch.float64) / d_in**0.5
     return (

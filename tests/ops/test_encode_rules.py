@@ -13,6 +13,12 @@ from tests.ops.test_encode import integers, run, weights
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@pytest.fixture
+def device(encode_device: str) -> str:
+    """Every device, in every way that encoders have there."""
+    return encode_device
+
+
 def factors(n, d_out, d_sae, like):
     """Return an integer gradient and decoder, the products of which are exact."""
     grad, W_dec = (torch.randint(-3, 4, (rows, d_out)).to(like) for rows in (n, d_sae))
