@@ -40,7 +40,6 @@ from fastsae.interop.folder import CONFIG, WEIGHTS, contents, write
 from fastsae.nn import SAE, ActivationScaler, SAEOutput, StepContext
 from fastsae.train.calibration import Calibration
 from fastsae.train.checkpoint import (
-    check_alike,
     check_same_run,
     latest,
     load_checkpoint,
@@ -71,6 +70,7 @@ from fastsae.train.recent import RecentBatches
 from fastsae.train.saver import Saver, copied
 from fastsae.train.schedule import make_plan
 from fastsae.train.start import start_, start_rows
+from fastsae.train.state import check_state
 from fastsae.train.team import make_team
 from fastsae.train.update import Update, kind_of, make_update
 
@@ -83,19 +83,6 @@ FREE_SETTINGS: tuple[str, ...] = (
 )
 FREE_SETTINGS += ("tensorboard", "progress", "mesh", "async_checkpoints")
 """What may differ between a run and its continuation."""
-STATE_KEYS = {
-    "about",
-    "step",
-    "tokens",
-    "scales",
-    "limits",
-    "sae",
-    "update_kind",
-    "update",
-    "dead",
-    "rng",
-}
-STATE_KEYS |= {"data", "recent_from", "metrics", "pending"}
 RUN, RUN_FORMAT = "run.json", "fastsae-run"
 """Written last: the run has come to its end, and these are its files."""
 
@@ -533,37 +520,22 @@ class Trainer:
 
     def _check_state(self, state: dict[str, Any], where: str, update: Update) -> None:
         """Raise ValueError unless `state` is one of this run; nothing changes before that."""
-        missing = STATE_KEYS - state.keys()
-        if missing:
-            raise ValueError(f"Trainer: expected {', '.join(sorted(missing))} in {where}, got none")
-        check_same_run(where, state["about"], self._about())
-        if (kind := kind_of(update)) != state["update_kind"]:
-            raise ValueError(
-                f"Trainer: expected the state of a {kind}, which applies here, got that of a "
-                f"{state['update_kind']}; set update= to the one that the run began with"
-            )
-        step, tokens = state["step"], state["tokens"]
-        if type(step) is not int or not 0 <= step <= self.plan.steps:
-            raise ValueError(
-                f"Trainer: expected step in 0..{self.plan.steps} in {where}, got {step!r}"
-            )
-        if type(tokens) is not int or tokens < step:
-            raise ValueError(f"Trainer: expected tokens >= {step} in {where}, got {tokens!r}")
-        counter = self._counter()
-        for name, ours in (
-            ("scales", self.scaler.scales),
-            ("limits", self.scaler.scales),
-            ("sae", self.sae.state_dict()),
-            ("update", update.state_dict()),
-            ("dead", counter.tensors()),
-        ):
-            check_alike(state[name], ours, name, where)
-        for name in ("scales", "limits"):
-            if not all(value > 0 for value in state[name]):
-                raise ValueError(f"Trainer: expected {name} > 0 in {where}, got {state[name]}")
-        clock = self._clock.state_dict()
-        check_alike(state.get("clock", clock), clock, "clock", where)  # earlier versions kept none
-        check_alike(state["rng"].get("cpu"), torch.get_rng_state(), "rng.cpu", where)
+        ours = {
+            "scales": self.scaler.scales,
+            "limits": self.scaler.scales,
+            "sae": self.sae.state_dict(),
+            "update": update.state_dict(),
+            "dead": self._counter().tensors(),
+        }
+        check_state(
+            state,
+            where,
+            about=self._about(),
+            kind=kind_of(update),
+            steps=self.plan.steps,
+            ours=ours,
+            clock=self._clock.state_dict(),
+        )
 
     def _count_from_zero(self) -> None:
         """Make what steps need besides the update, before anything is measured or loaded."""
