@@ -97,6 +97,8 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
   // gradients of whole parameters; grad_b_dec takes the place of the sum of grad_output.
   // apply_b_dec: b_dec is subtracted from x. A max_norm of inf does not clip; clip [2] holds the
   // squared norm of other gradients, and gets the factor that clipping multiplies all with.
+  // lr_tensor [] float64 and step_tensor [] int64 are read in place of lr and step when the step is
+  // done; with a step_tensor below 1 it is not.
   m.def(
       "sparse_adam_step_(Tensor(a!) W_enc, Tensor(b!) W_dec, Tensor(c!) b_enc, Tensor(d!) b_dec,"
       " Tensor(e!) m_W_enc, Tensor(f!) m_W_dec, Tensor(g!) m_b_enc, Tensor(h!) m_b_dec,"
@@ -106,5 +108,6 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
       " Tensor? extra_latents, Tensor? extra_W_enc, Tensor? extra_W_dec, Tensor? extra_b_enc,"
       " Tensor? grad_W_enc, Tensor? grad_W_dec, Tensor? grad_b_enc, Tensor? grad_b_dec,"
       " Tensor(m!)? clip, float lr, float beta1, float beta2, float eps, int step, float max_norm,"
-      " bool unit_norm, bool apply_b_dec, bool bf16_rows) -> ()");
+      " bool unit_norm, bool apply_b_dec, bool bf16_rows, Tensor? lr_tensor=None,"
+      " Tensor? step_tensor=None) -> ()");
 }

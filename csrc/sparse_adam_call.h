@@ -2,9 +2,7 @@
 // device.
 #pragma once
 
-#include <cmath>
-
-#include "adam_constants.h"
+#include "adam_rate.h"
 #include "check.h"
 
 namespace fastsae {
@@ -28,17 +26,11 @@ struct AdamCall {
   bool apply_b_dec;  // b_dec is subtracted from x
   bool bf16_rows;  // x - b_dec and grad_output are rounded to bfloat16 for the matrices where that
                    // is faster
+  std::optional<Tensor> lr_tensor, step_tensor;  // [] float64 and int64: in place of lr and step
 
   static constexpr const char* kOp = "sparse_adam_step_";
 
-  AdamConstants<double> constants() const {
-    return {1.0 - beta1,
-            beta2,
-            1.0 - beta2,
-            lr / (1.0 - std::pow(beta1, static_cast<double>(step))),
-            1.0 / std::sqrt(1.0 - std::pow(beta2, static_cast<double>(step))),
-            eps};
-  }
+  AdamSettings<double> settings() const { return {1.0 - beta1, beta2, 1.0 - beta2, eps}; }
 
   // Whether the averages of squares of both matrices have one number for each row.
   bool by_rows() const { return v_W_enc.dim() == 1; }
@@ -84,7 +76,9 @@ struct AdamCall {
     }
     check_rows("x", x, n_enc, d_in);
     check_rows("grad_output", grad_output, n, d_out);
-    FASTSAE_CHECK(step >= 1, kOp, ": expected step >= 1, got ", step);
+    FASTSAE_CHECK(step_tensor || step >= 1, kOp, ": expected step >= 1, got ", step);
+    check_number("lr_tensor", lr_tensor, ScalarType::Double, "float64");
+    check_number("step_tensor", step_tensor, ScalarType::Long, "int64");
     if (grad_W_enc) check_rows("grad_W_enc", *grad_W_enc, d_sae, d_in);
     if (grad_W_dec) check_rows("grad_W_dec", *grad_W_dec, d_sae, d_out);
     if (grad_b_enc) check_state("grad_b_enc", *grad_b_enc, b_enc);
@@ -117,6 +111,11 @@ struct AdamCall {
     FASTSAE_CHECK(same, kOp, ": expected ", name, " to be contiguous, with the dtype of W_enc and ",
                   shape_of(like), ", got ", shape_of(t));
   }
+  static void check_number(const char* name, const std::optional<Tensor>& t, ScalarType type,
+                           const char* type_name) {
+    FASTSAE_CHECK(!t || (t->dim() == 0 && t->scalar_type() == type), kOp, ": expected ", name,
+                  " to be [] ", type_name);
+  }
   void check_rows(const char* name, const Tensor& t, int64_t n, int64_t d) const {
     FASTSAE_CHECK(
         t.dim() == 2 && t.size(0) == n && t.size(1) == d && t.scalar_type() == W_enc.scalar_type(),
@@ -138,14 +137,15 @@ void sparse_adam_step(Tensor W_enc, Tensor W_dec, Tensor b_enc, Tensor b_dec, Te
                       std::optional<Tensor> grad_W_dec, std::optional<Tensor> grad_b_enc,
                       std::optional<Tensor> grad_b_dec, std::optional<Tensor> clip, double lr,
                       double beta1, double beta2, double eps, int64_t step, double max_norm,
-                      bool unit_norm, bool apply_b_dec, bool bf16_rows) {
+                      bool unit_norm, bool apply_b_dec, bool bf16_rows,
+                      std::optional<Tensor> lr_tensor, std::optional<Tensor> step_tensor) {
   AdamCall call{W_enc,       W_dec,      b_enc,         b_dec,       m_W_enc,     m_W_dec,
                 m_b_enc,     m_b_dec,    v_W_enc,       v_W_dec,     v_b_enc,     v_b_dec,
                 values,      indices,    offsets,       grad_output, grad_values, enc_indices,
                 enc_offsets, x,          extra_latents, extra_W_enc, extra_W_dec, extra_b_enc,
                 grad_W_enc,  grad_W_dec, grad_b_enc,    grad_b_dec,  clip,        lr,
                 beta1,       beta2,      eps,           step,        max_norm,    unit_norm,
-                apply_b_dec, bf16_rows};
+                apply_b_dec, bf16_rows,  lr_tensor,     step_tensor};
   call.check();
   run(call);
 }

@@ -235,6 +235,10 @@ std::vector<int32_t> rows_of_latents(const Tensor& latents, int64_t d_sae) {
 }
 
 void run(AdamCall& c) {
+  const AdamRate<double> rate =
+      adam_rate(c.lr_tensor ? *data_of<double>(*c.lr_tensor) : c.lr, c.beta1, c.beta2,
+                c.step_tensor ? *data_of<int64_t>(*c.step_tensor) : c.step);
+  if (rate.inverse_correction2 == 0) return;
   const int64_t d_sae = c.W_enc.size(0);
   const SparseActsArgs dec = checked_sparse_acts(kOp, c.values, c.indices, c.offsets, d_sae);
   const Tensor grad_values = as_contiguous(c.grad_values);
@@ -304,7 +308,7 @@ void run(AdamCall& c) {
                       pointer(more_b),
                       g_b_dec.data(),
                       c.clip ? mutable_data_of<double>(*c.clip) : nullptr,
-                      c.constants().to<A>(),
+                      {c.settings().to<A>(), rate.to<A>()},
                       c.unit_norm,
                       c.apply_b_dec,
                       c.by_rows(),

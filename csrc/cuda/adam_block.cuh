@@ -10,17 +10,16 @@ constexpr int kGroup = 16;  // latents whose shares of the gradient of b_dec are
 
 // Adam, in the type of parameters.
 template <class A>
-struct Adam : AdamConstants<A> {
-  explicit Adam(const AdamConstants<double>& c) : AdamConstants<A>(c.to<A>()) {}
+struct Adam : AdamSettings<A> {
+  explicit Adam(const AdamSettings<double>& s) : AdamSettings<A>(s.to<A>()) {}
 
-  __device__ __forceinline__ void move(A g, A& p, A& m, A& v) const {
+  __device__ __forceinline__ void move(const AdamRate<A>& rate, A g, A& p, A& m, A& v) const {
     m += this->one_minus_beta1 * (g - m);
     v = this->one_minus_beta2 * (g * g) + this->beta2 * v;
     if constexpr (sizeof(A) == sizeof(float)) {
-      p -= this->step_size *
-           close_quotient(m, close_root(v) * this->inverse_correction2 + this->eps);
+      p -= rate.step_size * close_quotient(m, close_root(v) * rate.inverse_correction2 + this->eps);
     } else {
-      p -= this->step_size * (m / (sqrt(v) * this->inverse_correction2 + this->eps));
+      p -= rate.step_size * (m / (sqrt(v) * rate.inverse_correction2 + this->eps));
     }
   }
   __device__ __forceinline__ static A square_root(A x) {
@@ -56,6 +55,7 @@ struct AdamArgs {
   int packs;              // of a row of parameters
   int row_packs, chunks;  // of a row that is gathered
   Adam<A> adam;
+  const AdamRate<A>* rate;
   const A* scale;  // of all gradients, or null: 1
   bool unit_norm;
   Bits* shares;     // [groups, d], or null
@@ -104,6 +104,7 @@ struct AdamBlock {
 
   const AdamArgs<F, R>& a;
   Bits *g_dec, *g_enc, *share;  // [d] each
+  const AdamRate<A>& rate;      // in shared memory, which takes no registers
   int tid;
 
   __device__ __forceinline__ static A at(const typename P::Raw& raw, int e) {
@@ -200,8 +201,8 @@ struct AdamBlock {
       const A square = scale * scale * (squares[i] / static_cast<A>(max(a.d, 1)));
       const A v = a.adam.one_minus_beta2 * square + a.adam.beta2 * old[i];
       if (tid == 0) (i == 0 ? a.W_enc : a.W_dec).v[f] = F::narrow(v);
-      const A root = Adam<A>::square_root(v) * a.adam.inverse_correction2 + a.adam.eps;
-      steps[i] = a.adam.step_size / root;
+      const A root = Adam<A>::square_root(v) * rate.inverse_correction2 + a.adam.eps;
+      steps[i] = rate.step_size / root;
     }
   }
 
@@ -211,7 +212,7 @@ struct AdamBlock {
       m += a.adam.one_minus_beta1 * (g - m);
       p -= step * m;
     } else {
-      a.adam.move(g, p, m, v);
+      a.adam.move(rate, g, p, m, v);
     }
   }
 

@@ -33,6 +33,7 @@ struct AdamBySideArgs {
   const Bits* more_b_enc;  // [d_sae]: more of its gradient, or null
   int d_sae;
   Adam<A> adam;
+  const AdamRate<A>* rate;
   const A* scale;  // of all gradients, or null: 1
   bool unit_norm;
   Bits* shares;     // [groups, enc.d], or null: b_dec gets none
@@ -64,7 +65,8 @@ struct AdamBySideBlock {
   };
 
   const AdamBySideArgs<F, R>& a;
-  Bits* rows;  // [row_numbers()]
+  Bits* rows;               // [row_numbers()]
+  const AdamRate<A>& rate;  // in shared memory, which takes no registers
   int tid;
 
   __device__ __forceinline__ static A at(const typename P::Raw& raw, int e) {
@@ -171,8 +173,8 @@ struct AdamBySideBlock {
       const A square = scale * scale * (squares[i] / static_cast<A>(max(d, 1)));
       const A v = a.adam.one_minus_beta2 * square + a.adam.beta2 * old[i];
       if (tid == 0) (i == 0 ? a.enc : a.dec).W.v[f] = F::narrow(v);
-      const A root = Adam<A>::square_root(v) * a.adam.inverse_correction2 + a.adam.eps;
-      steps[i] = a.adam.step_size / root;
+      const A root = Adam<A>::square_root(v) * rate.inverse_correction2 + a.adam.eps;
+      steps[i] = rate.step_size / root;
     }
   }
 
@@ -212,7 +214,7 @@ struct AdamBySideBlock {
             m[e] += a.adam.one_minus_beta1 * (scale * g - m[e]);
             p[e] -= step * m[e];
           } else {
-            a.adam.move(scale * g, p[e], m[e], v[e]);
+            a.adam.move(rate, scale * g, p[e], m[e], v[e]);
           }
           norm += p[e] * p[e];
         }

@@ -21,6 +21,9 @@ void run(AdamCall& c) {
         &c.grad_W_dec, &c.grad_b_enc, &c.grad_b_dec, &c.clip}) {
     if (*t) check_device(op, "more gradients", **t, c.W_enc, "W_enc");
   }
+  for (const std::optional<Tensor>* t : {&c.lr_tensor, &c.step_tensor}) {
+    if (*t) check_device(op, "lr and step", **t, c.W_enc, "W_enc");
+  }
   check_d_sae(op, c.W_enc.size(0));
   const DeviceScope device(c.W_enc);
   const Format format = format_of(op, "W_enc", c.W_enc);
@@ -72,7 +75,13 @@ void run(AdamCall& c) {
                     c.clip ? mutable_data_of<double>(*c.clip) : nullptr,
                     static_cast<int32_t>(c.W_enc.size(1)),
                     static_cast<int32_t>(c.W_dec.size(1)),
-                    c.constants(),
+                    c.lr,
+                    c.beta1,
+                    c.beta2,
+                    c.step,
+                    c.lr_tensor ? data_of<double>(*c.lr_tensor) : nullptr,
+                    c.step_tensor ? data_of<int64_t>(*c.step_tensor) : nullptr,
+                    c.settings(),
                     c.max_norm,
                     c.unit_norm,
                     c.apply_b_dec,

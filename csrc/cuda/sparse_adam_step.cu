@@ -83,6 +83,7 @@ struct Plan {
   int32_t* extra_rows;
   typename F::Bits *shares, *gradients;
   A *sums, *g_b_dec, *scale;
+  AdamRate<A>* rate;
   double* squares;
   Segments<A> dec_segments, enc_segments;
   int64_t bytes;
@@ -121,6 +122,7 @@ struct Plan {
     g_b_dec = scratch.take<A>(p.d_out);
     squares = scratch.take<double>(groups);
     scale = scratch.take<A>(1);
+    rate = scratch.take<AdamRate<A>>(1);
     gradients = scratch.take<typename F::Bits>(shared == row ? 0 : blocks * numbers);
     dec_segments = Segments<A>::take(scratch, e.capacity / kSegment, dec, pack);
     enc_segments = Segments<A>::take(scratch, p.enc_entries.capacity / kSegment, enc, pack);
@@ -167,6 +169,7 @@ AdamArgs<F, R> one_code(const AdamParams& p, const Plan<F, R>& plan, const Lists
           plan.dec.packs,
           plan.dec.chunks,
           Adam<typename F::Acc>(p.adam),
+          plan.rate,
           nullptr,
           p.unit_norm,
           p.apply_b_dec ? plan.shares : nullptr,
@@ -203,6 +206,7 @@ AdamBySideArgs<F, R> by_side(const AdamParams& p, const Plan<F, R>& plan, const 
           static_cast<const Bits*>(p.grad_b_enc),
           p.dec_entries.d_sae,
           Adam<typename F::Acc>(p.adam),
+          plan.rate,
           nullptr,
           p.unit_norm,
           p.apply_b_dec ? plan.shares : nullptr,
@@ -223,6 +227,9 @@ const char* launch(const AdamParams& p, const Plan<F, R>& plan, cudaStream_t str
   if (p.own_entries) {
     if (const char* error = group(p.enc_entries, plan.enc_lists)) return error;
   }
+
+  FASTSAE_LAUNCH(adam_rate_kernel<A>, 1, 32, 0, stream, p.lr, p.beta1, p.beta2, p.step, p.lr_at,
+                 p.step_at, plan.rate);
 
   int32_t* extra_rows = nullptr;
   if (p.extra_latents) {
@@ -286,7 +293,7 @@ const char* launch(const AdamParams& p, const Plan<F, R>& plan, cudaStream_t str
   if (p.d_out > 0) {
     FASTSAE_LAUNCH(adam_vector_kernel<F>, grid_of((p.d_out + kColumnThreads - 1) / kColumnThreads),
                    kColumnThreads, 0, stream, Parameter<F>(p.b_dec), plan.g_b_dec, p.d_out, scale,
-                   of_sides.adam);
+                   of_sides.adam, plan.rate);
   }
   return launch_error();
 }

@@ -32,7 +32,11 @@ struct AdamParams {
   const void* grad_b_dec;  // [d_out] in place of the sum of grad_output, or null
   double* clip;            // [2] squared norm of other gradients, and the factor found; or null
   int32_t d_in, d_out;
-  AdamConstants<double> adam;
+  double lr, beta1, beta2;
+  int64_t step;
+  const double* lr_at;     // [] in place of lr, or null
+  const int64_t* step_at;  // [] in place of step, or null; below 1 nothing is updated
+  AdamSettings<double> adam;
   double max_norm;  // infinity does not clip
   bool unit_norm;
   bool apply_b_dec;         // b_dec is subtracted from x, so that it gets shares of the encoder's

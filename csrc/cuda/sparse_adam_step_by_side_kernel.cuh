@@ -20,13 +20,19 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
   constexpr int kWarps = kThreads / 32;
   FASTSAE_DYN_SMEM(Bits, dynamic);  // [row_numbers()]
   __shared__ GroupLists lists;
+  __shared__ AdamRate<A> rate;
   __shared__ A weight_sum, group_bias[kGroup];
   __shared__ A space[2 * kWarps], norm_space[kWarps], mini_space[2 * kWarps];
   __shared__ double square_space[kWarps];
   Bits* rows = a.rows ? a.rows + blockIdx.x * a.row_numbers() : dynamic;
   const int tid = static_cast<int>(threadIdx.x);
-  const Block block{a, rows, tid};
+  const Block block{a, rows, rate, tid};
   const A scale = a.scale ? *a.scale : A(1);
+  if constexpr (kUpdate) {
+    if (a.rate->inverse_correction2 == A(0)) return;  // there is no step
+    if (tid == 0) rate = *a.rate;
+    __syncthreads();  // the rate is there
+  }
 
   const int groups = (a.d_sae - 1) / kGroup + 1;
   for (int group = static_cast<int>(blockIdx.x); group < groups;
@@ -83,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
       if (tid < count) {
         const int f = group * kGroup + tid;
         A p = F::widen(a.b_enc.p[f]), m = F::widen(a.b_enc.m[f]), v = F::widen(a.b_enc.v[f]);
-        a.adam.move(scale * (group_bias[tid] + block.more_b_enc(f)), p, m, v);
+        a.adam.move(rate, scale * (group_bias[tid] + block.more_b_enc(f)), p, m, v);
         a.b_enc.p[f] = F::narrow(p);
         a.b_enc.m[f] = F::narrow(m);
         a.b_enc.v[f] = F::narrow(v);

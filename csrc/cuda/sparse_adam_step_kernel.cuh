@@ -17,6 +17,7 @@
 // rows do not fit the cache these come from memory, and bfloat16 halves them.
 #pragma once
 
+#include "adam_rate.h"
 #include "cuda/adam_block.cuh"
 #include "cuda/column_sums.cuh"
 
@@ -32,15 +33,21 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs
   using P = Pack<F, kWide>;
   constexpr int E = P::kSize, kWarps = kThreads / 32;
   FASTSAE_DYN_SMEM(Bits, dynamic);  // [3 d]
+  __shared__ AdamRate<A> rate;
   __shared__ A weight_sum, group_bias[kGroup];
   __shared__ A space[2 * kWarps], norm_space[kWarps], mini_space[2 * kWarps];
   __shared__ double square_space[kWarps];
   Bits* rows = a.rows ? a.rows + int64_t{blockIdx.x} * 3 * a.d : dynamic;
   const int tid = static_cast<int>(threadIdx.x), lane = tid & 31;
   // Not rows + 2 * a.d, a second offset: it spills on sm_80.
-  const Block block{a, rows, rows + a.d, rows + a.d + a.d, tid};
+  const Block block{a, rows, rows + a.d, rows + a.d + a.d, rate, tid};
   const A zeros[E] = {};
   const A scale = a.scale ? *a.scale : A(1);
+  if constexpr (kUpdate) {
+    if (a.rate->inverse_correction2 == A(0)) return;  // there is no step
+    if (tid == 0) rate = *a.rate;
+    __syncthreads();  // the rate is there
+  }
 
   for (int64_t group = blockIdx.x; group * kGroup < a.d_sae; group += gridDim.x) {
     const int count = min(kGroup, static_cast<int>(a.d_sae - group * kGroup));
@@ -82,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs
       if (tid < count) {
         const int64_t f = group * kGroup + tid;
         A p = F::widen(a.b_enc.p[f]), m = F::widen(a.b_enc.m[f]), v = F::widen(a.b_enc.v[f]);
-        a.adam.move(scale * (group_bias[tid] + block.more_b_enc(f)), p, m, v);
+        a.adam.move(rate, scale * (group_bias[tid] + block.more_b_enc(f)), p, m, v);
         a.b_enc.p[f] = F::narrow(p);
         a.b_enc.m[f] = F::narrow(m);
         a.b_enc.v[f] = F::narrow(v);
@@ -94,6 +101,17 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs
       __syncthreads();  // the squares are read before the next group overwrites them
     }
   }
+}
+
+// The rate of this step, from numbers of the host or of the device. Called with one warp.
+template <class A>
+__global__ void adam_rate_kernel(double lr, double beta1, double beta2, int64_t step,
+                                 const double* __restrict__ lr_at,
+                                 const int64_t* __restrict__ step_at, AdamRate<A>* rate) {
+  if (threadIdx.x > 0) return;
+  const AdamRate<double> exact =
+      adam_rate(lr_at ? *lr_at : lr, beta1, beta2, step_at ? *step_at : step);
+  *rate = {static_cast<A>(exact.step_size), static_cast<A>(exact.inverse_correction2)};
 }
 
 // rows[f] = j where latents[j] is f: the last one, should a latent come twice.
@@ -111,13 +129,16 @@ __global__ void __launch_bounds__(kColumnThreads)
 template <class F>
 __global__ void __launch_bounds__(kColumnThreads)
     adam_vector_kernel(Parameter<F> x, const typename F::Acc* __restrict__ g, int d,
-                       const typename F::Acc* __restrict__ scale, Adam<typename F::Acc> adam) {
+                       const typename F::Acc* __restrict__ scale, Adam<typename F::Acc> adam,
+                       const AdamRate<typename F::Acc>* __restrict__ rates) {
   using A = typename F::Acc;
+  const AdamRate<A> rate = *rates;
+  if (rate.inverse_correction2 == A(0)) return;  // there is no step
   const A factor = scale ? *scale : A(1);
   int c = static_cast<int>(blockIdx.x) * kColumnThreads + static_cast<int>(threadIdx.x);
   for (; c < d; c += static_cast<int>(gridDim.x) * kColumnThreads) {
     A p = F::widen(x.p[c]), m = F::widen(x.m[c]), v = F::widen(x.v[c]);
-    adam.move(factor * g[c], p, m, v);
+    adam.move(rate, factor * g[c], p, m, v);
     x.p[c] = F::narrow(p);
     x.m[c] = F::narrow(m);
     x.v[c] = F::narrow(v);

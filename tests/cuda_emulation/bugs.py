@@ -438,6 +438,52 @@ BUGS = (
         launcher="sparse_adam_step",
     ),
     Bug(
+        "the step number of the host is taken for that of the device",
+        "sparse_adam_step_",
+        _ADAM,
+        "step_at ? *step_at : step);",
+        "step_at ? step : step);",
+        "result",
+        launcher="sparse_adam_step",
+    ),
+    Bug(
+        "b_dec moves though there is no step",
+        "sparse_adam_step_",
+        _ADAM,
+        "if (rate.inverse_correction2 == A(0)) return;",
+        "",
+        "result",
+        launcher="sparse_adam_step",
+    ),
+    *(
+        Bug(
+            f"rows move though there is no step{where}",
+            "sparse_adam_step_",
+            file,
+            "if (a.rate->inverse_correction2 == A(0)) return;",
+            "",
+            "result",
+            launcher=launcher,
+        )
+        for where, file, launcher in (
+            ("", _ADAM, "sparse_adam_step"),
+            (" by side", _BY_SIDE, "sparse_adam_step_by_side"),
+        )
+    ),
+    *(
+        _barrier(
+            f"the rate is read early{where}",
+            "sparse_adam_step_",
+            file,
+            "the rate is there",
+            launcher=launcher,
+        )
+        for where, file, launcher in (
+            ("", _ADAM, "sparse_adam_step"),
+            (" by side", _BY_SIDE, "sparse_adam_step_by_side"),
+        )
+    ),
+    Bug(
         "both codes are sorted as the decoder's",
         "sparse_adam_step_",
         "cuda/sparse_adam_step.cu",

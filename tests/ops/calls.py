@@ -324,7 +324,19 @@ def _adam() -> list[Call]:
         found.append(Call("sparse_adam_step_", f"{case}-mini", mini, tolerance))
         alone = (*call[:-1], False, False)  # b_dec is not subtracted
         found.append(Call("sparse_adam_step_", f"{case}-uncentered", alone, tolerance))
+        # The rate and the step number as tensors, of a step that is done and of none.
+        for step in (3, 0):
+            numbers = (torch.tensor(1e-2, dtype=torch.float64), torch.tensor(step))
+            name = f"{case}-tensors-step{step}"
+            found.append(
+                Call("sparse_adam_step_", name, (*_no_numbers(call), False, *numbers), tolerance)
+            )
     return found + _adam_by_side()
+
+
+def _no_numbers(call: tuple) -> tuple:
+    """Return a call with the rate and the step number that no step has."""
+    return (*call[:29], 1e9, *call[30:33], 0, *call[34:])
 
 
 def _adam_by_side() -> list[Call]:
@@ -358,6 +370,9 @@ def _adam_by_side() -> list[Call]:
             found.append(Call("sparse_adam_step_", f"{case}-bf16-rows", (*call, True), 2e-2))
         mini = (*call[:8], squares[2], squares[2].clone(), *call[10:], False)
         found.append(Call("sparse_adam_step_", f"{case}-mini", mini, tolerance))
+        numbers = (torch.tensor(1e-2, dtype=torch.float64), torch.tensor(0))
+        none = (*_no_numbers(call), False, *numbers)
+        found.append(Call("sparse_adam_step_", f"{case}-tensors-step0", none, tolerance))
     return found
 
 

@@ -187,6 +187,91 @@ def test_an_empty_batch_still_moves_by_the_averages() -> None:
         assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def number(x, dtype, device="cpu"):
+    return torch.tensor(x, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("mini", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 1000, 123_456])
+def test_rate_and_step_as_tensors_give_the_same_bits(device, dtype, clip, mini, own, count) -> None:
+    state, acts, grad, x, error = make(20, 16, 64, 4, dtype, device=device)
+    state = by_rows(state) if mini else state
+    entries = SparseActs(grad, acts.indices, acts.offsets, acts.d_sae) if own else grad
+    numbers = (
+        (3e-3, count),
+        (number(3e-3, torch.float64, device), number(count, torch.int64, device)),
+    )
+    found = []
+    for lr, step in (numbers[0], numbers[1], (numbers[0][0], numbers[1][1])):
+        found.append(copies(state))
+        ops.sparse_adam_step_(
+            *found[-1], acts, entries, x, error, lr=lr, step=step, clip_grad_norm=clip
+        )
+    flat = [[t for tensors in state for t in tensors] for state in found]
+    for given in zip(*flat, strict=True):
+        assert all(torch.equal(given[0], t) for t in given[1:])
+    assert not torch.equal(found[0][0].W_enc, state[0].W_enc)
+
+
+def test_tensors_are_read_when_the_step_is_done() -> None:
+    """The same call again, with other numbers in its tensors: what a replayed step is."""
+    state, *batch = make(20, 16, 64, 4, torch.float64)
+    lr, step = number(0.0, torch.float64), number(0, torch.int64)
+    got, want = copies(state), copies(state)
+    for i in range(1, 5):
+        lr.fill_(1e-2 / i)
+        step.add_(1)
+        ops.sparse_adam_step_(*got, *batch, lr=lr, step=step)
+        ops.sparse_adam_step_(*want, *batch, lr=1e-2 / i, step=i)
+    assert torch.equal(got[0].W_dec, want[0].W_dec)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("count", [0, -1])
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_below_step_one_nothing_is_updated(device, own, count, value) -> None:
+    state, acts, grad, x, error = make(20, 16, 64, 4, torch.float32, device=device)
+    entries = SparseActs(grad, acts.indices, acts.offsets, acts.d_sae) if own else grad
+    before = copies(state)
+    ops.sparse_adam_step_(
+        *state,
+        acts,
+        entries,
+        x * value,
+        error * value,
+        lr=1e-2,
+        step=number(count, torch.int64, device),
+        clip_grad_norm=0.5,
+    )
+    for one, other in zip(before, state, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_adams_constants_to_the_last_bits() -> None:
+    """One parameter with gradient 1 at step t, in float64, against exact fractions."""
+    from fractions import Fraction
+
+    for count in (1, 7, 100, 5_000):
+        state = [
+            StepTensors(*(torch.zeros(s).double() for s in ((1, 1), (1, 1), (1,), (1,))))
+            for _ in range(3)
+        ]
+        acts = SparseActs(torch.ones(1, 1).double(), torch.zeros(1, 1).int(), None, 1)
+        one = torch.ones(1, 1).double()
+        ops.sparse_adam_step_(
+            *state, acts, one, 0 * one, one, lr=1.0, step=count, unit_norm=False, eps=0.0
+        )
+        corrections = [1 - Fraction(beta) ** count for beta in (0.9, 0.999)]
+        squared = (
+            (1 - Fraction(0.9)) ** 2 / corrections[0] ** 2 * corrections[1] / (1 - Fraction(0.999))
+        )
+        want = float(squared) ** 0.5
+        assert abs(-float(state[0].b_enc) / want - 1) < 1e-14
+
+
 def test_rows_of_the_decoder_have_norm_one_and_zero_rows_stay() -> None:
     state, *batch = make(8, 12, 30, 3, torch.float32)
     state[0].W_dec[7] = 0
@@ -294,3 +379,26 @@ def test_wrong_arguments() -> None:
     acts.indices[0, 0] = 20
     with pytest.raises(RuntimeError, match=r"expected 0 <= indices < d_sae = 20, got 20"):
         step(*state, acts, grad, x, error, lr=1e-3, step=1)
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "message"),
+    [
+        (
+            {"lr": number(1e-3, torch.float32)},
+            TypeError,
+            "lr to be torch.float64, got torch.float32",
+        ),
+        ({"step": number(1, torch.int32)}, TypeError, "step to be torch.int64, got torch.int32"),
+        ({"lr": torch.zeros(1).double()}, ValueError, r"lr to be \[\]"),
+        (
+            {"step": torch.zeros((), dtype=torch.int64, device="meta")},
+            ValueError,
+            "step on the device",
+        ),
+    ],
+)
+def test_wrong_tensors_for_numbers(named, error, message) -> None:
+    state, *batch = make(5, 3, 9, 2, torch.float32)
+    with pytest.raises(error, match=f"sparse_adam_step_: expected {message}"):
+        ops.sparse_adam_step_(*state, *batch, **{"lr": 1e-3, "step": 1, **named})

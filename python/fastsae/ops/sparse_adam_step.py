@@ -27,8 +27,8 @@ def sparse_adam_step_(
     x: Tensor,
     grad_output: Tensor,
     *,
-    lr: float,
-    step: int,
+    lr: float | Tensor,
+    step: int | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     clip_grad_norm: float | None = None,
@@ -63,8 +63,9 @@ def sparse_adam_step_(
         x: [n, d_in], what was encoded (b_dec not subtracted); one row for each of that code.
         grad_output: [n, d_out], the gradient of the loss in the reconstruction. Of a loss that
             decodes several times, the rows of all these under each other, and the same of `acts`.
-        lr: learning rate.
-        step: number of this step, from 1, for Adam's bias corrections.
+        lr: learning rate; or a tensor [] float64 on the device, read when the step is done.
+        step: number of this step, from 1, for Adam's bias corrections; or a tensor [] int64 on the
+            device, read when the step is done. Where that is below 1, nothing is updated.
         betas: decay rates of the averages.
         eps: added to the denominator, outside the root, as torch.optim.Adam does.
         clip_grad_norm: largest norm of the whole gradient; None does not clip. Costs a second pass
@@ -82,7 +83,8 @@ def sparse_adam_step_(
 
     Returns:
         With `other_squared` the number [] float64 that clipping multiplied all gradients with, by
-        which those other gradients are still to be multiplied; else None.
+        which those other gradients are still to be multiplied; else None. It means nothing where
+        nothing is updated.
 
     Raises:
         TypeError: a dtype is not as stated.
@@ -99,7 +101,8 @@ def sparse_adam_step_(
         normalize`: to 1e-12 in float64; in float32 the parameters agree to 2e-6 after one step of
         lr 1e-3. Bitwise the same for every number of threads, but where more than a quarter of all
         entries are active, whose gradients `torch.mm` adds up on a CPU. An entry whose value is
-        exactly 0 is ignored. Autocast changes nothing.
+        exactly 0 is ignored. Autocast changes nothing. Tensors `lr` and `step` give the same bits
+        as numbers.
 
     Cost:
         Reads and writes every parameter and both averages once, 24 bytes for each float32
@@ -123,7 +126,9 @@ def sparse_adam_step_(
             f"{_OP}: expected b_dec to be [d_in] with d_in = {d_in} where it is subtracted from x, "
             f"got [{d_out}]"
         )
-    if step < 1:
+    _check_number("lr", lr, torch.float64, W_enc)
+    _check_number("step", step, torch.int64, W_enc)
+    if not isinstance(step, Tensor) and step < 1:
         raise ValueError(f"{_OP}: expected step >= 1, got {step}")
     if clip_grad_norm is not None and not clip_grad_norm > 0:
         raise ValueError(f"{_OP}: expected clip_grad_norm > 0 or None, got {clip_grad_norm}")
@@ -149,14 +154,16 @@ def sparse_adam_step_(
         *(extra_grads or (None, None, None, None)),
         *more,
         clip,
-        lr,
+        0.0 if isinstance(lr, Tensor) else lr,
         *betas,
         eps,
-        step,
+        0 if isinstance(step, Tensor) else step,
         math.inf if clip_grad_norm is None else clip_grad_norm,
         unit_norm,
         apply_b_dec_to_input,
         bf16_rows,
+        lr if isinstance(lr, Tensor) else None,
+        step if isinstance(step, Tensor) else None,
     )
     return None if clip is None else clip[1]
 
@@ -210,6 +217,18 @@ def _check_batch(
     ):
         _check.shape(_OP, name, tensor, (n, W.shape[1]), meaning)
         _check.same(_OP, name, tensor, "W_enc", W_enc)
+
+
+def _check_number(name: str, number: float | Tensor, dtype: torch.dtype, W_enc: Tensor) -> None:
+    if not isinstance(number, Tensor):
+        return
+    _check.shape(_OP, name, number, (), "[]")
+    if number.dtype != dtype:
+        raise TypeError(f"{_OP}: expected {name} to be {dtype}, got {number.dtype}")
+    if number.device != W_enc.device:
+        raise ValueError(
+            f"{_OP}: expected {name} on the device of W_enc, {W_enc.device}, got {number.device}"
+        )
 
 
 def _check_more(parameters: StepTensors, more: MoreGradients, other_squared: Tensor | None) -> None:
@@ -315,7 +334,8 @@ def _plain(*arguments: Any) -> None:
     parameters, exp_avg, exp_avg_sq = (StepTensors(*arguments[i : i + 4]) for i in (0, 4, 8))
     values, indices, offsets, grad_output, g, enc_indices, enc_offsets, x = arguments[12:20]
     rows, more, clip = arguments[20:24], arguments[24:28], arguments[28]
-    lr, beta1, beta2, eps, step, max_norm, unit_norm, apply_b_dec, _ = arguments[29:]
+    lr, beta1, beta2, eps, step, max_norm, unit_norm, apply_b_dec, _ = arguments[29:38]
+    lr_tensor, step_tensor = arguments[38:] or (None, None)
     d_sae = parameters.W_enc.shape[0]
     factor = reference.sparse_adam_step_(
         parameters,
@@ -325,8 +345,8 @@ def _plain(*arguments: Any) -> None:
         g if enc_indices is None else SparseActs(g, enc_indices, enc_offsets, d_sae),
         x,
         grad_output,
-        lr=lr,
-        step=step,
+        lr=lr if lr_tensor is None else lr_tensor,
+        step=step if step_tensor is None else step_tensor,
         betas=(beta1, beta2),
         eps=eps,
         clip_grad_norm=None if max_norm == math.inf else max_norm,

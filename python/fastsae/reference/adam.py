@@ -20,8 +20,8 @@ def sparse_adam_step_(
     x: Tensor,
     grad_output: Tensor,
     *,
-    lr: float,
-    step: int,
+    lr: float | Tensor,
+    step: int | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     clip_grad_norm: float | None = None,
@@ -32,6 +32,9 @@ def sparse_adam_step_(
     other_squared: Tensor | None = None,
 ) -> Tensor | None:
     """See `fastsae.ops.sparse_adam_step_`."""
+    lr, step = float(lr), int(step)
+    if step < 1:
+        return None if other_squared is None else torch.ones_like(other_squared)
     W_enc, W_dec, _, b_dec = parameters
     lists = group_by_latent(acts)
     g_dec, _ = sparse_weight_grad(acts.values, lists, grad_output)
