@@ -68,6 +68,11 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
       "latent_scores(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? b_dec, bool entropy,"
       " SymInt budget, bool bf16_product) -> (Tensor scores, Tensor threshold)");
 
+  // a [n, k] b [k, m] (+ bias [m]), relu of it, and 0 where `where` [n, m] is 0. CPU only; has no
+  // derivative. Codes that are hardly sparse are multiplied by it, see ops/_matmul.py.
+  m.def(
+      "dense_matmul(Tensor a, Tensor b, Tensor? bias, Tensor? where, bool relu) -> Tensor");
+
   // out[n, d] = sum over the active entries j of row n of values_j W_dec[indices_j] (+ b_dec).
   m.def(
       "sparse_decode(Tensor values, Tensor indices, Tensor? offsets, Tensor W_dec, Tensor? b_dec)"

@@ -100,6 +100,10 @@ struct TileKernels {
   void (*store)(const W* w, int64_t stride, const W* x, int64_t depth, const A* bias, A* out,
                 int64_t out_stride);
 
+  // The same without a bias, added to what is there if `add`; w holds word p of latent l at
+  // p * latents + l.
+  void (*add)(const W* w, const W* x, int64_t depth, bool add, A* out, int64_t out_stride);
+
   // Appends (value, l * tokens + t) of those that pass lower_bound[t], or lower_bound[l] if
   // `per_latent` (then always kAbove), l ascending; returns how many. Room for latents * tokens
   // + 64.

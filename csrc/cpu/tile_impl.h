@@ -31,24 +31,30 @@ struct Tile {
 
   V sum[kLatents][kVectors];
 
-  inline __attribute__((always_inline)) void compute(const Word* w, int64_t stride, const Word* x,
-                                                     int64_t depth, const A* bias) {
+  // word(l, p) is where word p of latent l is.
+  template <class At>
+  inline __attribute__((always_inline)) void multiply(int64_t depth, const Word* x, At word) {
     for (int l = 0; l < kLatents; ++l) {
       for (int v = 0; v < kVectors; ++v) sum[l][v] = V::set1(A(0));
     }
-    const Word* row[kLatents];
-    for (int l = 0; l < kLatents; ++l) row[l] = w + l * stride;
     for (int64_t p = 0; p < depth; ++p) {
       typename M::X words[kVectors];
       for (int v = 0; v < kVectors; ++v) words[v] = M::load(x + v * V::kWidth);
       x += kTokens;
       for (int l = 0; l < kLatents; ++l) {
-        const typename M::X weight = M::broadcast(row[l] + p);
+        const typename M::X weight = M::broadcast(word(l, p));
         for (int v = 0; v < kVectors; ++v) {
           sum[l][v] = M::multiply_add(weight, words[v], sum[l][v]);
         }
       }
     }
+  }
+
+  inline __attribute__((always_inline)) void compute(const Word* w, int64_t stride, const Word* x,
+                                                     int64_t depth, const A* bias) {
+    const Word* row[kLatents];
+    for (int l = 0; l < kLatents; ++l) row[l] = w + l * stride;
+    multiply(depth, x, [&row](int l, int64_t p) { return row[l] + p; });
     for (int l = 0; l < kLatents; ++l) {
       for (int v = 0; v < kVectors; ++v) sum[l][v] = sum[l][v] + V::set1(bias[l]);
     }
@@ -64,6 +70,22 @@ void tile_store(const typename M::Word* w, int64_t stride, const typename M::Wor
   for (int l = 0; l < T::kLatents; ++l) {
     for (int v = 0; v < T::kVectors; ++v) {
       tile.sum[l][v].store(out + l * out_stride + v * V::kWidth);
+    }
+  }
+}
+
+// As tile_store without a bias, added to what is there if `add`; word p of all latents lies
+// together.
+template <class V, class M>
+void tile_add(const typename M::Word* w, const typename M::Word* x, int64_t depth, bool add,
+              typename V::A* out, int64_t out_stride) {
+  using T = Tile<V, M>;
+  T tile;
+  tile.multiply(depth, x, [w](int l, int64_t p) { return w + p * T::kLatents + l; });
+  for (int l = 0; l < T::kLatents; ++l, out += out_stride) {
+    for (int v = 0; v < T::kVectors; ++v) {
+      typename V::A* to = out + v * V::kWidth;
+      (add ? V::load(to) + tile.sum[l][v] : tile.sum[l][v]).store(to);
     }
   }
 }
@@ -114,7 +136,8 @@ int64_t tile_filter(const typename M::Word* w, int64_t stride, const typename M:
 
 template <class V, class M>
 constexpr TileKernels<typename M::Word> kTileTable{V::kTileLatents, V::kTileVectors * V::kWidth,
-                                                   tile_store<V, M>, tile_filter<V, M>};
+                                                   tile_store<V, M>, tile_add<V, M>,
+                                                   tile_filter<V, M>};
 
 // out[0, n) = x, widened.
 template <class V, class T>

@@ -19,15 +19,18 @@ from fastsae.nn.penalized import PenalizedSAE
 from fastsae.nn.scaler import ActivationScaler
 from fastsae.types import SparseActs
 
+ROWS = 64
+"""Of a dense code, whose products are held at a time."""
+
 
 class _Magnitudes(torch.autograd.Function):
     """1[gate > 0] relu(gate scale + shift) of a dense code: few passes over it, both ways."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        moved = torch.addcmul(shift, gate, scale).relu_()
+        values = torch.addcmul(shift, gate, scale).relu_()
         # Here and below: `where(other > 0, x, 0)`, in vectors.
-        values: Tensor = torch.ops.aten.threshold_backward(moved, gate, 0)
+        torch.ops.aten.threshold_backward(values, gate, 0, grad_input=values)
         ctx.save_for_backward(gate, scale, values)
         return values
 
@@ -35,7 +38,10 @@ class _Magnitudes(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         gate, scale, values = ctx.saved_tensors
         grad = torch.ops.aten.threshold_backward(grads[0], values, 0)
-        return grad * scale, (grad * gate).sum(0), grad.sum(0)
+        of_scale, of_shift = torch.zeros_like(scale), grad.sum(0)
+        for rows, gates in zip(grad.split(ROWS), gate.split(ROWS), strict=True):
+            of_scale += (rows * gates).sum(0)
+        return grad.mul_(scale), of_scale, of_shift
 
 
 class GatedSAE(PenalizedSAE):

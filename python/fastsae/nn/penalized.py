@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastsae import ops
 from fastsae.nn.context import StepContext, updates_statistics
@@ -25,6 +24,7 @@ from fastsae.nn.scaler import ActivationScaler
 from fastsae.nn.threshold_sae import entry_capacity
 from fastsae.ops._dense import looks_full
 from fastsae.ops._encode import attach, attachable
+from fastsae.ops._matmul import matmul
 from fastsae.types import SparseActs
 
 
@@ -113,9 +113,8 @@ class PenalizedSAE(SAE, register=False):
         where that is faster, and then without the limit of `capacity`."""
         W_enc, b_enc, bias = self.W_enc_rows, self.b_enc, self._input_bias()
         if looks_full(x, W_enc, b_enc, bias):
-            with torch.no_grad():
-                z = F.linear(x if bias is None else x - bias, W_enc, b_enc)
-                acts = SparseActs.full(z.relu_())
+            centered = x if bias is None else x - bias
+            acts = SparseActs.full(matmul(centered, W_enc.t(), b_enc, relu=True))
             return attach(acts, x, W_enc, b_enc, bias)
         return self._above(x, b_enc.new_zeros(()), context)
 

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.ops._matmul import matmul, where_active
 from fastsae.types import SparseActs, can_look, lists_every_latent
 
-SHARE = {"sparse_decode": 1 / 6, "sparse_decode_values_grad": 1 / 5, "sparse_weight_grad": 1 / 4}
-"""Measured on two AVX-512 cores at (n 1024, d 576, d_sae 9216), by `python -m bench.crossover`."""
+SHARE = {"sparse_decode": 1 / 4, "sparse_decode_values_grad": 1 / 5, "sparse_weight_grad": 1 / 3}
+"""By `python -m bench.crossover` at (n 1024, d 576, d_sae 9216) on two threads of AVX-512: dense
+pays from about 0.4, 0.22 and 0.45 on Zen 4, and did from 0.17, 0.2 and 0.25 on another machine."""
 FULL_SHARE = 1 / 5
 """From which share on a code is kept as a dense matrix, see `SparseActs.full`."""
 PROBED = 16
@@ -167,13 +169,13 @@ def _decode(
     _check_entries(values, indices, offsets, W)
     d_sae, n = W.shape[0], values.shape[0] if offsets is None else offsets.shape[0] - 1
     if offsets is None and lists_every_latent(indices, d_sae):
-        out = values @ W if bias is None else torch.addmm(bias, values, W)
+        out = matmul(values, W, bias)
         return out if _finite(out) else None
     if not pays("sparse_decode", _counted(indices, offsets), n, d_sae, W.shape[1]):
         return None
     out, flat = W.new_empty(n, W.shape[1]), values.reshape(-1)
     for rows, entries, places in _blocks(values, indices, offsets, n, d_sae):
-        torch.mm(_filled(flat[entries], rows, places, d_sae), W, out=out[rows])
+        out[rows] = matmul(_filled(flat[entries], rows, places, d_sae), W)
     if not _finite(out):
         return None
     return out if bias is None else out.add_(bias)
@@ -187,13 +189,13 @@ def _values_grad(
         raise _NotDense
     d_sae, n = W.shape[0], grad.shape[0]
     if offsets is None and lists_every_latent(indices, d_sae):
-        return torch.where(values != 0, grad @ W.t(), 0)
+        return matmul(grad, W.t(), where=values)
     if not pays("sparse_decode_values_grad", _counted(indices, offsets), n, d_sae, W.shape[1]):
         return None
     out = values.new_zeros(values.numel())
     for rows, entries, places in _blocks(values, indices, offsets, n, d_sae):
-        torch.take(grad[rows] @ W.t(), places, out=out[entries])
-    return torch.where(values != 0, out.view(values.shape), 0)
+        torch.take(matmul(grad[rows], W.t()), places, out=out[entries])
+    return where_active(values, out.view(values.shape))
 
 
 def weight_grads(
@@ -213,7 +215,7 @@ def weight_grads(
     x = pairs[0][1]
     with _float_matmuls():
         if offsets is None and lists_every_latent(indices, d_sae):
-            found = [(values.t() @ x, values.sum(0)) for values, x in pairs]
+            found = [(matmul(values.t(), x), values.sum(0)) for values, x in pairs]
         elif pays("sparse_weight_grad", _counted(indices, offsets), x.shape[0], d_sae, x.shape[1]):
             try:
                 found = _weight_grads(indices, offsets, d_sae, pairs)
@@ -232,7 +234,7 @@ def _weight_grads(
     for rows, entries, places in _blocks(pairs[0][0], indices, offsets, len(pairs[0][1]), d_sae):
         for (values, x), (weight, bias) in zip(pairs, found, strict=True):
             dense = _filled(values.reshape(-1)[entries], rows, places, d_sae)
-            weight.addmm_(dense.t(), x[rows])
+            weight += matmul(dense.t(), x[rows])
             bias += dense.sum(0)
     return found
 

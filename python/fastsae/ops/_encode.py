@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsae.ops import _autograd, _check, _tape
+from fastsae.ops._matmul import where_active
 from fastsae.types import SparseActs, is_plain
 
 
@@ -140,7 +141,7 @@ def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """
     x, W_enc, b_dec, values, indices, offsets = ctx.saved_tensors
     need_x, need_W, need_b_enc, need_b_dec = ctx.needs_input_grad[:4]
-    grad = torch.where(values != 0, grad, 0)
+    grad = where_active(values, grad)
     dx = dW = db_enc = db_dec = None
     if need_x:
         dx = _autograd.decode_entries(grad, indices, offsets, W_enc)

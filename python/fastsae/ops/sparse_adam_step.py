@@ -12,6 +12,7 @@ from torch import Tensor
 from fastsae import reference
 from fastsae._library import fake, fallback
 from fastsae.ops import _autograd, _check, _dense, _flops, _vmap
+from fastsae.ops._matmul import where_active
 from fastsae.types import LatentGradients, MoreGradients, SparseActs, StepTensors
 
 _OP = "sparse_adam_step_"
@@ -100,7 +101,7 @@ def sparse_adam_step_(
         Equal to `loss.backward(); remove parallel; clip_grad_norm_; torch.optim.Adam.step();
         normalize`: to 1e-12 in float64; in float32 the parameters agree to 2e-6 after one step of
         lr 1e-3. Bitwise the same for every number of threads, but where more than a quarter of all
-        entries are active, whose gradients `torch.mm` adds up on a CPU. An entry whose value is
+        entries are active, whose gradients a matmul adds up on a CPU. An entry whose value is
         exactly 0 is ignored. Autocast changes nothing. Tensors `lr` and `step` give the same bits
         as numbers.
 
@@ -266,7 +267,7 @@ class _Sums:
         if self.own is None:
             if not _pays(self.acts, parameters.W_enc):
                 return self
-            active = torch.where(self.acts.values != 0, self.g, 0)
+            active = where_active(self.acts.values, self.g)
             pairs = [(self.acts.values, self.grad_output), (active, centered())]
             found = _dense.weight_grads(*_places(self.acts), pairs)
             if found is None:
@@ -320,7 +321,7 @@ def _places(acts: SparseActs) -> tuple[Tensor, Tensor | None, int]:
 def _empty(acts: SparseActs) -> SparseActs:
     """Return the code of as many tokens without an entry."""
     offsets = torch.zeros(acts.n + 1, dtype=torch.int32, device=acts.values.device)
-    nothing = acts.indices.reshape(-1)[:0]
+    nothing = acts.indices.new_empty(0)  # a slice of a full code's would be one of a copy
     return SparseActs(acts.values.new_empty(0), nothing, offsets, acts.d_sae)
 
 

@@ -41,10 +41,9 @@ def sparse_decode(
 
     Numerics:
         Accumulates in float32 (float64 for float64) in the order of the entries; deterministic
-        whatever the number of threads. On a CPU, where more than a sixth of all entries are active
-        (a fifth or a quarter in gradients), `torch.mm` adds them, in an order of its own. Under
-        autocast values, `W_dec` and `b_dec` are cast as those
-        of `F.linear`.
+        whatever the number of threads. On a CPU, where more than a quarter of all entries are
+        active (a fifth or a third in gradients), a matmul adds them, in an order of its own. Under
+        autocast values, `W_dec` and `b_dec` are cast as those of `F.linear`.
 
     Cost:
         Reads one row of `W_dec` per active entry.
