@@ -25,7 +25,7 @@ class LatentRows(NamedTuple):
     """The parameters of some latents: copies, connected to them by the graph if there is one."""
 
     latents: Tensor | None
-    """[e] int64, ascending; None: all latents, of which `mask` says which count."""
+    """[e] int64, different ones; None: all latents."""
     W_enc: Tensor
     """[e, d_in]"""
     W_dec: Tensor
@@ -35,7 +35,7 @@ class LatentRows(NamedTuple):
     input_bias: Tensor | None
     """[d_in] or None, subtracted from x first."""
     mask: Tensor | None = None
-    """bool [d_sae], only where `latents` is None."""
+    """bool [e]: which of them count; None: all. The others get gradient 0."""
     total: int | None = None
     """How many there are with those of other processes; None: these."""
 
@@ -74,7 +74,7 @@ def auxk_loss(
 
 
 def _masked_loss(x: Tensor, error: Tensor, rows: LatentRows, mask: Tensor, k: int) -> Tensor:
-    """Return the same from whole matrices: no shape depends on how many latents are dead."""
+    """Return the same of the rows in a mask: no shape depends on how many these are."""
     top = ops.encode_topk(x, rows.W_enc, rows.b_enc, k, b_dec=rows.input_bias, mask=mask)
     prediction = ops.sparse_decode(SparseActs(*top, None, mask.shape[0]), rows.W_dec)
     return torch.where(mask.any(), fvu_of_error(prediction, error), 0.0)

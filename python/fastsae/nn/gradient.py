@@ -98,7 +98,7 @@ class GradientSAE(TopKSAE):
         if (n := self._target_rows(target).shape[0]) != rows.shape[0]:
             self._fail(f"target to have {rows.shape[0]} rows like x, got {n}")
         acts = self._scored(rows, grad, context)
-        return self.loss_of(rows, target, acts, dead_rows(self, context.dead), context)
+        return self.loss_of(rows, target, acts, dead_rows(self, context), context)
 
     def _scored(self, x: Tensor, grad: Tensor | None, context: StepContext = STEP) -> SparseActs:
         if grad is None:

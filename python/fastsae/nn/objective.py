@@ -8,10 +8,15 @@ import torch
 from torch import Tensor
 
 from fastsae.nn.auxk import LatentRows, auxk_loss
+from fastsae.nn.context import StepContext
 from fastsae.nn.loss import SAEOutput, error_of, fvu
 from fastsae.nn.parallel import Parallel
 from fastsae.ops import _tape
-from fastsae.types import SparseActs
+from fastsae.types import SparseActs, can_look
+
+AUX_ROOM = 4
+"""Dead latents that a step has room for where it does not ask how many there are, in units of
+k_aux: each token still chooses its k_aux out of several times as many. A choice, not measured."""
 
 
 class Dictionary(Protocol):
@@ -72,16 +77,22 @@ def total_loss(
     )
 
 
-def dead_rows(sae: Dictionary, dead: Tensor | None) -> LatentRows | None:
+def dead_rows(sae: Dictionary, context: StepContext) -> LatentRows | None:
     """Return the rows of the latents that the auxiliary loss trains, None without any.
+
+    Where counting them would be a wait for the device, there is room for `AUX_ROOM * k_aux` of
+    them, and a mask says which places are taken. When more are dead, they take turns: of c dead
+    latents in ascending order, `context.turn` t takes those from place `t * room mod c` on, and
+    from the first one on after the last.
 
     Args:
         sae: gives the rows.
-        dead: bool [d_sae] or None. On a GPU, counting them waits for the device.
+        context: `dead`, bool [d_sae] or None, and `turn`.
 
     Raises:
         ValueError: dead has another dtype or shape.
     """
+    dead = context.dead
     if dead is None or not sae.auxk_alpha:
         return None
     if dead.shape != (sae.d_sae,) or dead.dtype != torch.bool:
@@ -89,15 +100,31 @@ def dead_rows(sae: Dictionary, dead: Tensor | None) -> LatentRows | None:
     bias = sae._input_bias()
     if torch.compiler.is_compiling():  # no shape may depend on how many there are
         return LatentRows(None, sae.W_enc_rows, sae.W_dec, sae.b_enc, bias, dead)
-    latents = dead.nonzero().squeeze(1)
-    total = sae.parallel.count(latents.numel())
-    if total == 0:
-        return None
+    mask, total = None, None
+    if can_look(dead) or not sae.parallel.is_alone:
+        latents = dead.nonzero().squeeze(1)
+        total = sae.parallel.count(latents.numel())
+        if total == 0:
+            return None
+    else:
+        latents, mask = _in_room(dead, min(sae.d_sae, AUX_ROOM * sae.k_aux), context.turn)
     if (tape := _tape.of(sae.W_enc_rows)) is not None:
         bias = None if bias is None else bias.detach()
         W_enc, W_dec, b_enc = tape.copy_rows(latents)
-        return LatentRows(latents, W_enc, W_dec, b_enc, bias, total=total)
+        return LatentRows(latents, W_enc, W_dec, b_enc, bias, mask, total)
     W_enc, W_dec, b_enc = (
         t.index_select(0, latents) for t in (sae.W_enc_rows, sae.W_dec, sae.b_enc)
     )
-    return LatentRows(latents, W_enc, W_dec, b_enc, bias, total=total)
+    return LatentRows(latents, W_enc, W_dec, b_enc, bias, mask, total)
+
+
+def _in_room(dead: Tensor, room: int, turn: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Return `room` different latents, the dead ones whose turn it is first, and which those are.
+
+    No shape depends on how many are dead. Both parts ascend.
+    """
+    place = dead.cumsum(0) - 1
+    count = (place[-1] + 1).clamp(min=1)
+    taken = dead & ((place - turn * room) % count < room)
+    latents = (~taken).to(torch.uint8).argsort(stable=True)[:room]
+    return latents, taken.index_select(0, latents)

@@ -151,8 +151,8 @@ class SAE(Parameters, ABC):
         Args:
             x: [..., d_in], in the dtype and on the device of the parameters.
             target: what to reconstruct, same shape; None means x.
-            context: what else is known of the step. On a GPU, counting `context.dead` waits for
-                the device.
+            context: what else is known of the step. On a GPU there is room for 4 k_aux dead
+                latents, which take turns when they are more; see `nn.objective.dead_rows`.
 
         Raises:
             ValueError: wrong shape or device.
@@ -171,7 +171,7 @@ class SAE(Parameters, ABC):
         if (n := self._target_rows(target).shape[0]) != rows.shape[0]:
             self._fail(f"target to have {rows.shape[0]} rows like x, got {n}")
         acts = self.encode_for_training(rows, context)
-        return self.loss_of(rows, target, acts, dead_rows(self, context.dead), context)
+        return self.loss_of(rows, target, acts, dead_rows(self, context), context)
 
     def loss_of(
         self,

@@ -28,7 +28,7 @@ class ZipfFit(NamedTuple):
     """[]: s, at least 0."""
 
 
-def fit_zipf(density: Tensor, smallest: float = 0.0) -> ZipfFit:
+def fit_zipf(density: Tensor, smallest: float | Tensor = 0.0) -> ZipfFit:
     """Fit the law to `density: [F]` by least squares, over the ranks above `smallest`.
 
     The tail is left out, where counts say little: at most the ranks whose density is above
@@ -80,7 +80,7 @@ def budgets(share: Tensor, total: int, most: int) -> Tensor:
     return whole.long()
 
 
-def underused(density: Tensor, ratio: float, smallest: float = 0.0) -> Tensor:
+def underused(density: Tensor, ratio: float, smallest: float | Tensor = 0.0) -> Tensor:
     """Return the latents that fire less than `ratio` times what the law expects of their rank.
 
     bool [F]. Those that never fire are among them for every ratio above 0: as `ratio` goes to 0

@@ -90,7 +90,7 @@ class UnderusedLatents(DeadLatents):
 
     def to_revive(self) -> Tensor:
         """Return the dead and the underused latents: bool `[d_sae]`."""
-        smallest = SMALLEST_FIRES * self.rate / max(1, int(self.batch_tokens))
+        smallest = SMALLEST_FIRES * self.rate / self.batch_tokens.double().clamp(min=1)
         return self.mask() | underused(self.density, self.ratio, smallest)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -669,12 +669,13 @@ class Trainer:
         """Do one update with the scaled batch `x: [n, columns]`; what it returns is scaled too."""
         assert self._update is not None
         done, plan = self.steps_done, self.plan
-        # No latent can be dead before that many tokens, so the first part of a run never asks.
+        # No latent can be dead before that many tokens: the first part of a run has no AuxK.
         may_have_dead = self._tokens_done >= self._dead.after_tokens
         if not self.sae.training:  # somebody has looked at inference meanwhile
             self.sae.train()
         context = StepContext(
             dead=self._dead.to_revive() if may_have_dead else None,
+            turn=done + 1,
             sparsity_scale=plan.sparsity_at(done),
             progress=done / plan.steps,
             compute_dtype=self._compute_dtype,
