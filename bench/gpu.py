@@ -293,6 +293,7 @@ def main() -> int:
     # A pytest plugin on the machine may fail on warnings that we turn into errors.
     tests = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:benchmark"]
     tests += ["-k", "cuda", "tests/ops", "tests/train/test_resume_classes.py"]
+    tests += ["tests/train/test_captured_cuda.py"]
     if importlib.util.find_spec("xdist"):
         tests += ["-n", "8"]
     until = a.started + TESTS_END * scale

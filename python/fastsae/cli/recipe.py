@@ -100,6 +100,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--async-checkpoints", action="store_true", help="write checkpoints while training goes on"
     )
     parser.add_argument(
+        "--capture", action="store_true", help="replay steps as a CUDA graph (with --device cuda)"
+    )
+    parser.add_argument(
         "--partial", action="store_true", help="use what is there of an interrupted harvest"
     )
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard logs")
@@ -122,6 +125,7 @@ def config_of(args: argparse.Namespace, out: str) -> TrainConfig:
         compute_dtype=args.compute_dtype,
         checkpoint_every=args.checkpoint_every,
         async_checkpoints=args.async_checkpoints,
+        capture=args.capture,
         tensorboard=args.tensorboard,
         out=out,
     )

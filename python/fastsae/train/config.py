@@ -14,7 +14,7 @@ INTEGERS += ("sparsity_warmup_steps", "dead_after_tokens", "sample_rows", "log_e
 INTEGERS += ("eval_every", "checkpoint_every", "keep_checkpoints", "calibration_rows")
 INTEGERS += ("hold_back", "start_seed")
 NUMBERS = ("lr", "eps", "epochs", "decay_fraction", "clip_grad_norm", "outlier_norm")
-SWITCHES = ("normalize", "clip_outliers", "tensorboard", "progress", "async_checkpoints")
+SWITCHES = ("normalize", "clip_outliers", "tensorboard", "progress", "async_checkpoints", "capture")
 STRINGS = ("optimizer", "update", "compute_dtype", "b_dec_init", "weight_init")
 
 
@@ -66,6 +66,10 @@ class TrainConfig:
     compute capability 8.0 on). A GPU rounds the rows that gradients are sums of as well, see
     `ops.sparse_adam_step_`. Parameters, sums, selection, thresholds and statistics are float32 in
     any case."""
+    capture: bool = False
+    """Record a step as a CUDA graph, and replay it: the same step to the last bit, started by one
+    call instead of more than a hundred. For classes whose steps ask the device nothing, with the fused
+    update (`train.captured_step.why_not_captured`); others run as without, and the log says so."""
     dead_after_tokens: int | None = None
     """Tokens without firing that make a latent dead; None: a fortieth of the run, at least those in
     which a latent fires 20 times on average, at most 10^7."""

@@ -7,6 +7,7 @@ gradients of both matrices are sums of.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from ctypes import c_float
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +72,21 @@ class FusedUpdate:
 
     def step(self, batch: Tensor, context: StepContext, lr: float) -> SAEOutput:
         """See `Update.step`."""
+        out = self.move(batch, context, lr, self.count + 1)
+        self.count += 1
+        return out
+
+    def move(
+        self, batch: Tensor, context: StepContext, lr: float | Tensor, number: int | Tensor
+    ) -> SAEOutput:
+        """Do what `step` does but count.
+
+        Args:
+            batch: [n, columns].
+            context: as there.
+            lr: learning rate; or [] float64 on the device, read when the step is done.
+            number: of this step, from 1; or [] int64 on the device, likewise.
+        """
         moved, others = moved_parameters(self.sae), list(self.others.values())
         centered = self.sae.apply_b_dec_to_input
         with _tape.opened(_dictionaries(moved, moved), centered, self.buffers) as tapes:
@@ -83,12 +99,12 @@ class FusedUpdate:
         grads = self._of_all_tokens(found)
         own, rest = dict(zip(moved, grads, strict=False)), grads[len(moved) :]
         of_rows, of_others = rest[: len(rows)], rest[len(rows) :]
-        self.count += 1
         factor, squares = None, self._squares(of_others)
         averages = [_dictionaries(held, moved) for held in (self.exp_avg, self.exp_avg_sq)]
         for tape, more, *state in zip(tapes, _more(own, len(tapes)), *averages, strict=True):
             extra = _rows(tape, of_rows)
-            factor = self._move(tape, (state[0], state[1]), more, extra, squares, context, lr)
+            kept = (state[0], state[1])
+            factor = self._move(tape, kept, more, extra, squares, context, lr, number)
         self._move_others(of_others, factor, lr)
         return out
 
@@ -121,7 +137,8 @@ class FusedUpdate:
         extra: LatentGradients | None,
         squares: Tensor | None,
         context: StepContext,
-        lr: float,
+        lr: float | Tensor,
+        number: int | Tensor,
     ) -> Tensor | None:
         """Move a dictionary; return what clipping multiplied the gradients with."""
         cfg = self.config
@@ -138,7 +155,7 @@ class FusedUpdate:
             x,
             grad_output,
             lr=lr,
-            step=self.count,
+            step=number,
             betas=cfg.betas,
             eps=cfg.eps,
             clip_grad_norm=cfg.clip_grad_norm,
@@ -150,14 +167,18 @@ class FusedUpdate:
         )
 
     def _move_others(
-        self, grads: Sequence[Tensor | None], factor: Tensor | None, lr: float
+        self, grads: Sequence[Tensor | None], factor: Tensor | None, lr: float | Tensor
     ) -> None:
         if self.optimizer is None:
             return
+        on_device = isinstance(lr, Tensor)
+        # torch takes a tensor in float32 only: a number is rounded like it.
+        rate = lr.float() if isinstance(lr, Tensor) else c_float(lr).value
         for p, g in zip(self.others.values(), grads, strict=True):
             p.grad = g if factor is None or g is None else g * factor.to(g.dtype)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = rate
+            group["capturable"] = on_device  # torch asks for it in a graph, and warns outside
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from fastsae.data.source import (
 from fastsae.interop.folder import CONFIG, WEIGHTS, contents, write
 from fastsae.nn import SAE, ActivationScaler, SAEOutput, StepContext
 from fastsae.train.calibration import Calibration
+from fastsae.train.captured_step import CapturedStep, Move, StepInputs, make_captured_step, own_copy
 from fastsae.train.checkpoint import (
     check_same_run,
     latest,
@@ -81,7 +83,7 @@ FREE_SETTINGS: tuple[str, ...] = (
     "keep_checkpoints",
     "out",
 )
-FREE_SETTINGS += ("tensorboard", "progress", "mesh", "async_checkpoints")
+FREE_SETTINGS += ("tensorboard", "progress", "mesh", "async_checkpoints", "capture")
 """What may differ between a run and its continuation."""
 RUN, RUN_FORMAT = "run.json", "fastsae-run"
 """Written last: the run has come to its end, and these are its files."""
@@ -183,6 +185,7 @@ class Trainer:
         self._clock = Clock()
         self._early = EarlyValidations(self.val, self.config, self.plan)
         self._update: Update | None = None
+        self._captured: CapturedStep | None = None
         self._position: Any = None  # of the data after the last step
         self._stopped = False  # by a signal, after the last step
         self._log: MetricsLog | None = None
@@ -218,7 +221,7 @@ class Trainer:
         logger.info("Trainer: %s", self.plan)
         self._team.shard_(self.sae)
         self._count_from_zero()
-        self._update = update or make_update(self.sae, self.config)
+        self._begin_updates(update or make_update(self.sae, self.config))
 
     def step(self, batch: Tensor) -> SAEOutput:
         """Do one update.
@@ -239,6 +242,7 @@ class Trainer:
         x = self._checked(batch, own=True)
         self._expect_step()
         out = self._step(self._scaled(self._team.gathered(x)))
+        out = out if self._captured is None else own_copy(out)
         for name in ("loss", "fvu", "aux_loss", "sparsity_loss"):
             setattr(out, name, getattr(out, name).detach())
         out.mse = out.mse / self.scaler.error_scale**2
@@ -515,7 +519,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["rng"]["cuda"], device)
         self._position, self._recent.begin = state["data"], state["recent_from"]
         self._clock.load_state_dict(state.get("clock", self._clock.state_dict()))
-        self._update = update
+        self._begin_updates(update)
         self.sae.train()
 
     def _check_state(self, state: dict[str, Any], where: str, update: Update) -> None:
@@ -543,6 +547,12 @@ class Trainer:
         self._dead = self._counter()
         self._recent = RecentBatches(self.sae, self.plan.steps, self.plan.batch_size)
         self._compute_dtype = compute_dtype(self.sae, self.config)
+
+    def _begin_updates(self, update: Update) -> None:
+        """Take the update of the steps to come, and record them if that is asked for."""
+        self._update, self._captured = update, None
+        if self.config.capture:
+            self._captured = make_captured_step(self._on_device, self.sae, update, self._dead)
 
     def _counter(self) -> DeadLatents:
         cls = UnderusedLatents if self.sae.aux == "zipf" else DeadLatents
@@ -619,7 +629,7 @@ class Trainer:
         if together:
             self._team.unshard_(self.sae)
         self.scaler = ActivationScaler(self.sae.columns)
-        self._update = None
+        self._update = self._captured = None
         self._recent.clear()
         self.sae.eval()
 
@@ -673,21 +683,31 @@ class Trainer:
         may_have_dead = self._tokens_done >= self._dead.after_tokens
         if not self.sae.training:  # somebody has looked at inference meanwhile
             self.sae.train()
+        lr = plan.lr_at(done)
+        inputs = StepInputs(x, lr, done + 1, may_have_dead)
+        if self._captured is None:
+            out = self._on_device(inputs, partial(self._update.step, lr=lr))
+        else:
+            out = self._captured.step(inputs)
+        self.steps_done += 1
+        self._tokens_done += self.sae.parallel.tokens(x.shape[0])
+        self._recent.add(x, self.steps_done)
+        return out
+
+    def _on_device(self, inputs: StepInputs, update: Move) -> SAEOutput:
+        """Do the part of a step that a graph can record: all of it but its bookkeeping."""
+        x, done, plan, parallel = inputs.x, self.steps_done, self.plan, self.sae.parallel
         context = StepContext(
-            dead=self._dead.to_revive() if may_have_dead else None,
-            turn=done + 1,
+            dead=self._dead.to_revive() if inputs.may_have_dead else None,
+            turn=inputs.number,
             sparsity_scale=plan.sparsity_at(done),
             progress=done / plan.steps,
             compute_dtype=self._compute_dtype,
         )
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            out = self._update.step(x, context, plan.lr_at(done))
-        parallel = self.sae.parallel
-        counts, tokens = parallel.sum_over_tokens(out.acts.counts()), parallel.tokens(x.shape[0])
-        self._dead.count(counts, tokens)
-        self.steps_done += 1
-        self._tokens_done += tokens
-        self._recent.add(x, self.steps_done)
+            out = update(x, context)
+        counts = parallel.sum_over_tokens(out.acts.counts())
+        self._dead.count(counts, parallel.tokens(x.shape[0]))
         return out
 
     def _run(self, stop: StopSignals) -> None:

@@ -1,0 +1,370 @@
+"""A recorded step, replayed, is the step: to the last bit, with dead latents and through a resume.
+
+A GPU's graph is stood in for by `recorded_graph`, and questions are left out as on a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import sys
+from collections import deque
+
+import pytest
+import torch
+
+from fastsae import TrainConfig, Trainer
+from fastsae.nn import SAE
+from fastsae.train import captured_step
+from fastsae.train.captured_step import CAPTURED, WARM_UP, why_not_captured
+from fastsae.train.fused_update import FusedUpdate
+from fastsae.train.update import make_update, why_not_fused
+from tests.conftest import EMULATED, NAMES, emulated
+from tests.train.recorded_graph import NotForGraphs, RecordedGraph
+
+N, D, F, K, STEPS = 48, 12, 40, 4, 200
+KINDS = {
+    **{name: {} for name in sorted(CAPTURED)},
+    "TopKSAE-multi": {"multi_topk": True},
+    "TopKSAE-absolute": {"absolute": True},
+    "TopKSAE-zipf": {"aux": "zipf"},
+    "TopKSAE-by-norm": {"select_by_decoder_norm": True},
+    "TopKSAE-uncentered": {"apply_b_dec_to_input": False},
+    "BatchTopKSAE-fraction": {"k": 3.5},
+    "MatryoshkaSAE-groups": {"groups": (8, 12, 20)},
+    "SampledSAE-pool": {"pool": 2.0},
+    "Transcoder-skip": {"skip": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastsae.") and hasattr(module, "can_look"):
+            monkeypatch.setattr(module, "can_look", lambda t: False)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The stand-ins that were made, in order."""
+    made = []
+
+    def make(device):
+        made.append(RecordedGraph())
+        return made[-1]
+
+    monkeypatch.setattr(captured_step, "can_record", lambda device: True)
+    monkeypatch.setattr(captured_step, "make_graph", make)
+    return made
+
+
+def make(kind, **more):
+    """Return a module some of whose latents never fire at first, and die."""
+    torch.manual_seed(0)
+    name = kind.partition("-")[0]
+    widths = (D, D) if name.endswith("Transcoder") else (D,)
+    widths = (D // 2, 2) if name.endswith("CrossCoder") else widths
+    options = {"k": K, "k_aux": 4, "aux": "auxk", **KINDS[kind], **more}
+    sae = SAE.registry[name](*widths, F, **options)
+    with torch.no_grad():
+        sae.b_enc[::5] = -20.0
+    return sae
+
+
+def rows(sae, n, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(6, sum(sae.columns.widths), generator=generator)
+    return torch.randn(n, 6, generator=generator).relu() @ mix
+
+
+def settings(**named):
+    options = {
+        "steps": STEPS,
+        "batch_size": N,
+        "lr": 3e-3,
+        "dead_after_tokens": 30 * N,
+        "weight_init": "random",
+        "log_every": 20,
+        "progress": False,
+        "calibration_rows": 0,
+    }
+    return TrainConfig(**{**options, **named})
+
+
+def state(trainer, sae):
+    """Everything that a step changes."""
+    held = trainer.state_dict()
+    return {**dict(sae.state_dict()), **flat(held["update"]), **held["dead"]}
+
+
+def flat(tree, prefix="update"):
+    found = {}
+    for name, value in tree.items():
+        where = f"{prefix}.{name}"
+        found |= flat(value, where) if isinstance(value, dict) else {where: value}
+    return found
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other[name]), name
+        else:
+            assert value == other[name], name
+
+
+def steps_of(sae, count=STEPS, **named):
+    """Yield a prepared trainer, and after each step what it returned and the state."""
+    data = rows(sae, 1000)
+    trainer = Trainer(sae, None, settings(**named))
+    trainer.prepare(data)
+    order = torch.Generator().manual_seed(2)
+    for _ in range(count):
+        batch = data[torch.randperm(len(data), generator=order)[:N]]
+        yield trainer, trainer.step(batch)
+
+
+def last(steps):
+    """Do all steps; return what the last one left."""
+    return deque(steps, maxlen=1).pop()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_200_replayed_steps_are_200_steps(kind, graphs):
+    plain, captured = make(kind), make(kind)
+    pairs = zip(steps_of(plain), steps_of(captured, capture=True), strict=True)
+    aux, dead = 0, 0
+    for i, ((one, a), (other, b)) in enumerate(pairs):
+        for name in ("loss", "fvu", "mse", "aux_loss", "reconstruction"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), (i, name)
+        assert torch.equal(a.acts.to_dense(), b.acts.to_dense()), i
+        if i % 20 == 0 or i == STEPS - 1:
+            assert_same(state(one, plain), state(other, captured))
+        aux += float(b.aux_loss) > 0
+        dead = max(dead, int(other._dead.mask().sum()))
+    assert aux > 50
+    assert dead >= 3
+    (graph,) = graphs
+    assert graph.counts == {"warm_up": 2 * WARM_UP, "record": 2, "replay": STEPS - 2 * WARM_UP}
+
+
+@pytest.mark.parametrize("named", [{"clip_grad_norm": 0.3}, {"optimizer": "adam_mini"}], ids=str)
+@pytest.mark.parametrize("kind", ["TopKSAE", "Transcoder-skip"])
+def test_clipping_and_adam_mini(kind, named, graphs):
+    plain, captured = make(kind), make(kind)
+    one, _ = last(steps_of(plain, 60, **named))
+    other, _ = last(steps_of(captured, 60, capture=True, **named))
+    assert_same(state(one, plain), state(other, captured))
+    outside = kind == "Transcoder-skip" and "optimizer" in named  # of the kernel: not recorded
+    assert len(graphs) == (0 if outside else 1)
+
+
+@pytest.mark.skipif(EMULATED is None, reason="built without FASTSAE_EMULATION=ON")
+@pytest.mark.parametrize("kind", sorted(CAPTURED))
+def test_the_kernels_of_a_gpu_replayed(kind, graphs):
+    with emulated(*NAMES):
+        plain, captured = make(kind), make(kind)
+        one, _ = last(steps_of(plain, 50))
+        other, out = last(steps_of(captured, 50, capture=True))
+        assert_same(state(one, plain), state(other, captured))
+        assert float(out.aux_loss) > 0
+        assert graphs[0].counts["replay"] == 50 - 2 * WARM_UP
+
+
+@pytest.mark.parametrize("kind", ["TopKSAE", "BatchTopKSAE", "Transcoder-skip", "TopKSAE-zipf"])
+def test_a_run_that_is_resumed(kind, graphs, tmp_path):
+    """fit with a graph, interrupted and resumed, with its metrics, and fit without one."""
+    plain = make(kind)
+    data = rows(plain, 3000)
+    result = Trainer(plain, data, settings()).fit()
+    first, again = make(kind), make(kind)
+    config = settings(capture=True, out=tmp_path, checkpoint_every=90)
+    Trainer(first, data, config).fit()
+    assert_same(dict(plain.state_dict()), dict(first.state_dict()))
+    folder = tmp_path / "checkpoints"
+    kept = sorted(folder.iterdir())
+    for path in kept[1:]:
+        shutil.rmtree(path)
+    resumed = Trainer(again, data, config).fit(resume=True)
+    assert_same(dict(plain.state_dict()), dict(again.state_dict()))
+    for row, other in zip(result.history, resumed.history, strict=True):
+        for name in ("loss", "fvu", "aux_loss", "l0", "dead", "fvu_no_outliers", "lr"):
+            assert row[name] == other[name], name
+    assert [g.counts["record"] for g in graphs] == [2, 1]
+    assert result.history[-1]["dead"] >= 0 < max(row["dead"] for row in result.history)
+
+
+def test_a_run_may_be_resumed_without_a_graph(graphs, tmp_path):
+    plain, captured = make("TopKSAE"), make("TopKSAE")
+    one = Trainer(plain, None, settings())
+    other = Trainer(captured, None, settings(capture=True))
+    data = rows(plain, 1000)
+    for trainer in (one, other):
+        trainer.prepare(data)
+        for i in range(20):
+            trainer.step(data[i : i + N])
+    third = make("TopKSAE")
+    last = Trainer(third, None, settings(capture=False))
+    last.load_state_dict(copy.deepcopy(other.state_dict()))
+    for trainer in (one, last):
+        for i in range(20):
+            trainer.step(data[i : i + N])
+    assert_same(state(one, plain), state(last, third))
+
+
+def test_a_smaller_batch_is_not_recorded_and_keeps_the_graph(graphs):
+    plain, captured = make("BatchTopKSAE"), make("BatchTopKSAE")
+    data = rows(plain, 1000)
+    trainers = [
+        Trainer(s, None, settings(capture=c)) for s, c in ((plain, False), (captured, True))
+    ]
+    for trainer in trainers:
+        trainer.prepare(data)
+    sizes = ([N] * 7 + [17]) * 3
+    for i, size in enumerate(sizes):
+        outs = [trainer.step(data[i : i + size]) for trainer in trainers]
+        assert torch.equal(outs[0].loss, outs[1].loss)
+    assert_same(state(trainers[0], plain), state(trainers[1], captured))
+    assert graphs[0].counts == {"warm_up": WARM_UP + 3, "record": 1, "replay": 21 - WARM_UP}
+
+
+@pytest.mark.parametrize("change", ["k", "parameter", "threshold"])
+def test_what_a_graph_cannot_be_told_makes_another(change, graphs):
+    """A setting of the module, or the place of a tensor."""
+    plain, captured = make("BatchTopKSAE"), make("BatchTopKSAE")
+    data = rows(plain, 1000)
+    trainers = [
+        Trainer(s, None, settings(capture=c)) for s, c in ((plain, False), (captured, True))
+    ]
+    for trainer, sae in zip(trainers, (plain, captured), strict=True):
+        trainer.prepare(data)
+        for i in range(20):
+            if i == 10:
+                if change == "k":
+                    sae.k = 2.0
+                elif change == "parameter":
+                    sae.W_dec.data = sae.W_dec.data.flip(0).contiguous()
+                else:
+                    sae.threshold = sae.threshold + 1
+            trainer.step(data[i : i + N])
+    assert_same(state(trainers[0], plain), state(trainers[1], captured))
+    assert graphs[0].counts["record"] == 2
+
+
+def test_results_of_a_step_stay(graphs):
+    sae = make("TopKSAE")
+    kept = [
+        (out, out.loss.item(), out.acts.values.clone())
+        for _, out in steps_of(sae, 20, capture=True)
+    ]
+    assert len({loss for _, loss, _ in kept}) == 20
+    for out, loss, values in kept:
+        assert out.loss.item() == loss
+        assert torch.equal(out.acts.values, values)
+
+
+def test_a_bad_batch_is_refused_and_nothing_is_updated(graphs):
+    sae = make("TopKSAE")
+    trainer, _ = last(steps_of(sae, 10, capture=True))
+    before = {name: copy.deepcopy(t) for name, t in state(trainer, sae).items()}
+    bad = rows(sae, N)
+    bad[3, 2] = float("nan")
+    with pytest.raises(ValueError, match="got 1 of 48 rows with NaN or Inf"):
+        trainer.step(bad)
+    assert_same(before, state(trainer, sae))
+
+
+def test_which_classes_are_recorded():
+    """Every class whose fused step asks nothing, and no other."""
+    for name, cls in sorted(SAE.registry.items()):
+        if "." in name or cls.__name__ != name:
+            continue
+        sae = small(name)
+        config = settings()
+        if sae is None or why_not_fused(sae, config) is not None:
+            continue
+        update = make_update(sae, config)
+        fits = not asks_something(sae, config) and name not in RISING
+        assert (name in CAPTURED) is fits, name
+        why = why_not_captured(sae, update)
+        assert why is not None
+        assert why.startswith("cpu has no graphs" if fits else f"a step of {name} asks the device")
+
+
+RISING = {"JumpReLUCrossLayerTranscoder", "ReLUCrossLayerTranscoder"}
+"""Classes that ask nothing, and whose penalty rises over the run."""
+
+
+def small(name):
+    """Return a module of a class that takes (d_in, d_sae, k), or None."""
+    cls = SAE.registry[name]
+    for arguments in ((D, F, K), (D, D, F, K), (D, F), ([D, D], F, K), (2, D, F, K)):
+        try:
+            return cls(*arguments)
+        except (TypeError, ValueError):
+            continue
+    return None
+
+
+def asks_something(sae, config):
+    data = rows(sae, 1000)
+    trainer = Trainer(sae, None, config)
+    trainer.prepare(data)
+    trainer.step(data[:N])
+    trainer._dead.tokens_since_fired.zero_()[:9] = 1 << 40
+    trainer._tokens_done = 1 << 40
+    graph = RecordedGraph()
+    try:
+        graph.record(lambda: trainer._step(trainer._scaled(data[:N])))
+    except NotForGraphs:
+        return True
+    return False
+
+
+def test_the_log_says_once_why_a_run_is_not_recorded(caplog):
+    with caplog.at_level(logging.INFO):
+        for kind, config in (
+            ("TopKSAE", settings(capture=True)),
+            ("TopKSAE", settings(capture=True, update="autograd")),
+        ):
+            trainer = Trainer(make(kind), None, config)
+            trainer.prepare(rows(trainer.sae, 500))
+            for i in range(5):
+                trainer.step(rows(trainer.sae, N, i))
+    found = [r.getMessage() for r in caplog.records if "graph" in r.getMessage()]
+    assert found == [
+        "Trainer: training without a CUDA graph, because cpu has no graphs",
+        "Trainer: training without a CUDA graph, because the update is AutogradUpdate",
+    ]
+
+
+# -- the stand-in fails where a graph would ------------------------------------------------------
+
+
+def test_a_number_that_was_read_is_not_recorded(graphs, monkeypatch):
+    move = FusedUpdate.move
+    monkeypatch.setattr(
+        FusedUpdate, "move", lambda self, x, c, lr, number: move(self, x, c, float(lr), number)
+    )
+    with pytest.raises(NotForGraphs, match="_local_scalar_dense"):
+        last(steps_of(make("TopKSAE"), 10, capture=True))
+
+
+@pytest.mark.parametrize("baked", ["lr", "number", "x"])
+def test_a_baked_number_shows(baked, graphs, monkeypatch):
+    """A step that takes one of its inputs as it is when it is recorded gives other numbers."""
+    set_ = captured_step.CapturedStep._set
+
+    def without(self, given):
+        inputs = self._inputs
+        before = getattr(inputs, baked).clone()
+        set_(self, given)
+        if self._out is not None:
+            getattr(inputs, baked).copy_(before)
+
+    monkeypatch.setattr(captured_step.CapturedStep, "_set", without)
+    plain, captured = make("TopKSAE"), make("TopKSAE")
+    pairs = zip(steps_of(plain, 20), steps_of(captured, 20, capture=True), strict=True)
+    assert not all(torch.equal(a.loss, b.loss) for (_, a), (_, b) in pairs)
