@@ -164,7 +164,7 @@ def test_clipping_and_adam_mini(kind, named, graphs):
 @pytest.mark.skipif(EMULATED is None, reason="built without FASTSAE_EMULATION=ON")
 @pytest.mark.parametrize("kind", sorted(CAPTURED))
 def test_the_kernels_of_a_gpu_replayed(kind, graphs):
-    with emulated(*NAMES):
+    with emulated(*(name for name in NAMES if name != "latent_scores")):  # a GPU has none
         plain, captured = make(kind), make(kind)
         one, _ = last(steps_of(plain, 50))
         other, out = last(steps_of(captured, 50, capture=True))
