@@ -68,8 +68,9 @@ class TrainConfig:
     any case."""
     capture: bool = False
     """Record a step as a CUDA graph, and replay it: the same step to the last bit, started by one
-    call instead of more than a hundred. For classes whose steps ask the device nothing, with the fused
-    update (`train.captured_step.why_not_captured`); others run as without, and the log says so."""
+    call instead of more than a hundred. For classes whose steps ask the device nothing, with the
+    fused update (`train.captured_step.why_not_captured`); others run as without, and the log says
+    so."""
     dead_after_tokens: int | None = None
     """Tokens without firing that make a latent dead; None: a fortieth of the run, at least those in
     which a latent fires 20 times on average, at most 10^7."""
