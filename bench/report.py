@@ -77,6 +77,15 @@ def gpu(record: dict[str, Any]) -> str:
             f"| `{r.op}` | {r.shape} | {r.dtype} | {r.ours_ms:.3f} | {r.torch_ms:.3f} | "
             f"{r.torch_name} | **{r.ratio:.2f}** | {r.of_floor:.0%} | {gather} | {verdict} |"
         )
+    for row in record["results"]:
+        if "rows" not in row["ratios"]:
+            continue
+        beside = ", ".join(
+            f"{name} {ratio:.2f}"
+            for name, ratio in row["ratios"].items()
+            if name != row["torch_name"] and "linear +" not in name
+        )
+        lines.append(f"- {row['op']}, {row['shape']}: times of others over its own: {beside}")
     lines += ["", *(f"- failed: {line['failed']}: {line['why']}" for line in record["failed"])]
     lines += [f"- left out: {line['left_out']}: {line['why']}" for line in record["left_out"]]
     for kind, why in (("skipped", "no CUDA kernel"), ("dropped", "no time left")):

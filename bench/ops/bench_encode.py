@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +15,13 @@ from torch.testing import assert_close
 
 from bench.ops.inputs import Shape, describe, peer, weights
 from bench.timing import Case, Work
-from fastsae import ops
+from fastsae import _library, ops
+
+# The ways that CUDA's encoders have beside the default one, and other sizes of their blocks.
+WAYS = {
+    "blocks": ("blocks:4096x2048", "blocks:4096x4096"),
+    "overlap": ("overlap:1024x2048", "overlap:2048x4096"),
+}
 
 
 def _topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -33,7 +41,10 @@ def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[C
     # On a GPU, the slow ones run last.
     for dtype in (torch.bfloat16, torch.float32) if gpu else (torch.float32, torch.bfloat16):
         x, W, b = weights(shape, dtype, device)
-        yield _topk_case(x, W, b, name, shape, gpu)
+        topk = _topk_case(x, W, b, name, shape, gpu)
+        yield topk
+        if gpu and dtype == torch.bfloat16:
+            yield from _other_ways(topk, device)
         if gpu or dtype == torch.float32:
             yield from _other_cases(x, W, b, name, shape, gpu)
 
@@ -65,6 +76,45 @@ def _topk_case(x: Tensor, W: Tensor, b: Tensor, name: str, shape: Shape, gpu: bo
         same,
         **_product(x, W, shape, gpu),
     )
+
+
+@contextmanager
+def _encoding(way: str, device: str) -> Iterator[None]:
+    """Let CUDA's encoders meet their pre-activations in another way."""
+    if device != "cuda":
+        yield
+        return
+    before = _library.set_cuda_encode(way)
+    try:
+        yield
+    finally:
+        _library.set_cuda_encode(before)
+
+
+def _other_ways(case: Case, device: str) -> Iterator[Case]:
+    """Yield the same case for each way, timed beside the default one and the bare GEMM."""
+
+    def in_way(way: str, work: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with _encoding(way, device):
+                return work()
+
+        return run
+
+    for way, sizes in WAYS.items():
+        yield replace(
+            case,
+            op=f"{case.op} ({way})",
+            ours=in_way(way, case.ours),
+            torch=dict(case.torch),
+            check=in_way(way, case.check),
+            parts={
+                **case.parts,
+                "rows": case.ours,
+                **{size: in_way(size, case.ours) for size in sizes},
+            },
+            targets={},
+        )
 
 
 def _product(x: Tensor, W: Tensor, shape: Shape, gpu: bool) -> dict[str, Any]:
@@ -112,7 +162,7 @@ def _other_cases(
         got = ops.encode_batch_topk(x, W, b, k).acts.values.sort().values
         assert_close(got, torch_batch().sort().values, rtol=tolerance, atol=tolerance)
 
-    yield Case(
+    batch = Case(
         "encode_batch_topk",
         describe(name, shape),
         lambda: ops.encode_batch_topk(x, W, b, k),
@@ -120,6 +170,9 @@ def _other_cases(
         same_batch,
         **product,
     )
+    yield batch
+    if gpu and x.dtype == torch.bfloat16:
+        yield from _other_ways(batch, str(x.device.type))
     theta = ops.encode_batch_topk(x, W, b, k).threshold
 
     def torch_threshold() -> Tensor:

@@ -26,7 +26,7 @@ constexpr int64_t kColumnStep = 64, kMostColumns = 8192;
 // Blocks of 32 MiB of float32; of half as much where there are two at a time. Small in the
 // emulation, so that there are many.
 #ifdef FASTSAE_EMULATED
-constexpr int64_t kBlockRows = 16, kBlockColumns = 128;
+constexpr int64_t kBlockRows = 32, kBlockColumns = 256;
 #else
 constexpr int64_t kBlockRows = 2048, kBlockColumns = 4096;
 #endif

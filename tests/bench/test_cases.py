@@ -69,6 +69,7 @@ def test_a_run_becomes_a_record_and_a_table(tmp_path) -> None:
     text = report.gpu(json.loads(file.read_text()))
     assert "MISS: " in text
     assert "- tests: FAIL, 3 s: 1 failed" in text
+    assert "- encode_topk (overlap), A: n 12, d 16, d_sae 64, k 4: times of others" in text
     assert not gpu.is_good(record)
 
 

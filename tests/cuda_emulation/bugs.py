@@ -75,6 +75,9 @@ _ADAM, _ADAM_BLOCK = "cuda/sparse_adam_step_kernel.cuh", "cuda/adam_block.cuh"
 _BY_SIDE = "cuda/sparse_adam_step_by_side_kernel.cuh"
 _BY_SIDE_BLOCK = "cuda/adam_by_side.cuh"
 
+_ROWS, _LIST = "cuda/row_candidates_kernel.cuh", "cuda/row_candidates.cuh"
+_BLOCKS = "cuda/block_select_kernel.cuh"
+
 BUGS = (
     _barrier("candidates are counted too early", "topk", _TOPK, "all candidates are there"),
     _barrier("survivors are ranked too early", "topk", _TAKE, "all that remain are there"),
@@ -491,5 +494,122 @@ BUGS = (
         "group(e, plan.enc_lists)",
         "result",
         launcher="sparse_adam_step",
+    ),
+    *(
+        _barrier(name, "encode_topk", file, comment, launcher="row_candidates")
+        for name, file, comment in (
+            ("a list is counted too early", _ROWS, "all candidates of the block are there"),
+            (
+                "a row of lists starts too early",
+                _ROWS,
+                "zero, and the list's count read, before anyone adds to it",
+            ),
+            ("a bound before all are taken", _LIST, "all are taken before the smallest is read"),
+            (
+                "a list is tightened too early",
+                _LIST,
+                "entries, list and counters are as they are read below",
+            ),
+            (
+                "a choice before the entries",
+                _LIST,
+                "the entries are there, and the counter is zero",
+            ),
+        )
+    ),
+    *(
+        Bug(name, "encode_topk", file, old, new, noticed_by, launcher="row_candidates")
+        for name, file, old, new, noticed_by in (
+            (
+                "a list of the block before is forgotten",
+                _ROWS,
+                "fresh[count + i] = list[i];",
+                "fresh[count + i] = 0;",
+                "result",
+            ),
+            (
+                "more than there is room for is believed",
+                _ROWS,
+                "if (count > shape.room) {",
+                "count = min(count, shape.room);\n    if (count > shape.room) {",
+                "result",
+            ),
+            (
+                "a tie goes to the later column",
+                _LIST,
+                "~static_cast<uint32_t>(column) << 1",
+                "static_cast<uint32_t>(column) << 1",
+                "result",
+            ),
+            (
+                "the sign of a magnitude is lost",
+                _LIST,
+                "static_cast<uint32_t>(entry) << 31",
+                "0u",
+                "result",
+            ),
+            (
+                "columns count from the block's first",
+                _ROWS,
+                "p.first_column + j, row",
+                "j, row",
+                "result",
+            ),
+            (
+                "lists have no room for the winners",
+                "cuda/row_candidates.cu",
+                "static_cast<size_t>(entries + shape.winner_capacity)",
+                "static_cast<size_t>(entries)",
+                "asan",
+            ),
+        )
+    ),
+    _barrier(
+        "hits of a block before the zeros",
+        "encode_batch_topk",
+        _BLOCKS,
+        "zeroed before the first hit",
+        launcher="block_select",
+    ),
+    *(
+        Bug(name, "encode_batch_topk", file, old, new, "result", launcher)
+        for name, file, old, new, launcher in (
+            (
+                "an entry equal to the bound is dropped",
+                _BLOCKS,
+                "number_below<F>(bound) : threshold",
+                "F::widen(F::from_key(bound)) : threshold",
+                "block_select",
+            ),
+            (
+                "tiles are in the order of blocks",
+                _BLOCKS,
+                "(block.first + r) * block.tiles_per_row + block.tile_of_row",
+                "block.first * block.tiles_per_row + block.tile_of_row * block.rows + r",
+                "block_select",
+            ),
+            (
+                "a full list is not tightened",
+                _BLOCKS,
+                "header->candidates = known.kept_count;",
+                "",
+                "block_select",
+            ),
+            (
+                "a buffer is written while it is read",
+                "cuda/side_stream.cu",
+                "if (lane_) cudaStreamWaitEvent(static_cast<cudaStream_t>(main_), "
+                "lane_->marks[name], 0);",
+                "(void)name;",
+                "side_stream",
+            ),
+            (
+                "the second stream is not joined",
+                "cuda/side_stream.cu",
+                "wait(static_cast<cudaStream_t>(main_), lane->joined, lane->stream);",
+                "",
+                "side_stream",
+            ),
+        )
     ),
 )

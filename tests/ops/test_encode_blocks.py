@@ -13,7 +13,7 @@ from fastsae import _library, reference
 from tests.conftest import EMULATED, ENCODE_WAYS, devices, encoding, on_device
 from tests.ops.inputs import KINDS, matrix, same
 
-WAYS = [*ENCODE_WAYS, "blocks:1x64", "overlap:40x128"]
+WAYS = [*ENCODE_WAYS, "overlap:7x192"]
 needs_emulation = pytest.mark.skipif(EMULATED is None, reason="built without FASTSAE_EMULATION=ON")
 
 
@@ -46,10 +46,10 @@ def pre_activations(kind: str, n: int, m: int, dtype=torch.float32, device="cpu"
 SHAPES = (
     (1, 1, 1),
     (3, 60, 60),
-    (40, 129, 1),
+    (33, 129, 1),
     (5, 256, 64),
-    (33, 1003, 7),
-    (21, 1000, 65),
+    (9, 1003, 7),
+    (5, 1000, 65),
     (2, 600, 128),
     (4, 515, 200),
     (3, 300, 300),
@@ -79,7 +79,7 @@ def test_topk(device, kind, absolute) -> None:
 @pytest.mark.parametrize("kind", [*KINDS, "descending"])
 def test_whole_matrix(device, kind, dtype) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for n, m, budget in ((1, 1, 1), (40, 129, 7), (33, 1003, 300), (21, 500, 10_500), (3, 60, 0)):
+    for n, m, budget in ((1, 1, 1), (33, 129, 7), (9, 1003, 90), (5, 600, 3000), (3, 60, 0)):
         x, W, b, _ = pre_activations(kind, n, m, dtype, device)
         pre = x.to(wide) @ W.to(wide).t() + b.to(wide)
         mask = torch.rand(m, device=device) < 0.5
@@ -140,9 +140,7 @@ def test_the_setting(gpu) -> None:
 
 
 @needs_emulation
-@pytest.mark.parametrize(
-    ("said", "got"), [("overlap", "overlap"), ("", "rows"), ("fast", "rows")], ids=str
-)
+@pytest.mark.parametrize(("said", "got"), [("overlap", "overlap"), ("fast", "rows")])
 def test_the_environment(said, got) -> None:
     code = (
         "import sys, torch\nfrom pathlib import Path\nfrom fastsae import _library\n"
