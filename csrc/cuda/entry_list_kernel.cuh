@@ -1,24 +1,13 @@
 // Lists of entries by ascending (row, column): their offsets, and selections from several matrices
-// merged a pair at a time.
+// merged a pair at a time. Not all templates: for one launcher only.
 #pragma once
 
-#include "cuda/digit_search.cuh"
+#include "cuda/matrix_select_choose_kernel.cuh"
 
 namespace fastsae::cuda {
 
-// offsets[r], r <= n: how many of the ascending `rows` are below first_row + r.
-__device__ __forceinline__ int32_t entries_before(const int32_t* rows, int64_t kept, int64_t row) {
-  int64_t low = 0, high = kept;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (rows[middle] < row) low = middle + 1;
-    else high = middle;
-  }
-  return static_cast<int32_t>(low);
-}
-
 // The columns and rows of a selection from a list; its values are merged already.
-__global__ inline void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kSelectThreads)
     gather_entries_kernel(const int32_t* columns, const int32_t* rows, const int32_t* chosen,
                           const int32_t* half, int64_t capacity, int32_t* merged_columns,
                           int32_t* merged_rows) {

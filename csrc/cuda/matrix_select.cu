@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "cuda/matrix_select_choose_kernel.cuh"
+#include "cuda/entry_list_kernel.cuh"
 #include "cuda/matrix_select_filter_kernel.cuh"
 #include "sample.h"
 

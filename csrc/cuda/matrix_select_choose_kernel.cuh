@@ -2,7 +2,6 @@
 // the candidates are not what is looked for.
 #pragma once
 
-#include "cuda/entry_list_kernel.cuh"
 #include "cuda/matrix_select_args.cuh"
 
 namespace fastsae::cuda {
@@ -204,6 +203,7 @@ __device__ __forceinline__ void for_each_kept(const SelectArgs<F>& a, KeptSpace&
         above_before += static_cast<unsigned>(__popc(aboves));
         equal_before += static_cast<unsigned>(__popc(equals));
       });
+      __syncwarp();  // the directory is read before it may be overwritten
       if (group.lane == 0 && tile < tiles.end) {
         done(tile, first, static_cast<unsigned>(above_before + least(equal_before) - first));
       }
@@ -234,6 +234,17 @@ __global__ void __launch_bounds__(kSelectThreads, 3) write_kernel(SelectArgs<F> 
     a.out.rows[to] = static_cast<int32_t>(a.out.first_row + row);
   };
   for_each_kept<F, kColumns>(a, space, put, [](int64_t, Count, unsigned) {});
+}
+
+// offsets[r], r <= n: how many of the ascending `rows` are below first_row + r.
+__device__ __forceinline__ int32_t entries_before(const int32_t* rows, int64_t kept, int64_t row) {
+  int64_t low = 0, high = kept;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (rows[middle] < row) low = middle + 1;
+    else high = middle;
+  }
+  return static_cast<int32_t>(low);
 }
 
 // Writes the offsets, the padding, and what later calls need to know.

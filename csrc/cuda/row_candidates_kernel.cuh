@@ -58,7 +58,7 @@ struct RowListShape {
 };
 
 template <int kMaxima>
-__global__ void __launch_bounds__(kRowListThreads)
+__global__ void __launch_bounds__(kRowListThreads, kMaxima == 1 ? 4 : 3)
     filter_rows_kernel(FilterRowsParams p, RowListShape shape) {
   constexpr int kThreads = kRowListThreads, kVectors = kRowListVectors;
   constexpr int E = Float32::kVector, kStep = kThreads * E;
