@@ -14,7 +14,14 @@ thread_local BlockRunner* runner = nullptr;
 namespace {
 
 const char* name_of(Wait wait) {
-  return wait == Wait::kBarrier ? "__syncthreads" : "warp collective";
+  switch (wait) {
+    case Wait::kBarrier:
+      return "__syncthreads";
+    case Wait::kPhase:
+      return "the end of a phase";
+    default:
+      return "warp collective";
+  }
 }
 
 }  // namespace
@@ -75,6 +82,7 @@ void BlockRunner::shuffle_order() {
 
 void BlockRunner::run_block() {
   reset_threads();
+  units_.begin(size_, random_);
   release(&begin_order_);
   while (live_) {
     if (order_ == Order::kRandom) shuffle_order();
@@ -88,12 +96,16 @@ void BlockRunner::run_block() {
       progress = true;
       if (!error_.empty()) return;
     }
-    if (!progress) {
-      error_ = deadlock();
-      return;
+    if (progress) continue;
+    try {
+      if (!units_.progress()) error_ = deadlock();
+    } catch (const std::exception& error) {
+      error_ = error.what();
     }
+    if (!error_.empty()) return;
   }
   acquire(&end_order_);
+  error_ = units_.left_behind();
 }
 
 std::string BlockRunner::deadlock() const {
@@ -144,6 +156,20 @@ void BlockRunner::wait(Wait what, Site site) {
   thread.wait = what;
   thread.site = site;
   leave();
+}
+
+void BlockRunner::wait_for(uint32_t barrier, bool phase) {
+  self().phase_of = barrier;
+  wait(Wait::kPhase, {phase ? "odd, of mbarrier" : "even, of mbarrier", static_cast<int>(barrier)});
+}
+
+void BlockRunner::wake(uint32_t barrier) {
+  for (unsigned i = 0; i < size_; ++i) {
+    Thread& thread = threads_[i];
+    if (thread.done || thread.wait != Wait::kPhase || thread.phase_of != barrier) continue;
+    thread.ready = true;
+    thread.wait = Wait::kNothing;
+  }
 }
 
 void BlockRunner::release_barrier() {

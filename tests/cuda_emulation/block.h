@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "async_units.h"
 #include "emulator.h"
 #include "fiber.h"
 
@@ -19,14 +20,15 @@ struct Site {
   std::string text() const;
 };
 
-enum class Wait { kNothing, kBarrier, kWarp };
+enum class Wait { kNothing, kBarrier, kWarp, kPhase };
 enum class Order { kForward, kReverse, kRandom };
 
 struct Thread : Fiber {
   Context context;
   bool ready = false, done = false;
   Wait wait = Wait::kNothing;
-  Site site;  // of what it waits for
+  Site site;              // of what it waits for
+  uint32_t phase_of = 0;  // kPhase: the barrier in shared memory
 };
 
 // An operation of some lanes of a warp that is under way: one for each mask.
@@ -57,6 +59,11 @@ class BlockRunner {
   int barrier(int predicate, Site site);
   const uint64_t* exchange(uint32_t mask, uint64_t value, bool orders_memory, Site site);
   uint32_t live_lanes() { return warp_of(self()).live; }
+  AsyncUnits& units() { return units_; }
+  // Until a phase of an mbarrier ends, and the end of it.
+  void wait_for(uint32_t barrier, bool phase);
+  void wake(uint32_t barrier);
+  [[noreturn]] void stop(const std::string& message);
 
  private:
   static void entry();
@@ -70,8 +77,8 @@ class BlockRunner {
   void finish_self();
   void release_barrier();
   std::string deadlock() const;
-  [[noreturn]] void stop(const std::string& message);
 
+  AsyncUnits units_;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   Context os_thread_;

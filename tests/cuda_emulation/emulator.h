@@ -99,6 +99,7 @@ struct State {
   uint3 bid{};
   dim3 bdim, gdim;
   unsigned char* dyn_smem = nullptr;
+  size_t dyn_smem_bytes = 0;
 };
 extern thread_local State tl;
 

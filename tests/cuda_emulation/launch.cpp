@@ -105,6 +105,7 @@ void launch_impl(const char* name, dim3 grid, dim3 block, size_t smem, Body body
     for (uint64_t b; (b = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
       const std::unique_ptr<void, Free> shared = dynamic_shared(smem);
       tl.dyn_smem = static_cast<unsigned char*>(shared.get());
+      tl.dyn_smem_bytes = smem;
       tl.bid = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                 static_cast<unsigned>(b / (static_cast<uint64_t>(grid.x) * grid.y))};
       own->run_block();
@@ -115,6 +116,7 @@ void launch_impl(const char* name, dim3 grid, dim3 block, size_t smem, Body body
       }
     }
     tl.dyn_smem = nullptr;
+    tl.dyn_smem_bytes = 0;
     runner = nullptr;
     keep_runner(std::move(own));
   };

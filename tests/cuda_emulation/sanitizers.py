@@ -72,6 +72,16 @@ def run_calls(library: Path, kind: str, *arguments: str) -> subprocess.Completed
     )
 
 
+def run_program(program: Path, kind: str, order: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a program of `Build.program`, its threads in an order of the emulator."""
+    command = [str(program)]
+    if kind == "tsan" and shutil.which("setarch"):
+        command = ["setarch", "-R", *command]  # see run_calls
+    found = {**os.environ, "EMU_ORDER": order, "UBSAN_OPTIONS": UBSAN_OPTIONS}
+    found |= dict([OPTIONS[kind]] if kind in OPTIONS else [])
+    return subprocess.run(command, env=found, capture_output=True, text=True, timeout=600)
+
+
 @dataclass(frozen=True)
 class Build:
     """Builds the emulated operators again from a changed copy of csrc, on what CMake built."""
@@ -92,14 +102,25 @@ class Build:
             flags = ("-DEMU_TSAN=1",) if kind == "tsan" else FLAGS[kind]
             self.emulators[kind] = [
                 self._compile(HERE / f"{name}.cpp", ROOT / "csrc", f"{name}_{kind}.o", flags)
-                for name in ("block", "fiber", "launch", "stream")
+                for name in ("async_units", "block", "fiber", "launch", "stream")
             ]
         return self.emulators[kind]
 
-    def launcher(self, file: str, csrc: Path, kind: str) -> Path:
-        """Return the object of `cuda/<file>.cu` of a copy of csrc, for float32 only."""
-        name = f"{csrc.name}_{file}_{kind}.o"
+    def launcher(self, file: str, csrc: Path, kind: str, prefix: str = "") -> Path:
+        """Return the object of `cuda/<file>.cu` of a copy of csrc."""
+        name = f"{prefix or csrc.name}_{file}_{kind}.o"
         return self._compile(csrc / f"cuda/{file}.cu", csrc, name, FLAGS[kind])
+
+    def program(self, csrc: Path, source: Path, launchers: tuple[str, ...], kind: str) -> Path:
+        """Build a program of a C++ file and launchers of a copy of csrc."""
+        name = f"{csrc.parent.name}_{source.stem}_{kind}"
+        objects = [
+            self._compile(source, csrc, f"{name}.o", FLAGS[kind]),
+            *(self.launcher(file, csrc, kind, csrc.parent.name) for file in launchers),
+            *self.emulator(kind),
+        ]
+        self._run(*FLAGS[kind], "-pthread", "-o", name, *map(str, objects))
+        return self.folder / name
 
     def library(
         self, name: str, launchers: dict[str, Path], kind: str, emulator: list[Path]

@@ -1,0 +1,19 @@
+// x W^T of bfloat16 matrices on Hopper's tensor cores: what a caller and the launcher share.
+#pragma once
+
+#include <cstdint>
+
+namespace fastsae::cuda {
+
+struct HopperProductParams {
+  const void* x;  // [n, d] bfloat16, contiguous, from a multiple of 16 bytes on
+  const void* W;  // [columns, d], the same
+  int32_t n, columns;
+  int32_t d;   // a multiple of 8
+  float* out;  // [n, columns]
+};
+
+// Null, or what is wrong. Nothing is launched where n or columns is 0; d is at least 8.
+const char* launch_hopper_product(const HopperProductParams& p, void* stream);
+
+}  // namespace fastsae::cuda
