@@ -4,11 +4,21 @@
 
 #include "cuda/hopper_barrier.cuh"
 
-#ifdef FASTSAE_HOPPER
 namespace fastsae::cuda {
 
 constexpr int kProductRows = 64, kProductColumns = 256, kProductDepth = 16;  // of one instruction
 constexpr int kSums = kProductRows * kProductColumns / 128;                  // of a thread
+
+// A sum whose bits are looked at, as a number that the compiler knows nothing of: it would hold the
+// sums as integers otherwise, and wait for every product to move them.
+__device__ __forceinline__ float opaque(float x) {
+#ifndef FASTSAE_EMULATED
+  asm("" : "+f"(x));
+#endif
+  return x;
+}
+
+#ifdef FASTSAE_HOPPER
 
 // Where the sums of a thread lie in the 64 x 256 product: sum i in row + 8 (i / 2 % 2),
 // column + 8 (i / 4) + i % 2.
@@ -145,5 +155,6 @@ __device__ __forceinline__ void give_registers() {
 #endif
 }
 
-}  // namespace fastsae::cuda
 #endif
+
+}  // namespace fastsae::cuda

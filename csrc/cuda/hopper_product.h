@@ -10,7 +10,12 @@ struct HopperProductParams {
   const void* W;  // [columns, d], the same
   int32_t n, columns;
   int32_t d;   // a multiple of 8
-  float* out;  // [n, columns]
+  float* out;  // [n, pitch]
+  int64_t pitch;
+  // On the device: only the first *found - before rows are there, if they are fewer; or null. Of
+  // the others, some are written.
+  const uint32_t* found = nullptr;
+  uint32_t before = 0;
 };
 
 // Null, or what is wrong. Nothing is launched where n or columns is 0; d is at least 8.

@@ -27,8 +27,18 @@ constexpr size_t kProductShared = kPatternBytes + kProductStages * (kStageBytes 
 // The tiles of a product, in the order in which they are taken: column by column within a band of
 // rows, so that the blocks at work share few rows of x and W, which the second-level cache holds.
 struct ProductTiles {
-  int rows, columns;  // of tiles
-  int depth;          // stages of each
+  int rows, columns;      // of tiles
+  int depth;              // stages of each
+  const unsigned* found;  // so many rows, less `before`, if they are fewer; or null
+  unsigned before;
+
+  // Without the tiles that have none of the rows found.
+  __device__ __forceinline__ ProductTiles present() const {
+    if (!found) return *this;
+    const unsigned all = *found, left = all > before ? all - before : 0;
+    const int some = static_cast<int>(min(left, kTileRows * static_cast<unsigned>(rows)));
+    return {(some + kTileRows - 1) / kTileRows, columns, depth, nullptr, 0};
+  }
 
   struct Tile {
     int row, column;  // its first
@@ -124,12 +134,13 @@ __device__ __forceinline__ void consume(const Ring& ring, int part, const Produc
 #endif
 
 // epilogue(s, row, column): takes the sums of a thread, of which s[i] is that of row
-// row + 8 (i / 2 % 2), column + 8 (i / 4) + i % 2.
+// row + 8 (i / 2 % 2), column + 8 (i / 4) + i % 2. Called by whole warps; s may be written over.
 template <class Epilogue>
 __global__ void __launch_bounds__(kProductThreads, 1)
     hopper_product_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap W,
-                          const ProductTiles tiles, const Epilogue epilogue) {
+                          const ProductTiles all, const Epilogue epilogue) {
 #ifdef FASTSAE_HOPPER
+  const ProductTiles tiles = all.present();
   FASTSAE_DYN_SMEM(unsigned char, raw);
   const Ring ring{(shared_address(raw) + kPatternBytes - 1) / kPatternBytes * kPatternBytes};
   if (threadIdx.x == 0) {
@@ -152,17 +163,18 @@ __global__ void __launch_bounds__(kProductThreads, 1)
 #endif
 }
 
-// Writes the sums to out [rows, columns].
+// Writes the sums to out [rows, columns], from row to row `pitch` numbers further.
 struct StoreSums {
   float* out;
+  int64_t pitch;
   int rows, columns;
-  bool pairs;  // columns is even, so two sums can be written at once
+  bool pairs;  // two sums can be written at once: pitch and columns are even
 
-  __device__ __forceinline__ void operator()(const float* s, int row, int column) const {
+  __device__ __forceinline__ void operator()(float (&s)[kSums], int row, int column) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half, row += 8) {
       if (row >= rows) return;
-      float* to = out + int64_t{row} * columns + column;
+      float* to = out + row * pitch + column;
       // The 4 lanes of a row write 32 consecutive bytes at a time: a sector.
 #pragma unroll
       for (int j = 0; j < kTileColumns / 8; ++j) {

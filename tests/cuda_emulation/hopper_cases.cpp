@@ -1,6 +1,7 @@
 // The primitives of csrc/cuda/hopper_*.cuh, each in a kernel of its own, and the product made of
 // them, against values that are computed here in another way. A program: `hopper_cases [CASE]`
 // prints "wrong: ..." or what the emulator says, and ends with 1, if something is not right.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -13,6 +14,7 @@
 #include "cuda/hopper_copy.cuh"
 #include "cuda/hopper_mma.cuh"
 #include "cuda/hopper_product.h"
+#include "cuda/hopper_topk.h"
 
 namespace fastsae::cuda {
 namespace {
@@ -208,7 +210,8 @@ void products() {
 void multiply(int n, int columns, int d, unsigned seed) {
   Matrix x = Matrix::random(n, d, seed), W = Matrix::random(columns, d, seed + 1);
   std::vector<float> out(static_cast<size_t>(n * columns) + 2, 12345.0f);
-  HopperProductParams p{x.data(), W.data(), n, columns, d, out.data() + 1 - (columns % 2 == 0)};
+  HopperProductParams p{x.data(), W.data(), n, columns, d, out.data() + 1 - (columns % 2 == 0),
+                        columns};
   const char* error = launch_hopper_product(p, nullptr);
   expect(error == nullptr, error ? error : "");
   const std::string shape =
@@ -239,7 +242,7 @@ void matrices() {
   multiply(130, 259, 72, 3);   // 4 tiles, each of them ragged
   multiply(40, 1290, 328, 4);  // more stages than the ring has, and several tiles to a block
   multiply(300, 70, 600, 5);
-  expect(launch_hopper_product({nullptr, nullptr, 0, 4, 8, nullptr}, nullptr) == nullptr,
+  expect(launch_hopper_product({nullptr, nullptr, 0, 4, 8, nullptr, 4}, nullptr) == nullptr,
          "no rows");
 }
 
@@ -249,13 +252,116 @@ void not_numbers() {
   W.at(4, 0) = 0x7f80;  // +inf
   x.at(0, 0) = x.at(2, 0) = float_to_bfloat16(-1.0f);
   std::vector<float> out(15);
-  launch_hopper_product({x.data(), W.data(), 3, 5, 16, out.data()}, nullptr);
+  launch_hopper_product({x.data(), W.data(), 3, 5, 16, out.data(), 5}, nullptr);
   for (int i = 0; i < 15; ++i) {
     const float got = out[static_cast<size_t>(i)];
     if (i / 5 == 1) expect(got != got, place(1, i % 5, got, NAN));
     else if (i % 5 == 4) expect(got == -INFINITY, place(i / 5, 4, got, -INFINITY));
     else expect(std::isfinite(got), place(i / 5, i % 5, got, 0));
   }
+}
+
+// ---- selection within the product, against a sort of the product's own sums ----
+
+enum class Kind { kNormal, kTies, kAscending, kSpecial };
+
+struct Choice {
+  int n, m, d, k;
+  Kind kind;
+  bool bias, mask, relu, absolute;
+};
+
+void choose(const Choice& c) {
+  Matrix x = Matrix::random(c.n, c.d, 11), W = Matrix::random(c.m, c.d, 12);
+  std::mt19937 bits(13);
+  for (int i = 0; i < c.m * c.d && c.kind == Kind::kTies; ++i) {
+    W.data()[i] = float_to_bfloat16(static_cast<float>(bits() % 2));
+  }
+  for (int i = 0; i < c.n * c.d && c.kind == Kind::kTies; ++i) {
+    x.data()[i] = float_to_bfloat16(static_cast<float>(bits() % 2));
+  }
+  if (c.kind == Kind::kAscending) {  // later columns are larger in half of the rows
+    for (int j = 0; j < c.m; ++j) W.at(j, 0) = float_to_bfloat16(static_cast<float>(j));
+    for (int r = 0; r < c.n; ++r) x.at(r, 0) = float_to_bfloat16(r % 2 ? 1.0f : -0.01f);
+  }
+  if (c.kind == Kind::kSpecial) {
+    for (int i = 0; i < 6; ++i)
+      W.at(static_cast<int>(bits() % static_cast<unsigned>(c.m)), i) = i % 2 ? 0x7fc0 : 0xff80;
+    x.at(0, 2) = 0x7f80;
+    for (int k = 0; k < c.d; ++k) x.at(c.n - 1, k) = 0;
+  }
+  std::vector<float> bias(static_cast<size_t>(c.m));
+  std::vector<uint8_t> mask(static_cast<size_t>(c.m));
+  for (float& b : bias) b = static_cast<float>(static_cast<int>(bits() % 9) - 4) / 4;
+  for (uint8_t& b : mask) b = bits() % 4 != 0;
+
+  std::vector<float> sums(static_cast<size_t>(c.n * c.m));
+  launch_hopper_product({x.data(), W.data(), c.n, c.m, c.d, sums.data(), c.m}, nullptr);
+  const size_t size = static_cast<size_t>(c.n * c.k);
+  std::vector<float> values(size, NAN);
+  std::vector<int32_t> indices(size, -1);
+  HopperTopkParams p{x.data(),
+                     W.data(),
+                     c.bias ? bias.data() : nullptr,
+                     c.mask ? reinterpret_cast<const bool*>(mask.data()) : nullptr,
+                     c.n,
+                     c.m,
+                     c.d,
+                     c.k,
+                     c.relu,
+                     c.absolute,
+                     values.data(),
+                     indices.data(),
+                     nullptr};
+  const size_t bytes = static_cast<size_t>(hopper_topk_scratch(p));
+  void* scratch = std::aligned_alloc(256, bytes);
+  std::memset(scratch, 0xff, bytes);
+  p.scratch = scratch;
+  const char* error = launch_hopper_topk(p, nullptr);
+  expect(error == nullptr, error ? error : "");
+  std::free(scratch);
+
+  for (int r = 0; r < c.n; ++r) {
+    std::vector<float> row(static_cast<size_t>(c.m)), rank(row);
+    std::vector<int> order(static_cast<size_t>(c.m));
+    for (int j = 0; j < c.m; ++j) {
+      const size_t at = static_cast<size_t>(j);
+      row[at] = sums[static_cast<size_t>(r * c.m + j)] + (c.bias ? bias[at] : 0.0f);
+      rank[at] = c.absolute ? std::fabs(row[at]) : row[at];
+      if (rank[at] != rank[at]) rank[at] = INFINITY;
+      if (c.mask && !mask[at]) rank[at] = -INFINITY;
+      order[at] = j;
+    }
+    const auto is_nan = [&](int j) {
+      const size_t at = static_cast<size_t>(j);
+      return row[at] != row[at] && !(c.mask && !mask[at]);
+    };
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+      if (is_nan(a) != is_nan(b)) return is_nan(a);
+      return !is_nan(a) && rank[static_cast<size_t>(a)] > rank[static_cast<size_t>(b)];
+    });
+    std::sort(order.begin(), order.begin() + c.k);
+    for (int i = 0; i < c.k; ++i) {
+      const size_t at = static_cast<size_t>(r * c.k + i);
+      const int j = order[static_cast<size_t>(i)];
+      float want = row[static_cast<size_t>(j)];
+      if ((c.mask && !mask[static_cast<size_t>(j)]) || (c.relu && want <= 0)) want = 0;
+      expect(indices[at] == j, "index " + place(r, i, indices[at], j));
+      expect(values[at] == want || (values[at] != values[at] && want != want),
+             "value " + place(r, i, values[at], want));
+    }
+  }
+}
+
+void choices() {
+  choose({3, 40, 8, 5, Kind::kNormal, false, false, false, false});  // one product only
+  choose({130, 1290, 72, 9, Kind::kNormal, true, false, true, false});
+  choose({20, 1290, 72, 9, Kind::kNormal, true, true, false, true});
+  choose({20, 1027, 24, 70, Kind::kTies, false, true, false, false});
+  choose({40, 1290, 24, 20, Kind::kAscending, true, false, false, false});  // lists overflow
+  choose({40, 1290, 24, 3, Kind::kAscending, false, true, true, true});
+  choose({9, 800, 40, 12, Kind::kSpecial, true, true, false, false});
+  choose({9, 800, 40, 12, Kind::kSpecial, false, false, true, true});
 }
 
 }  // namespace
@@ -265,7 +371,7 @@ int main(int count, char** arguments) {
   using namespace fastsae::cuda;
   const std::pair<const char*, void (*)()> cases[] = {
       {"barriers", barriers}, {"copies", copies},           {"products", products},
-      {"matrices", matrices}, {"not_numbers", not_numbers},
+      {"matrices", matrices}, {"not_numbers", not_numbers}, {"choices", choices},
   };
   int ran = 0;
   for (const auto& [name, run] : cases) {
