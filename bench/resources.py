@@ -70,6 +70,17 @@ def parse(text: str) -> Resources:
     return found
 
 
+def serialized(text: str) -> list[str]:
+    """Return one line for each wait that ptxas put between products of a warpgroup, which then run
+    one after another: it says so, and nothing else tells.
+    """
+    found = re.findall(r"\((C75\d\d)\) (.+?) in function '(.+)'", text)
+    return [
+        f"{short(kernel)}: expected products that ptxas adds nothing to, got {code}: {what}"
+        for code, what, kernel in found
+    ]
+
+
 def problems(
     found: Resources, ceilings: Mapping[str, Mapping[str, list[int]]], spilling: Mapping[str, int]
 ) -> list[str]:
@@ -128,8 +139,8 @@ def written(found: Resources, nvcc: str, spilling: Mapping[str, int]) -> str:
     return f'{{\n  {head},\n  "ceilings": {{\n{kernels}\n  }}\n}}\n'
 
 
-def built(objects: Path) -> Resources:
-    """Return what ptxas reported about every launcher that still exists."""
+def reports_of(objects: Path) -> str:
+    """Return what ptxas reported about every launcher that still exists, its names demangled."""
     reports = sorted(objects.glob("*.cu.o.ptxas"))
     reports = [
         r for r in reports if (ROOT / "csrc/cuda" / r.name.removesuffix(".o.ptxas")).exists()
@@ -138,7 +149,7 @@ def built(objects: Path) -> Resources:
         sys.exit(f"resources: expected reports of ptxas in {objects}, got none: make build")
     text = "".join(r.read_text() for r in reports)
     names = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True)
-    return parse(names.stdout)
+    return names.stdout
 
 
 def main() -> int:
@@ -149,7 +160,8 @@ def main() -> int:
     parser.add_argument("--objects", type=Path, default=OBJECTS, help="folder of the build")
     parser.add_argument("--write", action="store_true", help="write the ceilings")
     arguments = parser.parse_args()
-    found = built(arguments.objects)
+    text = reports_of(arguments.objects)
+    found = parse(text)
     nvcc = ".".join(str(_host.build_info()["cuda"]).split(".")[:2])
     known = json.loads(CEILINGS.read_text()) if CEILINGS.exists() else {}
     spilling = known.get("spills_allowed", {})
@@ -160,7 +172,7 @@ def main() -> int:
     if known.get("nvcc") != nvcc:
         print(f"not compared: the ceilings are those of nvcc {known.get('nvcc')}, this is {nvcc}")
         return 0
-    lines = problems(found, known["ceilings"], spilling)
+    lines = problems(found, known["ceilings"], spilling) + serialized(text)
     print("\n".join(f"resources: {line}" for line in lines), end="\n" if lines else "")
     return 1 if lines else 0
 

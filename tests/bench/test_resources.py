@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bench import resources
-from bench.resources import Used, parse, problems, table, written
+from bench.resources import Used, parse, problems, serialized, table, written
 
 REPORT = """\
 ptxas info    : 0 bytes gmem
@@ -81,3 +81,17 @@ def test_prints_a_table() -> None:
     assert lines[0].split()[-2:] == ["sm_80", "sm_90a"]
     assert lines[1].split() == [SORT, "30", "/", "0"]
     assert lines[2].split() == [TOPK, "64", "/", "1168", "!16"]
+
+
+def test_names_products_that_wait_for_each_other() -> None:
+    assert serialized(REPORT) == []
+    said = (
+        "ptxas info    : (C7517) warpgroup.wait is injected in around line 753 by compiler to "
+        "allow use of registers defined by GMMA in function 'void fastsae::cuda::product_kernel<"
+        "fastsae::cuda::FilterSums>(CUtensorMap_st)'\n"
+    )
+    assert serialized(REPORT + said) == [
+        "product_kernel<FilterSums>: expected products that ptxas adds nothing to, got C7517: "
+        "warpgroup.wait is injected in around line 753 by compiler to allow use of registers "
+        "defined by GMMA"
+    ]
