@@ -105,7 +105,7 @@ def encoding(way: str, device: str) -> Iterator[None]:
     _library.set_cuda_encode(before, library)
 
 
-ENCODE_WAYS = ("blocks", "overlap")
+ENCODE_WAYS = ("blocks", "overlap", "hopper")
 
 
 def encode_devices() -> list[str]:

@@ -44,7 +44,7 @@ def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[C
         topk = _topk_case(x, W, b, name, shape, gpu)
         yield topk
         if gpu and dtype == torch.bfloat16:
-            yield from _other_ways(topk, device)
+            yield from _other_ways(topk, device, WAYS | {"hopper": ()})
         if gpu or dtype == torch.float32:
             yield from _other_cases(x, W, b, name, shape, gpu)
 
@@ -91,7 +91,9 @@ def _encoding(way: str, device: str) -> Iterator[None]:
         _library.set_cuda_encode(before)
 
 
-def _other_ways(case: Case, device: str) -> Iterator[Case]:
+def _other_ways(
+    case: Case, device: str, every: dict[str, tuple[str, ...]] = WAYS
+) -> Iterator[Case]:
     """Yield the same case for each way, timed beside the default one and the bare GEMM."""
 
     def in_way(way: str, work: Callable[[], Any]) -> Callable[[], Any]:
@@ -101,7 +103,7 @@ def _other_ways(case: Case, device: str) -> Iterator[Case]:
 
         return run
 
-    for way, sizes in WAYS.items():
+    for way, sizes in every.items():
         yield replace(
             case,
             op=f"{case.op} ({way})",

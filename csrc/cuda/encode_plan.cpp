@@ -9,25 +9,32 @@
 namespace fastsae::cuda {
 namespace {
 
-constexpr const char* kNames[] = {"rows", "blocks", "overlap"};
+constexpr const char* kNames[] = {"rows", "blocks", "overlap", "hopper"};
+constexpr int kWays = 4;
+
+bool has_sizes(EncodeWay way) {
+  return way == EncodeWay::kBlocks || way == EncodeWay::kOverlap;
+}
+
 constexpr char kExpected[] =
-    "rows, blocks, overlap, blocks:ROWSxLATENTS or overlap:ROWSxLATENTS "
+    "rows, hopper, blocks, overlap, blocks:ROWSxLATENTS or overlap:ROWSxLATENTS "
     "(latents: a multiple of 64 up to 8192)";
 
 EncodePlan of_way(EncodeWay way) {
-  if (way == EncodeWay::kRows) return {};
+  if (!has_sizes(way)) return {way, 0, 0};
   return {way, kBlockRows, way == EncodeWay::kOverlap ? kBlockColumns / 2 : kBlockColumns};
 }
 
 bool parse(const char* said, EncodePlan* plan) {
-  for (int way = 0; way < 3; ++way) {
+  for (int way = 0; way < kWays; ++way) {
     const size_t length = std::strlen(kNames[way]);
     if (std::strncmp(said, kNames[way], length) != 0) continue;
     *plan = of_way(static_cast<EncodeWay>(way));
     if (said[length] == '\0') return true;
     long long rows = 0, columns = 0;
     int end = 0;
-    if (way == 0 || std::sscanf(said + length, ":%lldx%lld%n", &rows, &columns, &end) != 2 ||
+    if (!has_sizes(plan->way) ||
+        std::sscanf(said + length, ":%lldx%lld%n", &rows, &columns, &end) != 2 ||
         said[length + static_cast<size_t>(end)] != '\0' || rows < 1 || columns < kColumnStep ||
         columns > kMostColumns || columns % kColumnStep != 0) {
       return false;
@@ -71,7 +78,7 @@ EncodePlan encode_plan(int64_t n, int64_t d_sae) {
     const std::lock_guard<std::mutex> guard(setting_mutex());
     plan = setting().plan;
   }
-  if (plan.way == EncodeWay::kRows || n == 0 || d_sae == 0) return {};
+  if (!has_sizes(plan.way) || n == 0 || d_sae == 0) return {};
   // All about equal: no small ones at the end.
   const auto part = [](int64_t size, int64_t most, int64_t step) {
     const int64_t count = (size + most - 1) / most;
@@ -80,6 +87,11 @@ EncodePlan encode_plan(int64_t n, int64_t d_sae) {
   plan.rows = part(n, plan.rows, 1);
   plan.columns = part(d_sae, plan.columns, kColumnStep);
   return plan;
+}
+
+bool encode_plan_is_hopper() {
+  const std::lock_guard<std::mutex> guard(setting_mutex());
+  return setting().plan.way == EncodeWay::kHopper;
 }
 
 }  // namespace fastsae::cuda

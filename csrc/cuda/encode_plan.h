@@ -11,9 +11,10 @@ enum class EncodeWay {
   kRows,     // whole rows, as many as kChunkBytes hold (encoder.h)
   kBlocks,   // blocks of rows x latents that fit into the second-level cache
   kOverlap,  // the same, and the selection from one runs beside the product of the next
+  kHopper,   // selected where an own product computes them (encoder_hopper.h); else as kRows
 };
 
-// Sizes of a block; kRows has none.
+// Sizes of a block; kRows and kHopper have none.
 struct EncodePlan {
   EncodeWay way = EncodeWay::kRows;
   int64_t rows = 0, columns = 0;
@@ -36,10 +37,13 @@ constexpr int64_t kBlockRows = 2048, kBlockColumns = 4096;
 // measurement on the hardware in question may put another default here.
 EncodePlan encode_plan(int64_t n, int64_t d_sae);
 
+// Whether that is kHopper. encode_plan says kRows then, for what the own product does not serve.
+bool encode_plan_is_hopper();
+
 }  // namespace fastsae::cuda
 
-// For tests and measurements, called through ctypes: "rows", "blocks" or "overlap", the latter two
-// also with sizes as in "blocks:2048x4096". Returns 0, or -1 if `way` is none of these (nothing
-// changes then).
+// For tests and measurements, called through ctypes: "rows", "hopper", "blocks" or "overlap", the
+// latter two also with sizes as in "blocks:2048x4096". Returns 0, or -1 if `way` is none of these
+// (nothing changes then).
 extern "C" int fastsae_set_cuda_encode(const char* way);
 extern "C" const char* fastsae_cuda_encode();

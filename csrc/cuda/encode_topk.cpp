@@ -1,7 +1,8 @@
 // encode_topk on CUDA: topk of (x - b_dec) W_enc^T + b_enc on unrounded sums, a chunk of rows at a
-// time, or a block of rows and latents.
+// time, a block of rows and latents, or where the product computes them.
 #include "cuda/encode_by_score.h"
 #include "cuda/encoder_blocks.h"
+#include "cuda/encoder_hopper.h"
 #include "cuda/row_candidates.h"
 
 namespace fastsae::cuda {
@@ -89,6 +90,12 @@ std::tuple<Tensor, Tensor> encode_topk(const Tensor& x, const Tensor& W_enc,
   Selected out{new_empty(x, {n, k}, accumulator_type(x)), new_empty(x, {n, k}, ScalarType::Int)};
   const Format format = format_of(op, "x", out.values);
   const EncodePlan plan = encode_plan(n, in.d_sae);
+  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16 ||
+                        (bf16_product && x.scalar_type() == ScalarType::Float);
+  if (select_on_hopper(op, in, bfloat16, k, relu, absolute, device.stream(), out.values,
+                       out.indices)) {
+    return {torch::stable::to(out.values, x.scalar_type()), out.indices};
+  }
   if (fits_blocks(plan, k, format)) {
     select_in_blocks(op, in, plan, k, relu, absolute, device.stream(), out);
   } else if (absolute) {

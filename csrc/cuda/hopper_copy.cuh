@@ -48,7 +48,7 @@ inline const char* describe_matrix(TensorMap* map, const void* x, int64_t rows, 
                                    int tile_rows) {
   if (rows < 1 || columns < 1 || columns % 8 || tile_rows < 1 || tile_rows > 256 ||
       reinterpret_cast<uintptr_t>(x) % 16) {
-    return "cuTensorMapEncodeTiled refused a matrix";
+    return "expected a matrix that cuTensorMapEncodeTiled takes, got an error";
   }
   *map = {static_cast<const unsigned char*>(x),
           rows,
@@ -79,7 +79,9 @@ inline const char* describe_matrix(TensorMap* map, const void* x, int64_t rows, 
       encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(x), sizes, pitch, box,
              steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused a matrix";
+  return result == CUDA_SUCCESS
+             ? nullptr
+             : "expected a matrix that cuTensorMapEncodeTiled takes, got an error";
 }
 #endif
 

@@ -55,23 +55,29 @@ struct FilterSums {
       if ((hits[half][0] | hits[half][1]) == 0) continue;
       uint64_t* list = kept.entries + int64_t{r} * kept.capacity;
 #pragma unroll
-      for (int j = 0; j < kEights; ++j) {
+      for (int e = 0; e < 2; ++e) {
+        // A lane mostly has none or one in a tile, so the warp comes by here once or twice.
+#pragma unroll 1
+        for (uint32_t left = hits[half][e]; left != 0; left &= left - 1) {
+          const int j = __ffs(static_cast<int>(left)) - 1;
+          float value = s[2 * half + e];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (!(hits[half][e] >> j & 1u)) continue;
-          const int c = column + 8 * j + e;
-          const float value = opaque(s[4 * j + 2 * half + e]);
-          if (at < static_cast<unsigned>(kept.capacity)) {
-            list[at] = row_candidate(Float32::key(Float32::narrow(score(value))), first_column + c,
-                                     (Float32::narrow(value) & Float32::kSign) != 0);
+          for (int i = 1; i < kEights; ++i) {
+            if (i == j) value = s[4 * i + 2 * half + e];
           }
-          ++at;
+          append(list, at++, opaque(value), first_column + column + 8 * j + e);
         }
       }
     }
   }
 
  private:
+  __device__ __forceinline__ void append(uint64_t* list, unsigned at, float value, int c) const {
+    if (at >= static_cast<unsigned>(kept.capacity)) return;
+    const bool negative = (Float32::narrow(value) & Float32::kSign) != 0;
+    list[at] = row_candidate(Float32::key(Float32::narrow(score(value))), c, negative);
+  }
+
   // The first of `count` places in the list of row r, which 4 lanes share: they ask once.
   __device__ __forceinline__ unsigned reserve(int r, int count) const {
     const int lane = static_cast<int>(threadIdx.x) % 4;

@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(kOverflowThreads)
   const unsigned found = *from.found;
   for (unsigned i = blockIdx.x; i < found; i += gridDim.x) {
     const uint4* row = x + int64_t{from.rows[i]} * pieces;
+#pragma unroll 1
     for (int p = static_cast<int>(threadIdx.x); p < pieces; p += kOverflowThreads) {
       to[int64_t{i} * pieces + p] = row[p];
     }

@@ -14,12 +14,15 @@
 namespace fastsae::cuda {
 namespace {
 
-// Rows that are multiplied again at a time, at least. Few in the emulation, so that there are
-// several times.
+// Candidates of a list for each that is selected: as many as are expected of a row in random order
+// whose bound comes from an eighth of it.
+constexpr int32_t kListPerK = 8;
+// Candidates of a list, and rows that are multiplied again at a time, at least. Few in the
+// emulation, so that lists overflow, and rows are multiplied again several times.
 #ifdef FASTSAE_EMULATED
-constexpr int64_t kLeastAgain = 8;
+constexpr int32_t kLeastList = 16, kLeastAgain = 8;
 #else
-constexpr int64_t kLeastAgain = kTileRows;
+constexpr int32_t kLeastList = 256, kLeastAgain = kTileRows;
 #endif
 
 int64_t up_to_multiple(int64_t x, int64_t of) {
@@ -42,8 +45,8 @@ Plan plan(const HopperTopkParams& p) {
   plan.pitch = up_to_multiple(plan.first, 4);
   plan.wide = up_to_multiple(p.m, 4);
   const int64_t fit = p.n * plan.pitch / plan.wide / kTileRows * kTileRows;
-  plan.again = std::min<int64_t>(std::max(fit, kLeastAgain), p.n);
-  plan.capacity = row_candidates_capacity(p.k);
+  plan.again = std::min<int64_t>(std::max<int64_t>(fit, kLeastAgain), p.n);
+  plan.capacity = std::max(kListPerK * p.k, kLeastList);
   const auto take = [&](int64_t bytes) {
     const int64_t at = plan.end;
     plan.end = up_to_multiple(at + bytes, 256);
@@ -60,6 +63,18 @@ Plan plan(const HopperTopkParams& p) {
 }
 
 }  // namespace
+
+bool has_hopper_topk() {
+#ifdef FASTSAE_EMULATED
+  return true;
+#else
+  int device = 0, major = 0, minor = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+         major == 9 && minor == 0;
+#endif
+}
 
 int64_t hopper_topk_scratch(const HopperTopkParams& p) {
   return plan(p).end;

@@ -81,8 +81,9 @@ def set_cuda_encode(way: str, library: Path | None = None) -> str:
     """Say how the CUDA encoders meet their pre-activations; for tests and measurements.
 
     Args:
-        way: "rows" (the default), "blocks" or "overlap", the latter two also with the sizes of a
-            block, as in "blocks:2048x4096" (`docs/cuda.md`). The answers are the same.
+        way: "rows" (the default), "hopper", "blocks" or "overlap", the latter two also with the
+            sizes of a block, as in "blocks:2048x4096" (`docs/cuda.md`). The answers are the same,
+            but for float32 sums that are in another order.
         library: the library that it is said to; None: the one that serves GPUs.
 
     Returns:
@@ -100,8 +101,9 @@ def set_cuda_encode(way: str, library: Path | None = None) -> str:
     before = loaded.fastsae_cuda_encode().decode()
     if loaded.fastsae_set_cuda_encode(way.encode()) != 0:
         raise ValueError(
-            "set_cuda_encode: expected way to be rows, blocks, overlap, blocks:ROWSxLATENTS or "
-            f"overlap:ROWSxLATENTS with latents a multiple of 64 up to 8192, got {way!r}"
+            "set_cuda_encode: expected way to be rows, hopper, blocks, overlap, "
+            "blocks:ROWSxLATENTS or overlap:ROWSxLATENTS "
+            f"with latents a multiple of 64 up to 8192, got {way!r}"
         )
     return str(before)
 

@@ -9,7 +9,8 @@ from tests.cuda_emulation.bugs import Bug
 
 _BARRIER, _COPY = "cuda/hopper_barrier.cuh", "cuda/hopper_copy.cuh"
 _MMA, _PRODUCT = "cuda/hopper_mma.cuh", "cuda/hopper_product_kernel.cuh"
-_LAUNCH, _CASES = "cuda/hopper_product.cu", "hopper_cases.cpp"
+_FILTER, _OVERFLOW = "cuda/hopper_filter_kernel.cuh", "cuda/hopper_overflow_kernel.cuh"
+_TOPK, _CASES = "cuda/hopper_topk.cu", "hopper_cases.cpp"
 
 
 def _bugs(file: str, *given: tuple[str, str, str, str]) -> tuple[Bug, ...]:
@@ -217,4 +218,92 @@ _RING = _bugs(
     ("rows 8 further on are forgotten", "i = 4 * j + 2 * half", "i = 4 * j", "result"),
 )
 
-HOPPER_BUGS = (*_PRIMITIVES, *_FORMATS, *_RING)
+_CHOICE = (
+    *_bugs(
+        _FILTER,
+        ("sums have no bias", "if (bias) sum += more;", "", "result"),
+        (
+            "masked sums are candidates",
+            "c < columns && !(mask && !mask[c])",
+            "c < columns",
+            "result",
+        ),
+        (
+            "columns behind the last one are candidates",
+            "counts = c < columns &&",
+            "counts =",
+            "asan",
+        ),
+        (
+            "NaN is below the bound",
+            "!(score(sum) < bound[half])",
+            "score(sum) >= bound[half]",
+            "result",
+        ),
+        (
+            "the sign of magnitudes is lost",
+            "negative = (Float32::narrow(value) & Float32::kSign) != 0;",
+            "negative = false;",
+            "result",
+        ),
+        (
+            "a list takes more than it holds",
+            "if (at >= static_cast<unsigned>(kept.capacity)) return;",
+            "",
+            "asan",
+        ),
+        ("lanes take the same places", "static_cast<unsigned>(upto - count);", "0;", "result"),
+        (
+            "columns start anew",
+            "first_column + column + 8 * j + e);",
+            "column + 8 * j + e);",
+            "result",
+        ),
+        (
+            "places are not taken at once",
+            "base = atomicAdd(&kept.count[r], static_cast<unsigned>(all));",
+            "base = kept.count[r], kept.count[r] = base + static_cast<unsigned>(all);",
+            "tsan",
+        ),
+    ),
+    *_bugs(
+        _OVERFLOW,
+        (
+            "a full list is believed",
+            "kept.count[r] <= static_cast",
+            "kept.count[r] + 1 > static_cast",
+            "asan",
+        ),
+        (
+            "the rows of one time are those of the first",
+            "a.from.rows[a.before + i]",
+            "a.from.rows[i]",
+            "result",
+        ),
+        ("rows are not gathered", "from.rows[i]} * pieces;", "i} * pieces;", "result"),
+        (
+            "overflows take the same place",
+            "to.rows[atomicAdd(to.found, 1u)] =",
+            "to.rows[(*to.found)++] =",
+            "tsan",
+        ),
+        ("relu is forgotten", "(a.relu && value <= 0)", "false", "result"),
+    ),
+    *_bugs(
+        _TOPK,
+        (
+            "nothing is multiplied again",
+            "before < p.n; before += plan.again",
+            "before < 0; before += plan.again",
+            "result",
+        ),
+        (
+            "there is no room to multiply again",
+            "std::max(p.n * plan.pitch, plan.again * plan.wide)",
+            "p.n * plan.pitch",
+            "asan",
+        ),
+    ),
+)
+
+HOPPER_BUGS = (*_PRIMITIVES, *_FORMATS, *_RING, *_CHOICE)

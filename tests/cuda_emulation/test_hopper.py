@@ -20,6 +20,7 @@ from tests.cuda_emulation.hopper_bugs import HOPPER_BUGS
 recipe = _library.find("emulated_build.json")
 pytestmark = pytest.mark.skipif(recipe is None, reason="built without the emulated kernels")
 CASES = Path(__file__).with_name("hopper_cases.cpp")
+LAUNCHERS = ("hopper_product", "hopper_topk", "row_candidates")
 ORDERS = ("", "reverse", "random", "random:7")
 
 
@@ -37,7 +38,7 @@ def program(build: sanitizers.Build, kind: str, bug: Bug | None = None) -> Path:
     shutil.copy(CASES, folder)
     if bug:
         plant(bug, folder if bug.file == CASES.name else folder / "csrc")
-    return build.program(folder / "csrc", folder / CASES.name, ("hopper_product",), kind)
+    return build.program(folder / "csrc", folder / CASES.name, LAUNCHERS, kind)
 
 
 @pytest.mark.parametrize("kind", ["plain", "asan", "tsan"])

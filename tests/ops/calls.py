@@ -228,7 +228,7 @@ def _encode() -> list[Call]:
             Call("latent_scores", case, (x, W, None, b_dec, False, budget, product), 1e-5),
             Call("latent_scores", f"{case}-entropy", entropy, 1e-5),
         ]
-    return found + _encode_in_blocks(found)
+    return found + _encode_in_blocks(found) + _encode_on_hopper()
 
 
 IN_BLOCKS = ("encode_topk", "encode_batch_topk", "encode_threshold")
@@ -252,6 +252,27 @@ def _encode_in_blocks(found: list[Call]) -> list[Call]:
         batch = (x, W, b_enc, None, 11 * n, None, False, None)
         more.append(Call("encode_batch_topk", kind, batch, way="overlap"))
     return more
+
+
+def _encode_on_hopper() -> list[Call]:
+    """Selection within the product: several tiles, lists that overflow, what is not served."""
+    found = []
+    for n, d, m, k, dtype, ascends in (
+        (5, 8, 130, 3, torch.bfloat16, False),
+        (70, 40, 1290, 9, torch.bfloat16, False),
+        (40, 72, 1027, 70, torch.float32, False),
+        (21, 24, 1290, 20, torch.float32, True),
+        (5, 12, 300, 4, torch.bfloat16, False),  # rows of 24 bytes: by rows
+    ):
+        x, W = _integers(n, d, dtype=dtype), _integers(m, d, dtype=dtype)
+        b_enc = (torch.arange(m) if ascends else torch.randint(-4, 5, (m,))).to(dtype)
+        mask, case = torch.rand(m) < 0.5, f"{n}x{d}x{m}-{k}-{dtype}"
+        for name, some, relu, absolute in (("", None, True, False), ("-mask", mask, False, True)):
+            arguments = (x, W, b_enc, None, k, some, relu, absolute, True)
+            found.append(Call("encode_topk", case + name, arguments, way="hopper"))
+    x, W = _integers(9, 16, dtype=torch.float32), _integers(300, 16, dtype=torch.float32)
+    batch = (x, W, None, None, 70, None, True, None)
+    return [*found, Call("encode_batch_topk", "9x16x300", batch, way="hopper")]  # by rows
 
 
 def _sparse() -> list[Call]:

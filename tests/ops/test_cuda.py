@@ -92,6 +92,29 @@ def test_does_not_wait_for_the_gpu(call) -> None:
     assert not waited, f"{call}: expected to return before the GPU is done, got a wait"
 
 
+@pytest.mark.parametrize("shape", [(300, 776, 5000, 32), (129, 64, 4097, 500), (1, 8, 700, 1)])
+def test_selection_within_the_product(shape) -> None:
+    """The way "hopper", on numbers whose sums are rounded: within what d roundings may do."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the product that selects is for compute capability 9.0")
+    n, d, m, k = shape
+    x, W = (torch.randn(rows, d, device="cuda").bfloat16().float() for rows in (n, m))
+    b = torch.randn(m, device="cuda")
+    call = Call("encode_topk", "", (x, W, b, None, k, None, False, False, True), way="hopper")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        values, indices = call()
+    assert any("hopper_product_kernel" in event.name for event in seen.events())
+    exact = x.double() @ W.double().t() + b.double()
+    most = (x.double().abs() @ W.double().abs().t() + b.double().abs()) * (d + 1) * 2.0**-24
+    at = indices.long()
+    assert (at.diff() > 0).all()
+    assert ((values - exact.gather(1, at)).abs() <= most.gather(1, at)).all()
+    # Whatever was left out is not larger than what was taken by more than both roundings.
+    least = (exact + most).gather(1, at).amin(1)
+    left = (exact - most).scatter(1, at, float("-inf")).amax(1)
+    assert (left <= least).all()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_runs_on_the_device_of_its_arguments(call) -> None:
     want = call()

@@ -132,15 +132,26 @@ def test_the_setting(gpu) -> None:
     library = EMULATED if gpu[0] == "emulated" else None
     before = _library.set_cuda_encode("blocks:16x128", library)
     assert _library.set_cuda_encode("overlap", library) == "blocks:16x128"
-    for wrong in ("", "row", "rows:1x64", "blocks:", "blocks:4x65", "blocks:0x64", "blocks:1x8256"):
-        with pytest.raises(ValueError, match=r"expected way to be rows, blocks, overlap, blocks:"):
+    for wrong in (
+        "",
+        "row",
+        "rows:1x64",
+        "blocks:",
+        "blocks:4x65",
+        "blocks:0x64",
+        "blocks:1x8256",
+        "hopper:2x64",
+    ):
+        with pytest.raises(ValueError, match=r"expected way to be rows, hopper, blocks, ov"):
             _library.set_cuda_encode(wrong, library)
     assert _library.set_cuda_encode(before, library) == "overlap"
     assert before == "rows"  # what nobody measured is not the default
 
 
 @needs_emulation
-@pytest.mark.parametrize(("said", "got"), [("overlap", "overlap"), ("fast", "rows")])
+@pytest.mark.parametrize(
+    ("said", "got"), [("overlap", "overlap"), ("hopper", "hopper"), ("fast", "rows")]
+)
 def test_the_environment(said, got) -> None:
     code = (
         "import sys, torch\nfrom pathlib import Path\nfrom fastsae import _library\n"
@@ -155,5 +166,5 @@ def test_the_environment(said, got) -> None:
         check=True,
     )
     assert done.stdout.strip() == got
-    complains = "expected FASTSAE_CUDA_ENCODE to be rows, blocks, overlap" in done.stderr
+    complains = "expected FASTSAE_CUDA_ENCODE to be rows, hopper, blocks" in done.stderr
     assert complains == (said == "fast")
