@@ -112,11 +112,11 @@ class Build:
         return self._compile(csrc / f"cuda/{file}.cu", csrc, name, FLAGS[kind])
 
     def program(self, csrc: Path, source: Path, launchers: tuple[str, ...], kind: str) -> Path:
-        """Build a program of a C++ file and launchers of a copy of csrc."""
-        name = f"{csrc.parent.name}_{source.stem}_{kind}"
+        """Build a program, named like the folder of its C++ file, with launchers of some csrc."""
+        name = f"{source.parent.name}_{source.stem}_{kind}"
         objects = [
             self._compile(source, csrc, f"{name}.o", FLAGS[kind]),
-            *(self.launcher(file, csrc, kind, csrc.parent.name) for file in launchers),
+            *(self.launcher(file, csrc, kind, source.parent.name) for file in launchers),
             *self.emulator(kind),
         ]
         self._run(*FLAGS[kind], "-pthread", "-o", name, *map(str, objects))

@@ -34,11 +34,14 @@ def program(build: sanitizers.Build, kind: str, bug: Bug | None = None) -> Path:
     """Build the cases and the launcher, with the mistake planted."""
     folder = build.folder / (bug.name.replace(" ", "_") if bug else f"right_{kind}")
     folder.mkdir()
-    shutil.copytree(sanitizers.ROOT / "csrc", folder / "csrc")
     shutil.copy(CASES, folder)
-    if bug:
-        plant(bug, folder if bug.file == CASES.name else folder / "csrc")
-    return build.program(folder / "csrc", folder / CASES.name, LAUNCHERS, kind)
+    csrc = sanitizers.ROOT / "csrc"
+    if bug and bug.file == CASES.name:
+        plant(bug, folder)
+    elif bug:
+        csrc = shutil.copytree(csrc, folder / "csrc")
+        plant(bug, csrc)
+    return build.program(csrc, folder / CASES.name, LAUNCHERS, kind)
 
 
 @pytest.mark.parametrize("kind", ["plain", "asan", "tsan"])
