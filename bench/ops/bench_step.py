@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.testing import assert_close
 
+import fastsae
 from bench.ops.inputs import Shape, describe, peer
 from bench.peers import Way, build, check, start
 from bench.timing import Case, Work
+from fastsae import TrainConfig, Trainer
 
 
 def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[Case]:
@@ -50,3 +53,68 @@ def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[C
             flops=2.0 * n * d * m,
             dtype=dtype,
         )
+    yield _captured(name, shape, device)
+    yield _fed(name, shape, device)
+
+
+def _trainer(shape: Shape, data: torch.Tensor, device: str, steps: int, **settings: Any) -> Trainer:
+    n, d, m, k = shape
+    torch.manual_seed(0)
+    sae = fastsae.TopKSAE(d, m, k).to(device)
+    config = TrainConfig(
+        lr=1e-4,
+        batch_size=n,
+        steps=steps,
+        compute_dtype="bfloat16",
+        calibration_rows=0,
+        log_every=steps,
+        progress=False,
+        **settings,
+    )
+    return Trainer(sae, data, config)
+
+
+def _captured(name: str, shape: Shape, device: str) -> Case:
+    """A step that is replayed as one graph, against the same step as Python starts it."""
+    x = torch.randn(shape[0], shape[1], device=device)
+    plain, captured = (_trainer(shape, x, device, 1 << 30, capture=on) for on in (False, True))
+    for trainer in (plain, captured):
+        trainer.prepare(x)
+        for _ in range(5):  # the graph is recorded in the fourth
+            trainer.step(x)
+
+    def same() -> None:
+        losses = [float(trainer.step(x).loss) for trainer in (plain, captured)]
+        assert losses[0] == losses[1], losses
+
+    return Case(
+        "training step (captured)",
+        describe(name, shape),
+        lambda: captured.step(x),
+        {"not captured": lambda: plain.step(x)},
+        same,
+        flops=2.0 * shape[0] * shape[1] * shape[2],
+        dtype=torch.bfloat16,
+    )
+
+
+def _fed(name: str, shape: Shape, device: str) -> Case:
+    """A run on rows in the memory of the CPU, against one on rows that the GPU has."""
+    here = torch.randn(8 * shape[0], shape[1])
+    there = here.to(device)
+
+    def fit(data: torch.Tensor) -> float:
+        return _trainer(shape, data, device, 24).fit().final["loss"]
+
+    def same() -> None:
+        assert fit(here) == fit(there)
+
+    return Case(
+        "training run (from memory)",
+        describe(name, shape),
+        lambda: fit(here),
+        {"from the GPU": lambda: fit(there)},
+        same,
+        dtype=torch.bfloat16,
+        targets={"from the GPU": 0.9},
+    )

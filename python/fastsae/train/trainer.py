@@ -55,6 +55,7 @@ from fastsae.train.clock import Clock
 from fastsae.train.config import TrainConfig
 from fastsae.train.dead import DeadLatents, UnderusedLatents
 from fastsae.train.early import EarlyValidations
+from fastsae.train.feed import Feed
 from fastsae.train.gap import Gap, measure_gap
 from fastsae.train.metrics import (
     METRICS,
@@ -806,8 +807,9 @@ class Trainer:
         if rows is None:
             raise ValueError("Trainer: expected data for fit(), got None; call step() yourself")
         own = getattr(rows, "of_data_group", False)
+        feed = Feed(self.sae.W_enc_rows.device)
         for number, (batch, state) in enumerate(self.read(rows, position, count)):
-            x = self._checked(batch, own=own)
+            x = self._checked(feed(batch), own=own)
             if number == 0 and not own and self._team.layout is not None:
                 hint = "the same batches (distributed.gathered takes rows of each process)"
                 self._team.expect_same(checksum.of_rows(x.cpu()), hint)
