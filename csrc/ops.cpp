@@ -70,8 +70,7 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
 
   // a [n, k] b [k, m] (+ bias [m]), relu of it, and 0 where `where` [n, m] is 0. CPU only; has no
   // derivative. Codes that are hardly sparse are multiplied by it, see ops/_matmul.py.
-  m.def(
-      "dense_matmul(Tensor a, Tensor b, Tensor? bias, Tensor? where, bool relu) -> Tensor");
+  m.def("dense_matmul(Tensor a, Tensor b, Tensor? bias, Tensor? where, bool relu) -> Tensor");
 
   // out[n, d] = sum over the active entries j of row n of values_j W_dec[indices_j] (+ b_dec).
   m.def(
