@@ -27,6 +27,7 @@ struct AdamCall {
   bool bf16_rows;  // x - b_dec and grad_output are rounded to bfloat16 for the matrices where that
                    // is faster
   std::optional<Tensor> lr_tensor, step_tensor;  // [] float64 and int64: in place of lr and step
+  std::optional<Tensor> bf16_W_enc, bf16_W_dec;  // get the new matrices in bfloat16
 
   static constexpr const char* kOp = "sparse_adam_step_";
 
@@ -83,6 +84,8 @@ struct AdamCall {
     if (grad_W_dec) check_rows("grad_W_dec", *grad_W_dec, d_sae, d_out);
     if (grad_b_enc) check_state("grad_b_enc", *grad_b_enc, b_enc);
     if (grad_b_dec) check_state("grad_b_dec", *grad_b_dec, b_dec);
+    check_copy("bf16_W_enc", bf16_W_enc, W_enc);
+    check_copy("bf16_W_dec", bf16_W_dec, W_dec);
     if (clip) {
       check_vector(kOp, "clip", *clip, 2);
       FASTSAE_CHECK(clip->scalar_type() == ScalarType::Double && clip->is_contiguous(), kOp,
@@ -116,6 +119,15 @@ struct AdamCall {
     FASTSAE_CHECK(!t || (t->dim() == 0 && t->scalar_type() == type), kOp, ": expected ", name,
                   " to be [] ", type_name);
   }
+  static void check_copy(const char* name, const std::optional<Tensor>& t, const Tensor& W) {
+    if (!t) return;
+    FASTSAE_CHECK(W.scalar_type() == ScalarType::Float, kOp, ": expected float32 parameters with ",
+                  name);
+    FASTSAE_CHECK(t->scalar_type() == ScalarType::BFloat16 && t->is_contiguous() && t->dim() == 2 &&
+                      t->size(0) == W.size(0) && t->size(1) == W.size(1),
+                  kOp, ": expected ", name, " to be contiguous, bfloat16 and ", shape_of(W),
+                  ", got ", shape_of(*t));
+  }
   void check_rows(const char* name, const Tensor& t, int64_t n, int64_t d) const {
     FASTSAE_CHECK(
         t.dim() == 2 && t.size(0) == n && t.size(1) == d && t.scalar_type() == W_enc.scalar_type(),
@@ -138,14 +150,15 @@ void sparse_adam_step(Tensor W_enc, Tensor W_dec, Tensor b_enc, Tensor b_dec, Te
                       std::optional<Tensor> grad_b_dec, std::optional<Tensor> clip, double lr,
                       double beta1, double beta2, double eps, int64_t step, double max_norm,
                       bool unit_norm, bool apply_b_dec, bool bf16_rows,
-                      std::optional<Tensor> lr_tensor, std::optional<Tensor> step_tensor) {
+                      std::optional<Tensor> lr_tensor, std::optional<Tensor> step_tensor,
+                      std::optional<Tensor> bf16_W_enc, std::optional<Tensor> bf16_W_dec) {
   AdamCall call{W_enc,       W_dec,      b_enc,         b_dec,       m_W_enc,     m_W_dec,
                 m_b_enc,     m_b_dec,    v_W_enc,       v_W_dec,     v_b_enc,     v_b_dec,
                 values,      indices,    offsets,       grad_output, grad_values, enc_indices,
                 enc_offsets, x,          extra_latents, extra_W_enc, extra_W_dec, extra_b_enc,
                 grad_W_enc,  grad_W_dec, grad_b_enc,    grad_b_dec,  clip,        lr,
                 beta1,       beta2,      eps,           step,        max_norm,    unit_norm,
-                apply_b_dec, bf16_rows,  lr_tensor,     step_tensor};
+                apply_b_dec, bf16_rows,  lr_tensor,     step_tensor, bf16_W_enc,  bf16_W_dec};
   call.check();
   run(call);
 }

@@ -50,6 +50,15 @@ void scale_row(typename V::A* x, typename V::A a, int64_t d) {
 }
 
 template <class V>
+void narrow_row(const typename V::A* x, int64_t d, bf16* out) {
+  int64_t c = 0;
+  if constexpr (sizeof(typename V::A) == sizeof(float)) {
+    for (; c + V::kWidth <= d; c += V::kWidth) V::load(x + c).store(out + c);
+  }
+  for (; c < d; ++c) out[c] = narrow<bf16>(static_cast<float>(x[c]));
+}
+
+template <class V>
 inline V adam_update(V g, typename V::A* p, typename V::A* m, typename V::A* v,
                      const AdamConstants<typename V::A>& s) {
   const V old = V::load(m);
@@ -138,8 +147,8 @@ typename V::A adam_mini_row(typename V::A* p, typename V::A* m, typename V::A* v
 }
 
 template <class V>
-constexpr AdamKernels<typename V::A> kAdamTable{row_dot<V>, add_scaled<V>, scale_row<V>,
-                                                adam_row<V>, adam_mini_row<V>};
+constexpr AdamKernels<typename V::A> kAdamTable{row_dot<V>,    add_scaled<V>, scale_row<V>,
+                                                narrow_row<V>, adam_row<V>,   adam_mini_row<V>};
 
 }  // namespace
 }  // namespace fastsae::cpu

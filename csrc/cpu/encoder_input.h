@@ -46,6 +46,7 @@ inline EncoderInput encoder_input(const char* op, const Tensor& x, const Tensor&
                                   const std::optional<Tensor>& b_dec,
                                   const std::optional<Tensor>& mask, bool bf16_product) {
   EncoderInput in{encoder_arguments(op, x, W_enc, b_enc, b_dec, mask, bf16_product), {}};
+  check_same_type(op, "W_enc", W_enc, x.scalar_type());  // here it is rounded where it is read
   if (in.mask) {
     const bool* flag = data_of<bool>(*in.mask);
     for (int64_t f = 0; f < in.d_sae; ++f) {

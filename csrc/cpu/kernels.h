@@ -117,6 +117,7 @@ struct AdamKernels {
   A (*row_dot)(const A* a, const A* b, int64_t d);
   void (*add_scaled)(A* y, const A* x, A a, int64_t d);  // y += a x
   void (*scale_row)(A* x, A a, int64_t d);
+  void (*narrow_row)(const A* x, int64_t d, bf16* out);  // rounded to nearest, ties to even
   // An Adam step of p with gradient scale * g, or 0 if g is null; returns the new <p, p>.
   A (*adam_row)(A* p, A* m, A* v, const A* g, A scale, int64_t d, const AdamConstants<A>& s);
   // The same with one number for all squares: v is that of the row.

@@ -62,6 +62,7 @@ struct Step {
   double* clip;  // [2] squared norm of other gradients, and the factor found; or null
   AdamConstants<A> adam;
   bool unit_norm, apply_b_dec, by_rows;
+  bf16 *bf16_W_enc, *bf16_W_dec;  // get the moved matrices, or null
   const Kernels<A>& kernel;
   const AdamKernels<A>& row;
 
@@ -212,6 +213,8 @@ struct Step {
         if (unit_norm && squared > A(0)) {
           row.scale_row(of_dec.p, A(1) / std::sqrt(squared), dec.d);
         }
+        if (bf16_W_enc) row.narrow_row(of_enc.p, enc.d, bf16_W_enc + f * enc.d);
+        if (bf16_W_dec) row.narrow_row(of_dec.p, dec.d, bf16_W_dec + f * dec.d);
         const A b = b_enc_gradient(f, g);
         row.adam_row(of_b.p, of_b.m, of_b.v, &b, scale, 1, adam);
       }
@@ -263,6 +266,9 @@ void run(AdamCall& c) {
     const auto pointer = [](const std::optional<Tensor>& t) {
       return t ? data_of<A>(*t) : static_cast<const A*>(nullptr);
     };
+    const auto copy = [](std::optional<Tensor>& t) {
+      return t ? static_cast<bf16*>(t->mutable_data_ptr()) : nullptr;
+    };
     const auto parameter = [](Tensor& p, Tensor& m, Tensor& v) {
       return Parameter<A>{mutable_data_of<A>(p), mutable_data_of<A>(m), mutable_data_of<A>(v)};
     };
@@ -312,6 +318,8 @@ void run(AdamCall& c) {
                       c.unit_norm,
                       c.apply_b_dec,
                       c.by_rows(),
+                      copy(c.bf16_W_enc),
+                      copy(c.bf16_W_dec),
                       kernels<A>(),
                       row};
     all.run(c.max_norm);

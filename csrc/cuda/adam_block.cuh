@@ -61,7 +61,17 @@ struct AdamArgs {
   Bits* shares;     // [groups, d], or null
   double* squares;  // [groups]: squared norms of gradients
   Bits* rows;       // [blocks, 3 d] for g_dec, g_enc and share, or null: in shared memory
+  uint16_t *bf16_W_enc, *bf16_W_dec;  // [d_sae, d]: get the moved rows in bfloat16; or null
 };
+
+// Stores moved numbers in a bfloat16 copy of a matrix too, if there is one: of float32 alone.
+template <class F, bool kWide>
+__device__ __forceinline__ void store_copy(uint16_t* copy, int64_t at,
+                                           const typename F::Acc (&p)[Pack<F, kWide>::kSize]) {
+  if constexpr (std::is_same_v<F, Float32>) {
+    if (copy) HalfPack<kWide>::store(copy + at, p);
+  }
+}
 
 // The sums of kCount numbers over the block, in a fixed order. Called by the whole block; `space`
 // [kCount kThreads / 32] is free again after the next barrier.
@@ -256,6 +266,7 @@ struct AdamBlock {
           move(any ? scale * at(raw_enc, e) : A(0), p[e], m[e], v[e], steps[0]);
         }
         P::store(a.W_enc.p + c, p);
+        store_copy<F, kWide>(a.bf16_W_enc, c, p);
         P::store(a.W_enc.m + c, m);
         if constexpr (!kMini) P::store(a.W_enc.v + c, v);
 #pragma unroll
@@ -265,6 +276,7 @@ struct AdamBlock {
           norm += p[e] * p[e];
         }
         P::store(a.unit_norm ? g_dec + i * E : a.W_dec.p + c, p);
+        if (!a.unit_norm) store_copy<F, kWide>(a.bf16_W_dec, c, p);
         P::store(a.W_dec.m + c, m);
         if constexpr (!kMini) P::store(a.W_dec.v + c, v);
       }
@@ -283,6 +295,7 @@ struct AdamBlock {
 #pragma unroll
       for (int e = 0; e < E; ++e) p[e] = factor * at(moved, e);
       P::store(a.W_dec.p + from + i * E, p);
+      store_copy<F, kWide>(a.bf16_W_dec, from + i * E, p);
     }
   }
 

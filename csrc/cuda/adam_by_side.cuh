@@ -19,6 +19,7 @@ struct AdamSide {
   int d;
   int packs;              // of a row of parameters
   int row_packs, chunks;  // of a row that is gathered
+  uint16_t* bf16_W;       // [d_sae, d]: gets the moved rows in bfloat16; or null
 };
 
 // F: the format of parameters; R: of the rows that are gathered.
@@ -221,6 +222,7 @@ struct AdamBySideBlock {
       }
       if constexpr (kMove != Move::kNone) {
         P::store(kDec && a.unit_norm ? sums + i * E : side.W.p + c, p);
+        if (!(kDec && a.unit_norm)) store_copy<F, kWide>(side.bf16_W, c, p);
         P::store(side.W.m + c, m);
         if constexpr (!kMini) P::store(side.W.v + c, v);
       }
@@ -239,6 +241,7 @@ struct AdamBySideBlock {
 #pragma unroll
       for (int e = 0; e < E; ++e) p[e] = factor * at(moved, e);
       P::store(a.dec.W.p + int64_t{f} * a.dec.d + i * E, p);
+      store_copy<F, kWide>(a.dec.bf16_W, int64_t{f} * a.dec.d + i * E, p);
     }
   }
 

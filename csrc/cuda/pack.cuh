@@ -53,4 +53,27 @@ struct Pack {
   }
 };
 
+// bfloat16 numbers, as many as a Pack<Float32, kWide> has: 8 bytes, or one.
+template <bool kWide>
+struct HalfPack {
+  using Bits = BFloat16::Bits;
+  static constexpr int kSize = kWide ? Float32::kVector : 1;
+
+  // x rounded to nearest, ties to even.
+  __device__ __forceinline__ static void store(Bits* p, const float (&x)[kSize]) {
+    Bits bits[kSize];
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) bits[e] = BFloat16::narrow(x[e]);
+    store(p, bits);
+  }
+  __device__ __forceinline__ static void store(Bits* p, const Bits (&bits)[kSize]) {
+    if constexpr (kWide) {
+      *reinterpret_cast<uint2*>(p) = {bits[0] | static_cast<uint32_t>(bits[1]) << 16,
+                                      bits[2] | static_cast<uint32_t>(bits[3]) << 16};
+    } else {
+      *p = bits[0];
+    }
+  }
+};
+
 }  // namespace fastsae::cuda

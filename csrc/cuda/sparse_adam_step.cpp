@@ -21,6 +21,9 @@ void run(AdamCall& c) {
         &c.grad_W_dec, &c.grad_b_enc, &c.grad_b_dec, &c.clip}) {
     if (*t) check_device(op, "more gradients", **t, c.W_enc, "W_enc");
   }
+  for (const std::optional<Tensor>* t : {&c.bf16_W_enc, &c.bf16_W_dec}) {
+    if (*t) check_device(op, "copies", **t, c.W_enc, "W_enc");
+  }
   for (const std::optional<Tensor>* t : {&c.lr_tensor, &c.step_tensor}) {
     if (*t) check_device(op, "lr and step", **t, c.W_enc, "W_enc");
   }
@@ -39,6 +42,9 @@ void run(AdamCall& c) {
   const Tensor grad_output = as_contiguous(c.grad_output);
   const auto parameter = [](Tensor& p, Tensor& m, Tensor& v) {
     return ParameterParams{p.mutable_data_ptr(), m.mutable_data_ptr(), v.mutable_data_ptr()};
+  };
+  const auto copy = [](std::optional<Tensor>& t) {
+    return t ? static_cast<uint16_t*>(t->mutable_data_ptr()) : nullptr;
   };
   // Contiguous, and alive as long as the parameters are in use.
   const auto contiguous = [](const std::optional<Tensor>& t) {
@@ -86,7 +92,9 @@ void run(AdamCall& c) {
                     c.unit_norm,
                     c.apply_b_dec,
                     c.by_rows(),
-                    false};
+                    false,
+                    copy(c.bf16_W_enc),
+                    copy(c.bf16_W_dec)};
   params.bf16_rows = c.bf16_rows && takes_bf16_rows(params, format);
   const auto gathered = [&](const Tensor& t) {
     return as_contiguous(params.bf16_rows ? torch::stable::to(t, ScalarType::BFloat16) : t);

@@ -20,18 +20,20 @@ constexpr int kMostShared = 96 * 1024;  // of a block, on every architecture
 // The rows of one matrix that a step reads, and their width.
 template <class F, class R>
 bool is_wide(const AdamParams& p, const ParameterParams& W, const void* extra, const void* more,
-             const void* gathered, int d) {
+             const void* gathered, const uint16_t* copy, int d) {
   for (const void* t : {W.p, W.m, p.by_rows ? nullptr : W.v}) {
     if (!rows_aligned<F>(t, d)) return false;
   }
+  if (reinterpret_cast<uintptr_t>(copy) % 8 != 0) return false;  // a row of a wide d is then, too
   return rows_aligned<F>(extra, d) && rows_aligned<F>(more, d) && rows_aligned<R>(gathered, d);
 }
 
 template <class F, class R>
 bool is_wide(const AdamParams& p) {
   if (p.by_side() && std::is_same_v<F, Float64>) return false;  // no such kernel
-  return is_wide<F, R>(p, p.W_enc, p.extra_W_enc, p.grad_W_enc, p.centered_rows, p.d_in) &&
-         is_wide<F, R>(p, p.W_dec, p.extra_W_dec, p.grad_W_dec, p.grad_rows, p.d_out);
+  return is_wide<F, R>(p, p.W_enc, p.extra_W_enc, p.grad_W_enc, p.centered_rows, p.bf16_W_enc,
+                       p.d_in) &&
+         is_wide<F, R>(p, p.W_dec, p.extra_W_dec, p.grad_W_dec, p.grad_rows, p.bf16_W_dec, p.d_out);
 }
 
 Split split_packs(int packs, int per_lane) {
@@ -174,7 +176,9 @@ AdamArgs<F, R> one_code(const AdamParams& p, const Plan<F, R>& plan, const Lists
           p.unit_norm,
           p.apply_b_dec ? plan.shares : nullptr,
           plan.squares,
-          plan.shared ? nullptr : plan.gradients};
+          plan.shared ? nullptr : plan.gradients,
+          p.bf16_W_enc,
+          p.bf16_W_dec};
 }
 
 // The arguments of the kernel for sides that are unlike.
@@ -184,7 +188,8 @@ AdamBySideArgs<F, R> by_side(const AdamParams& p, const Plan<F, R>& plan, const 
   using Bits = typename F::Bits;
   const auto side = [&](const ParameterParams& W, const ListsParams& lists,
                         const Segments<typename F::Acc>& segments, const void* gathered,
-                        const void* extra, const void* more, int d, const Split& split) {
+                        const void* extra, const void* more, int d, const Split& split,
+                        uint16_t* copy) {
     return AdamSide<F, R>{Parameter<F>(W),
                           {lists},
                           segments,
@@ -194,12 +199,13 @@ AdamBySideArgs<F, R> by_side(const AdamParams& p, const Plan<F, R>& plan, const 
                           d,
                           d / (plan.wide ? F::kVector : 1),
                           split.packs,
-                          split.chunks};
+                          split.chunks,
+                          copy};
   };
   return {side(p.W_enc, enc, plan.enc_segments, p.centered_rows, p.extra_W_enc, p.grad_W_enc,
-               p.d_in, plan.enc),
+               p.d_in, plan.enc, p.bf16_W_enc),
           side(p.W_dec, dec, plan.dec_segments, p.grad_rows, p.extra_W_dec, p.grad_W_dec, p.d_out,
-               plan.dec),
+               plan.dec, p.bf16_W_dec),
           Parameter<F>(p.b_enc),
           extra_rows,
           static_cast<const Bits*>(p.extra_b_enc),

@@ -362,6 +362,15 @@ BUGS = (
         "result",
         launcher="sparse_adam_step",
     ),
+    Bug(
+        "the copy of a row of W_dec is of before it got norm 1",
+        "sparse_adam_step_",
+        _ADAM_BLOCK,
+        "      store_copy<F, kWide>(a.bf16_W_dec, from + i * E, p);",
+        "      if (factor == A(1)) store_copy<F, kWide>(a.bf16_W_dec, from + i * E, p);",
+        "result",
+        launcher="sparse_adam_step",
+    ),
     *(
         _barrier(
             name,
@@ -421,6 +430,15 @@ BUGS = (
                 "result",
             ),
         )
+    ),
+    Bug(
+        "W_dec has the copy of W_enc",
+        "sparse_adam_step_",
+        "cuda/sparse_adam_step.cu",
+        "plan.dec, p.bf16_W_dec),",
+        "plan.dec, p.bf16_W_enc),",
+        "result",
+        launcher="sparse_adam_step",
     ),
     Bug(
         "a latent that only decodes gets no gradient",

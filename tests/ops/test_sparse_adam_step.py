@@ -82,6 +82,58 @@ def test_rows_rounded_to_bfloat16(device, shape, layout, mini) -> None:
             assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (33, 48, 200, 7), (9, 2052, 18, 4), (9, 8200, 18, 4)])
+@pytest.mark.parametrize("mini", [False, True])
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("compute", [None, torch.bfloat16])
+def test_copies_are_the_new_matrices(device, isa, shape, mini, unit, own, compute) -> None:
+    """Of every kernel: one code and two, wide and not, rows in shared memory and in scratch."""
+    state, acts, grad, x, error = make(*shape, torch.float32, "fixed", device)
+    state = by_rows(state) if mini else state
+    state[0].W_dec[3] = float("nan")  # which stays one
+    grad = SparseActs(grad, acts.indices, None, acts.d_sae) if own else grad
+    options = {"lr": 1e-2, "step": 3, "clip_grad_norm": 0.5, "unit_norm": unit}
+    options |= {"compute_dtype": compute, "apply_b_dec_to_input": not own}
+    want = copies(state)
+    ops.sparse_adam_step_(*want, acts, grad, x, error, **options)
+    for which in ((True, True), (True, False), (False, True)):
+        got = copies(state)
+        made = [
+            torch.full_like(W, 7, dtype=torch.bfloat16) if asked else None
+            for W, asked in zip(got[0][:2], which, strict=True)
+        ]
+        ops.sparse_adam_step_(*got, acts, grad, x, error, **options, copies=tuple(made))
+        for a, b in zip(sum(got, ()), sum(want, ()), strict=True):
+            assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        for copy, W in zip(made, got[0], strict=False):
+            if copy is not None:
+                assert_close(copy, W.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_copies_of_the_reference() -> None:
+    state, *batch = make(5, 6, 9, 2, torch.float32)
+    made = tuple(torch.zeros_like(W, dtype=torch.bfloat16) for W in state[0][:2])
+    reference.sparse_adam_step_(*state, *batch, lr=1e-2, step=1, copies=made)
+    assert all(torch.equal(c, W.bfloat16()) for c, W in zip(made, state[0], strict=False))
+
+
+def test_wrong_copies() -> None:
+    state, *batch = make(5, 6, 9, 2, torch.float32)
+    half = torch.zeros(9, 6, dtype=torch.bfloat16)
+    for copy, error, expected in (
+        (half[:8], ValueError, r"the copy of W_enc to be like W_enc = \[9, 6\], got \[8, 6\]"),
+        (half.half(), TypeError, "the copy of W_enc to be bfloat16, got torch.float16"),
+        (half.t().contiguous().t(), RuntimeError, "bf16_W_enc to be contiguous, bfloat16 and"),
+        (half.to("meta"), ValueError, "the copy of W_enc on the device of W_enc, cpu, got meta"),
+    ):
+        with pytest.raises(error, match=f"sparse_adam_step_: expected {expected}"):
+            ops.sparse_adam_step_(*state, *batch, lr=1e-2, step=1, copies=(copy, None))
+    state, *batch = make(5, 6, 9, 2, torch.float64)
+    with pytest.raises(TypeError, match=r"expected float32 parameters with copies, got torch"):
+        ops.sparse_adam_step_(*state, *batch, lr=1e-2, step=1, copies=(None, half))
+
+
 @pytest.mark.parametrize(
     ("dtype", "wrong"), [(torch.float32, torch.float16), (torch.float64, torch.bfloat16)]
 )

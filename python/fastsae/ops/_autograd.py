@@ -25,7 +25,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from fastsae.ops import _dense
+from fastsae.ops import _dense, _tape
 
 Rule = Callable[..., Any]
 
@@ -43,11 +43,16 @@ def register(op: str, *, setup_context: Rule, backward: Rule, jvp: Rule) -> None
             of differentiable ops. `ctx.saved_tensors` is what setup_context saved.
     """
     native = getattr(torch.ops.fastsae, op).default
+    names = [argument.name for argument in native._schema.arguments]
+    W_enc, rounds = (names.index(n) if n in names else -1 for n in ("W_enc", "bf16_product"))
 
     def below_autograd(keyset: Any, inputs: tuple[Any, ...]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             if (found := _dense.run(op, inputs)) is not None:
                 return found
+            if rounds >= 0 and inputs[rounds]:
+                # below autograd, so that derivatives are those of the matrix itself
+                inputs = (*inputs[:W_enc], _tape.rounded(inputs[W_enc]), *inputs[W_enc + 1 :])
             return native.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
     def forward(ctx: Any, *arguments: Any) -> Any:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastsae.ops._rounded import Rounded
 from fastsae.types import StepTensors
 
 
@@ -47,6 +48,8 @@ class Tape:
         """With what b_enc gets, and b_dec if `centered`."""
         self.decoder: list[Entries] = []
         self.recording = False
+        self.rounded: Rounded | None = None
+        """Of W_enc, for an encoder that rounds it."""
         self.rows: tuple[Tensor, list[Tensor]] | None = None
         """Latents, and copies of their rows of W_enc, W_dec and b_enc: leaves of the graph."""
 
@@ -122,6 +125,15 @@ def of(matrix: Tensor) -> Tape | None:
     tape = _open.get(_place(matrix)) if _open else None
     known = tape is not None and any(matrix.shape == own.shape for own in tape.parameters[:2])
     return tape if known else None
+
+
+def rounded(matrix: Tensor) -> Tensor:
+    """Return the bfloat16 copy of a matrix that is to be rounded, or itself where there is none or
+    it is not of what the matrix holds."""
+    tape = of(matrix)
+    if tape is None or tape.rounded is None or not tape.rounded.is_of(matrix):
+        return matrix
+    return tape.rounded.copy
 
 
 def take_decoder(

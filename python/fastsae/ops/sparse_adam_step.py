@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastsae import reference
 from fastsae._library import fake, fallback
@@ -39,6 +40,7 @@ def sparse_adam_step_(
     apply_b_dec_to_input: bool = True,
     other_squared: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
+    copies: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor | None:
     """Do one Adam step on all four parameters of an SAE, in place, latent by latent.
 
@@ -81,6 +83,8 @@ def sparse_adam_step_(
         compute_dtype: `torch.bfloat16` rounds the rows of grad_output and of x - b_dec, of which
             g_dec and g_enc are sums, where that is faster (CUDA, float32 parameters); sums and
             everything else keep their precision.
+        copies: [d_sae, d_in] and [d_sae, d_out] bfloat16, contiguous: get the new W_enc and W_dec,
+            rounded to nearest, ties to even. None: no copy. Of float32 parameters alone.
 
     Returns:
         With `other_squared` the number [] float64 that clipping multiplied all gradients with, by
@@ -107,7 +111,8 @@ def sparse_adam_step_(
 
     Cost:
         Reads and writes every parameter and both averages once, 24 bytes for each float32
-        parameter (16 with one number for each row); two rows of width d_in per entry from cache.
+        parameter (16 with one number for each row); two rows of width d_in per entry from cache. A
+        copy is 2 more bytes written for each parameter.
 
     Source:
         Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1; Zhang et al. 2024, "Adam-mini"
@@ -134,6 +139,8 @@ def sparse_adam_step_(
     if clip_grad_norm is not None and not clip_grad_norm > 0:
         raise ValueError(f"{_OP}: expected clip_grad_norm > 0 or None, got {clip_grad_norm}")
     _autograd.no_tangents(_OP, *parameters, acts.values, g, x, grad_output)
+    for name, copy, W in zip(("W_enc", "W_dec"), copies, parameters, strict=False):
+        _check_copy(name, copy, W)
     bf16_rows = _check.rounds_to_bf16(_OP, compute_dtype, "W_enc", W_enc)
     step_of = _Sums(acts, own, g, x, grad_output, more).dense(parameters, apply_b_dec_to_input)
     acts, own, g, more = step_of.acts, step_of.own, step_of.g, step_of.more
@@ -165,8 +172,16 @@ def sparse_adam_step_(
         bf16_rows,
         lr if isinstance(lr, Tensor) else None,
         step if isinstance(step, Tensor) else None,
+        *copies,
     )
+    _count_writes(*parameters, *exp_avg, *exp_avg_sq, *copies)
     return None if clip is None else clip[1]
+
+
+def _count_writes(*tensors: Tensor | None) -> None:
+    """Tell torch that tensors were written to, as its own operators do."""
+    if not torch.compiler.is_compiling():
+        increment_version([t for t in tensors if t is not None and not t.is_inference()])
 
 
 def _check_state(parameters: StepTensors, exp_avg: StepTensors, exp_avg_sq: StepTensors) -> None:
@@ -229,6 +244,21 @@ def _check_number(name: str, number: float | Tensor, dtype: torch.dtype, W_enc: 
     if number.device != W_enc.device:
         raise ValueError(
             f"{_OP}: expected {name} on the device of W_enc, {W_enc.device}, got {number.device}"
+        )
+
+
+def _check_copy(name: str, copy: Tensor | None, W: Tensor) -> None:
+    if copy is None:
+        return
+    if W.dtype != torch.float32:
+        raise TypeError(f"{_OP}: expected float32 parameters with copies, got {W.dtype}")
+    _check.shape(_OP, f"the copy of {name}", copy, tuple(W.shape), f"like {name}")
+    if copy.dtype != torch.bfloat16:
+        raise TypeError(f"{_OP}: expected the copy of {name} to be bfloat16, got {copy.dtype}")
+    if copy.device != W.device:
+        raise ValueError(
+            f"{_OP}: expected the copy of {name} on the device of {name}, {W.device}, got "
+            f"{copy.device}"
         )
 
 
@@ -336,7 +366,7 @@ def _plain(*arguments: Any) -> None:
     values, indices, offsets, grad_output, g, enc_indices, enc_offsets, x = arguments[12:20]
     rows, more, clip = arguments[20:24], arguments[24:28], arguments[28]
     lr, beta1, beta2, eps, step, max_norm, unit_norm, apply_b_dec, _ = arguments[29:38]
-    lr_tensor, step_tensor = arguments[38:] or (None, None)
+    lr_tensor, step_tensor, *copies = (*arguments[38:], None, None, None, None)[:4]
     d_sae = parameters.W_enc.shape[0]
     factor = reference.sparse_adam_step_(
         parameters,
@@ -356,6 +386,7 @@ def _plain(*arguments: Any) -> None:
         more_grads=MoreGradients(*more),
         apply_b_dec_to_input=apply_b_dec,
         other_squared=None if clip is None else clip[0],
+        copies=(copies[0], copies[1]),
     )
     if clip is not None:
         clip[1] = factor

@@ -30,6 +30,7 @@ def sparse_adam_step_(
     more_grads: MoreGradients | None = None,
     apply_b_dec_to_input: bool = True,
     other_squared: Tensor | None = None,
+    copies: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor | None:
     """See `fastsae.ops.sparse_adam_step_`."""
     lr, step = float(lr), int(step)
@@ -79,4 +80,7 @@ def sparse_adam_step_(
     if unit_norm:
         norm = W_dec.norm(dim=1, keepdim=True)
         W_dec.div_(torch.where(norm > 0, norm, 1))
+    for copy, W in zip(copies, parameters, strict=False):
+        if copy is not None:
+            copy.copy_(W)
     return None if other_squared is None else factor

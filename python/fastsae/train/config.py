@@ -14,7 +14,8 @@ INTEGERS += ("sparsity_warmup_steps", "dead_after_tokens", "sample_rows", "log_e
 INTEGERS += ("eval_every", "checkpoint_every", "keep_checkpoints", "calibration_rows")
 INTEGERS += ("hold_back", "start_seed")
 NUMBERS = ("lr", "eps", "epochs", "decay_fraction", "clip_grad_norm", "outlier_norm")
-SWITCHES = ("normalize", "clip_outliers", "tensorboard", "progress", "async_checkpoints", "capture")
+SWITCHES: tuple[str, ...] = ("normalize", "clip_outliers", "tensorboard", "progress")
+SWITCHES += ("async_checkpoints", "capture", "weight_copies")
 STRINGS = ("optimizer", "update", "compute_dtype", "b_dec_init", "weight_init")
 
 
@@ -71,6 +72,11 @@ class TrainConfig:
     call instead of more than a hundred. For classes whose steps ask the device nothing, with the
     fused update (`train.captured_step.why_not_captured`); others run as without, and the log says
     so."""
+    weight_copies: bool = False
+    """Keep a bfloat16 copy of W_enc, 2 bytes a weight, that the fused update writes along with it:
+    for a GPU, whose encoder then converts no matrix in a step. Takes compute_dtype="bfloat16", and
+    changes no bit of what is trained. After a write to the parameter from outside the copy is made
+    anew; one in place through `.data` or by numpy, which torch does not count, is not noticed."""
     dead_after_tokens: int | None = None
     """Tokens without firing that make a latent dead; None: a fortieth of the run, at least those in
     which a latent fires 20 times on average, at most 10^7."""
@@ -181,6 +187,11 @@ class TrainConfig:
         ):
             known = getattr(self, name) in choices
             self._expect(known, f"{name} in {', '.join(choices)}", name)
+        if self.weight_copies:
+            for name, wanted in (("compute_dtype", "bfloat16"), ("mesh", None)):
+                expected = f"{name}={wanted!r} with weight_copies"
+                self._expect(getattr(self, name) == wanted, expected, name)
+            self._expect(self.update != "autograd", "a fused update with weight_copies", "update")
         self._check_mesh()
         if self.out is None:
             for name in ("checkpoint_every", "tensorboard"):

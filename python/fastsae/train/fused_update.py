@@ -16,6 +16,7 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.nn import SAE, SAEOutput, StepContext
 from fastsae.ops import _autograd, _tape
+from fastsae.ops._rounded import Rounded
 from fastsae.ops._tape import Entries, Tape
 from fastsae.train.adam_mini import squares_like
 from fastsae.train.autograd_update import make_optimizer
@@ -63,7 +64,11 @@ class FusedUpdate:
         self.sae, self.config = sae, config
         self.count = 0
         self.buffers: dict[str, Tensor] = {}
+        self.rounded: list[Rounded] = []
+        """Of W_enc of each dictionary, with `config.weight_copies`."""
         moved = moved_parameters(sae)
+        if config.weight_copies:
+            self.rounded = [Rounded(one.W_enc) for one in _dictionaries(moved, moved)]
         self.exp_avg = {name: torch.zeros_like(p) for name, p in moved.items()}
         zeros = squares_like if config.optimizer == "adam_mini" else torch.zeros_like
         self.exp_avg_sq = {name: zeros(p) for name, p in moved.items()}
@@ -90,6 +95,9 @@ class FusedUpdate:
         moved, others = moved_parameters(self.sae), list(self.others.values())
         centered = self.sae.apply_b_dec_to_input
         with _tape.opened(_dictionaries(moved, moved), centered, self.buffers) as tapes:
+            for tape, rounded in zip(tapes, self.rounded, strict=False):
+                rounded.refresh(tape.parameters.W_enc)
+                tape.rounded = rounded
             out = self.sae.training_loss(batch, context)
             rows = [leaf for tape in tapes if tape.rows is not None for leaf in tape.rows[1]]
             inputs = [*moved.values(), *rows, *others]
@@ -105,6 +113,8 @@ class FusedUpdate:
             extra = _rows(tape, of_rows)
             kept = (state[0], state[1])
             factor = self._move(tape, kept, more, extra, squares, context, lr, number)
+        for tape, rounded in zip(tapes, self.rounded, strict=False):
+            rounded.written(tape.parameters.W_enc)  # dictionaries may share a counter of writes
         self._move_others(of_others, factor, lr)
         return out
 
@@ -164,6 +174,7 @@ class FusedUpdate:
             apply_b_dec_to_input=centered,
             other_squared=squares,
             compute_dtype=context.compute_dtype,
+            copies=(None if tape.rounded is None else tape.rounded.copy, None),
         )
 
     def _move_others(

@@ -24,6 +24,11 @@ def _multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and _library.has_bf16()
 
 
+def converts_weights(device: torch.device) -> bool:
+    """Return whether the encoder there converts W_enc as a whole before it multiplies."""
+    return device.type == "cuda"
+
+
 def bad_rows(x: Tensor) -> int:
     """Return how many rows of `x: [n, d]` hold NaN or Inf; on a GPU this waits for the device.
 

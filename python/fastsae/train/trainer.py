@@ -85,6 +85,7 @@ FREE_SETTINGS: tuple[str, ...] = (
     "out",
 )
 FREE_SETTINGS += ("tensorboard", "progress", "mesh", "async_checkpoints", "capture")
+FREE_SETTINGS += ("weight_copies",)
 """What may differ between a run and its continuation."""
 RUN, RUN_FORMAT = "run.json", "fastsae-run"
 """Written last: the run has come to its end, and these are its files."""

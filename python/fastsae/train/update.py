@@ -21,6 +21,7 @@ from fastsae.nn import SAE, SAEOutput, StepContext
 from fastsae.train.autograd_update import AutogradUpdate
 from fastsae.train.config import TrainConfig
 from fastsae.train.fused_update import PARAMETERS, FusedUpdate
+from fastsae.train.precision import converts_weights
 
 OTHERS = {"log_threshold", "r_mag", "b_mag", "W_skip"}
 """Parameters of classes of fastsae besides those of every SAE."""
@@ -53,6 +54,8 @@ def make_update(sae: SAE, config: TrainConfig) -> Update:
         ValueError: the fused update is asked for and does not apply.
     """
     _check_tensors(sae)
+    if config.weight_copies:
+        _check_copies(sae, config)
     if not sae.parallel.is_alone:
         return _sharded(sae, config)
     refusal = None if config.update == "autograd" else why_not_fused(sae, config)
@@ -65,6 +68,18 @@ def make_update(sae: SAE, config: TrainConfig) -> Update:
     if refusal is not None:
         raise ValueError(f"Trainer: expected update='fused' to apply, but {refusal}")
     return FusedUpdate(sae, config)
+
+
+def _check_copies(sae: SAE, config: TrainConfig) -> None:
+    """Raise ValueError where a bfloat16 copy of W_enc would not be read or written."""
+    why = why_not_fused(sae, config)
+    W = sae.W_enc_rows
+    if why is None and W.dtype != torch.float32:
+        why = f"the parameters are {W.dtype}, not float32"
+    if why is None and not converts_weights(W.device):
+        why = f"the encoder of {W.device.type} rounds weights as it reads them"
+    if why is not None:
+        raise ValueError(f"Trainer: expected weight_copies=False, because {why}")
 
 
 def kind_of(update: Update) -> str:

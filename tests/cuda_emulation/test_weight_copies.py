@@ -1,0 +1,245 @@
+"""A bfloat16 copy of W_enc that the update writes: the same bits as converting, and never stale."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastsae
+from fastsae import TrainConfig, Trainer
+from fastsae.ops import _rounded, _tape
+from fastsae.train import update
+from fastsae.types import StepTensors
+from tests.conftest import EMULATED, emulated
+from tests.ops.calls import NAMES
+from tests.train.test_fused_classes import CLASSES, build, rows
+
+pytestmark = pytest.mark.skipif(
+    EMULATED is None, reason="built without FASTSAE_EMULATION=ON (make test turns it on)"
+)
+DENSE = {"Gated", "JumpReLU", "ReLU", "tanh", "JumpReLUTranscoder", "ReLUTranscoder"}
+DENSE |= {"ReLUCrossCoder", "JumpReLU CLT", "ReLU CLT", "Gradient"}
+OF_OTHERS = {"by norm"}  # multiplies other rows than those of W_enc
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch):
+    """All kernels of CUDA, and an encoder that would convert."""
+    monkeypatch.setattr(update, "converts_weights", lambda _: True)
+    with emulated(*NAMES):
+        yield monkeypatch
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every encoder that may round: whether it has read the copy."""
+    found, rounded = [], _tape.rounded
+
+    def watched(matrix):
+        out = rounded(matrix)
+        found.append(out.dtype == torch.bfloat16)
+        return out
+
+    monkeypatch.setattr(_tape, "rounded", watched)
+    return found
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often a copy was made anew: one number for each that was."""
+    found, refresh = [], _rounded.Rounded.refresh
+
+    def watched(self, matrix):
+        found.append(0) if not self.is_of(matrix) else None
+        refresh(self, matrix)
+
+    monkeypatch.setattr(_rounded.Rounded, "refresh", watched)
+    return found
+
+
+def trainer(name="TopK", copies=True, **settings) -> Trainer:
+    torch.manual_seed(1)
+    sae = build(name, torch.float32)
+    settings = {"update": "fused", "compute_dtype": "bfloat16", "lr": 3e-3, **settings}
+    config = TrainConfig(
+        batch_size=50, steps=12, dead_after_tokens=60, progress=False, sparsity_warmup_steps=0,
+        weight_copies=copies, **settings,
+    )  # fmt: skip
+    return Trainer(sae, rows(sae), config)
+
+
+def state_of(sae) -> dict[str, torch.Tensor]:
+    return {name: t.detach().clone() for name, t in sae.state_dict().items()}
+
+
+def assert_same_bits(one, other) -> None:
+    assert one.keys() == other.keys()
+    for name, t in one.items():
+        assert torch.equal(t, other[name]), name
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "adam_mini", "clip_grad_norm": 0.02}])
+@pytest.mark.parametrize("name", CLASSES)
+def test_bits_are_those_of_converting(name, settings, as_on_cuda, asked) -> None:
+    if "CLT" in name:
+        settings = {key: value for key, value in settings.items() if key != "clip_grad_norm"}
+    want = state_of(trainer(name, False, **settings).fit().sae)
+    assert not any(asked)
+    asked.clear()
+    assert_same_bits(state_of(trainer(name, **settings).fit().sae), want)
+    if name not in OF_OTHERS | DENSE:
+        assert any(asked)
+
+
+def test_the_copy_is_made_once_and_read_in_every_step(as_on_cuda, asked, made) -> None:
+    t = trainer()
+    t.prepare()
+    asked.clear()
+    for batch in rows(t.sae).split(50):
+        t.step(batch)
+    assert len(asked) >= 12
+    assert all(asked)
+    assert len(made) == 1
+    (rounded,) = t._update.rounded
+    assert torch.equal(rounded.copy, t.sae.W_enc_rows.bfloat16())
+
+
+def in_place(sae):
+    with torch.no_grad():
+        sae.W_enc_rows.mul_(1.01)
+
+
+def of_a_row(sae):
+    with torch.no_grad():
+        sae.W_enc_rows[3] += 0.5
+
+
+def through_the_property(sae):
+    sae.W_enc = sae.W_enc * 1.01
+
+
+def loaded(sae):
+    sae.load_state_dict({name: t * 1.01 for name, t in sae.state_dict().items()})
+
+
+def by_another_optimizer(sae):
+    sae.W_enc_rows.grad = torch.ones_like(sae.W_enc_rows)
+    torch.optim.SGD([sae.W_enc_rows], lr=0.01).step()
+    sae.W_enc_rows.grad = None
+
+
+def by_a_fused_optimizer(sae):
+    sae.W_enc_rows.grad = torch.ones_like(sae.W_enc_rows)
+    torch.optim.Adam([sae.W_enc_rows], lr=0.01, fused=True).step()
+    sae.W_enc_rows.grad = None
+
+
+def other_data(sae):
+    sae.W_enc_rows.data = sae.W_enc_rows.data * 1.01
+
+
+def of_a_view(sae):
+    with torch.no_grad():
+        sae.W_enc.div_(0.99)
+
+
+def of_a_detached_one(sae):
+    sae.W_enc_rows.detach().mul_(1.01)
+
+
+def by_the_op(sae):
+    """The update itself, called by somebody else and without the copy."""
+    p = StepTensors(*(t.detach() for t in (sae.W_enc_rows, sae.W_dec, sae.b_enc, sae.b_dec)))
+    m, v = (StepTensors(*(torch.ones_like(t) for t in p)) for _ in range(2))
+    none = torch.zeros(0, 1)
+    acts = fastsae.SparseActs(none, none.int(), None, sae.d_sae)
+    x = torch.zeros(0, sae.d_in)
+    fastsae.ops.sparse_adam_step_(p, m, v, acts, none, x, x, lr=0.1, step=1)
+
+
+WRITES = (
+    in_place, of_a_row, through_the_property, loaded, by_another_optimizer, by_a_fused_optimizer,
+    other_data, of_a_view, of_a_detached_one, by_the_op,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
+def test_a_write_from_outside_is_noticed(write, as_on_cuda, made) -> None:
+    found = []
+    for copies in (False, True):
+        made.clear()
+        t = trainer(copies=copies)
+        t.prepare()
+        for i, batch in enumerate(rows(t.sae).split(50)):
+            before = t.sae.W_enc_rows.detach().clone()
+            if i in (0, 3, 7):
+                write(t.sae)
+                assert not torch.equal(before, t.sae.W_enc_rows)
+            t.step(batch)
+        found.append(state_of(t.sae))
+        assert len(made) == (3 if copies else 0)
+    assert_same_bits(*found)
+
+
+def test_a_write_inside_a_step_is_noticed(as_on_cuda, asked) -> None:
+    t = trainer()
+    t.prepare()
+    batches = rows(t.sae).split(50)
+    t.step(batches[0])
+    asked.clear()
+    loss = t.sae.training_loss
+
+    def moved(*arguments):
+        in_place(t.sae)
+        return loss(*arguments)
+
+    t.sae.training_loss = moved
+    t.step(batches[1])
+    assert asked
+    assert not any(asked)
+
+
+def test_a_resumed_run_goes_on_with_the_same_bits(as_on_cuda, tmp_path) -> None:
+    whole = trainer(out=tmp_path / "whole", checkpoint_every=5, keep_checkpoints=3)
+    want = state_of(whole.fit().sae)
+    at = min(p for p in (tmp_path / "whole" / "checkpoints").iterdir() if p.is_dir())
+    for copies in (True, False):  # free to change: it changes no bit
+        again = trainer(copies=copies, out=tmp_path / str(copies))
+        assert_same_bits(state_of(again.fit(resume=at).sae), want)
+
+
+def test_what_has_no_use_for_copies_is_refused(monkeypatch) -> None:
+    with pytest.raises(ValueError, match=r"weight_copies=False, because the encoder of cpu rounds"):
+        trainer().prepare()
+    for settings, expected in (
+        ({"compute_dtype": "float32"}, r"compute_dtype='bfloat16' with weight_copies, got 'float3"),
+        ({"compute_dtype": "auto"}, r"compute_dtype='bfloat16' with weight_copies, got 'auto'"),
+        ({"update": "autograd"}, r"a fused update with weight_copies, got 'autograd'"),
+        ({"mesh": (1, 2)}, r"mesh=None with weight_copies, got \(1, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=f"TrainConfig: expected {expected}"):
+            trainer(**settings)
+    monkeypatch.setattr(update, "converts_weights", lambda _: True)
+    with pytest.raises(ValueError, match=r"weight_copies=False, because optimizer is sgd_sai"):
+        trainer(update="auto", optimizer="sgd_sai").prepare()
+    t = trainer()
+    t.sae.double()
+    with pytest.raises(
+        ValueError, match=r"weight_copies=False, because the parameters are torch.f"
+    ):
+        t.prepare(rows(t.sae))
+
+
+def test_an_encoder_reads_a_rounded_matrix() -> None:
+    """The same bits as of one that it rounds itself; only where it would."""
+    cuda = torch.ops.fastsae_emulated
+    x, W = torch.randn(40, 24), torch.randn(64, 24)
+    b = torch.randn(64)
+    one, other = (
+        cuda.encode_topk(x, w, b, None, 5, None, True, False, True) for w in (W, W.bfloat16())
+    )
+    for got, want in zip(one, other, strict=True):
+        assert torch.equal(got, want)
+    for module, rounds in ((cuda, False), (torch.ops.fastsae, True), (torch.ops.fastsae, False)):
+        with pytest.raises(RuntimeError, match="expected W_enc to have the dtype of x"):
+            module.encode_topk(x, W.bfloat16(), b, None, 5, None, True, False, rounds)
