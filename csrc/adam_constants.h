@@ -2,6 +2,8 @@
 // library: files with flags of their own include it.
 #pragma once
 
+#include <stdint.h>
+
 namespace fastsae {
 
 // What stays the same from step to step.
@@ -22,10 +24,11 @@ template <class A>
 struct AdamRate {
   A step_size;            // lr / (1 - beta1^t)
   A inverse_correction2;  // 1 / sqrt(1 - beta2^t); 0: there is no step
+  uint64_t dither;        // of averages that are rounded stochastically, see dither.h
 
   template <class B>
   AdamRate<B> to() const {
-    return {static_cast<B>(step_size), static_cast<B>(inverse_correction2)};
+    return {static_cast<B>(step_size), static_cast<B>(inverse_correction2), dither};
   }
 };
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "adam_constants.h"
+#include "dither.h"
 
 #ifdef __CUDACC__
 #define FASTSAE_ANYWHERE __host__ __device__
@@ -23,13 +24,13 @@ FASTSAE_ANYWHERE inline double power(double base, int64_t exponent) {
   return result;
 }
 
-// The rate of step t, from 1. Below that there is no step.
-FASTSAE_ANYWHERE inline AdamRate<double> adam_rate(double lr, double beta1, double beta2,
-                                                   int64_t t) {
-  if (t < 1) return {0, 0};
+// The rate of step t, from 1. Below that there is no step. seed: of rounding.
+FASTSAE_ANYWHERE inline AdamRate<double> adam_rate(double lr, double beta1, double beta2, int64_t t,
+                                                   int64_t seed) {
+  if (t < 1) return {0, 0, 0};
   // Volatile: a product that is fused with the subtraction would not be rounded.
   const volatile double power1 = power(beta1, t), power2 = power(beta2, t);
-  return {lr / (1.0 - power1), 1.0 / std::sqrt(1.0 - power2)};
+  return {lr / (1.0 - power1), 1.0 / std::sqrt(1.0 - power2), dither_of_step(seed, t)};
 }
 
 }  // namespace fastsae

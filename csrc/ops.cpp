@@ -103,7 +103,8 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
   // squared norm of other gradients, and gets the factor that clipping multiplies all with.
   // lr_tensor [] float64 and step_tensor [] int64 are read in place of lr and step when the step is
   // done; with a step_tensor below 1 it is not. bf16_W_enc and bf16_W_dec get the new matrices,
-  // rounded to bfloat16.
+  // rounded to bfloat16. m_ and v_ of both matrices may be bfloat16: rounded stochastically, by a
+  // generator that rounding_seed and the step seed.
   m.def(
       "sparse_adam_step_(Tensor(a!) W_enc, Tensor(b!) W_dec, Tensor(c!) b_enc, Tensor(d!) b_dec,"
       " Tensor(e!) m_W_enc, Tensor(f!) m_W_dec, Tensor(g!) m_b_enc, Tensor(h!) m_b_dec,"
@@ -114,5 +115,6 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
       " Tensor? grad_W_enc, Tensor? grad_W_dec, Tensor? grad_b_enc, Tensor? grad_b_dec,"
       " Tensor(m!)? clip, float lr, float beta1, float beta2, float eps, int step, float max_norm,"
       " bool unit_norm, bool apply_b_dec, bool bf16_rows, Tensor? lr_tensor=None,"
-      " Tensor? step_tensor=None, Tensor(n!)? bf16_W_enc=None, Tensor(o!)? bf16_W_dec=None) -> ()");
+      " Tensor? step_tensor=None, Tensor(n!)? bf16_W_enc=None, Tensor(o!)? bf16_W_dec=None, int "
+      "rounding_seed=0) -> ()");
 }

@@ -28,6 +28,7 @@ struct AdamCall {
                    // is faster
   std::optional<Tensor> lr_tensor, step_tensor;  // [] float64 and int64: in place of lr and step
   std::optional<Tensor> bf16_W_enc, bf16_W_dec;  // get the new matrices in bfloat16
+  int64_t rounding_seed;  // of averages of matrices in bfloat16, which are rounded stochastically
 
   static constexpr const char* kOp = "sparse_adam_step_";
 
@@ -35,6 +36,9 @@ struct AdamCall {
 
   // Whether the averages of squares of both matrices have one number for each row.
   bool by_rows() const { return v_W_enc.dim() == 1; }
+
+  // Whether both averages of both matrices are bfloat16.
+  bool bf16_averages() const { return m_W_enc.scalar_type() == ScalarType::BFloat16; }
 
   void check() const {
     check_matrix(kOp, "W_enc", W_enc);
@@ -48,10 +52,15 @@ struct AdamCall {
     FASTSAE_CHECK(!apply_b_dec || d_in == d_out, kOp,
                   ": expected b_dec to be [d_in] with d_in = ", d_in,
                   " where it is subtracted from x, got ", shape_of(b_dec));
-    for (const Tensor* t : {&W_enc, &m_W_enc}) check_state("W_enc and its state", *t, W_enc);
-    for (const Tensor* t : {&W_dec, &m_W_dec}) check_state("W_dec and its state", *t, W_dec);
-    check_state("the average of squares of W_enc", v_W_enc, by_rows() ? b_enc : W_enc);
-    check_state("the average of squares of W_dec", v_W_dec, by_rows() ? b_enc : W_dec);
+    check_state("W_enc and its state", W_enc, W_enc);
+    check_state("W_dec and its state", W_dec, W_dec);
+    FASTSAE_CHECK(!bf16_averages() || (W_enc.scalar_type() == ScalarType::Float && !by_rows()), kOp,
+                  ": expected float32 parameters, and squares of every number, with averages in "
+                  "bfloat16");
+    check_average("W_enc and its state", m_W_enc, W_enc);
+    check_average("W_dec and its state", m_W_dec, W_dec);
+    check_average("the average of squares of W_enc", v_W_enc, by_rows() ? b_enc : W_enc);
+    check_average("the average of squares of W_dec", v_W_dec, by_rows() ? b_enc : W_dec);
     for (const Tensor* t : {&b_enc, &m_b_enc, &v_b_enc}) {
       check_state("b_enc and its state", *t, b_enc);
     }
@@ -108,11 +117,22 @@ struct AdamCall {
   static int64_t rows_of(const Tensor& values, const std::optional<Tensor>& offsets) {
     return offsets ? offsets->size(0) - 1 : values.size(0);
   }
-  static void check_state(const char* name, const Tensor& t, const Tensor& like) {
-    bool same = t.dim() == like.dim() && t.scalar_type() == like.scalar_type() && t.is_contiguous();
+  static bool is_like(const Tensor& t, const Tensor& like, ScalarType type) {
+    bool same = t.dim() == like.dim() && t.scalar_type() == type && t.is_contiguous();
     for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
-    FASTSAE_CHECK(same, kOp, ": expected ", name, " to be contiguous, with the dtype of W_enc and ",
-                  shape_of(like), ", got ", shape_of(t));
+    return same;
+  }
+  static void check_state(const char* name, const Tensor& t, const Tensor& like) {
+    FASTSAE_CHECK(is_like(t, like, like.scalar_type()), kOp, ": expected ", name,
+                  " to be contiguous, with the dtype of W_enc and ", shape_of(like), ", got ",
+                  shape_of(t));
+  }
+  // Of a matrix.
+  void check_average(const char* name, const Tensor& t, const Tensor& like) const {
+    if (!bf16_averages()) return check_state(name, t, like);
+    FASTSAE_CHECK(is_like(t, like, ScalarType::BFloat16), kOp, ": expected ", name,
+                  " to be contiguous, bfloat16 like all averages of matrices and ", shape_of(like),
+                  ", got ", shape_of(t));
   }
   static void check_number(const char* name, const std::optional<Tensor>& t, ScalarType type,
                            const char* type_name) {
@@ -151,14 +171,16 @@ void sparse_adam_step(Tensor W_enc, Tensor W_dec, Tensor b_enc, Tensor b_dec, Te
                       double beta1, double beta2, double eps, int64_t step, double max_norm,
                       bool unit_norm, bool apply_b_dec, bool bf16_rows,
                       std::optional<Tensor> lr_tensor, std::optional<Tensor> step_tensor,
-                      std::optional<Tensor> bf16_W_enc, std::optional<Tensor> bf16_W_dec) {
-  AdamCall call{W_enc,       W_dec,      b_enc,         b_dec,       m_W_enc,     m_W_dec,
-                m_b_enc,     m_b_dec,    v_W_enc,       v_W_dec,     v_b_enc,     v_b_dec,
-                values,      indices,    offsets,       grad_output, grad_values, enc_indices,
-                enc_offsets, x,          extra_latents, extra_W_enc, extra_W_dec, extra_b_enc,
-                grad_W_enc,  grad_W_dec, grad_b_enc,    grad_b_dec,  clip,        lr,
-                beta1,       beta2,      eps,           step,        max_norm,    unit_norm,
-                apply_b_dec, bf16_rows,  lr_tensor,     step_tensor, bf16_W_enc,  bf16_W_dec};
+                      std::optional<Tensor> bf16_W_enc, std::optional<Tensor> bf16_W_dec,
+                      int64_t rounding_seed) {
+  AdamCall call{W_enc,        W_dec,      b_enc,         b_dec,       m_W_enc,     m_W_dec,
+                m_b_enc,      m_b_dec,    v_W_enc,       v_W_dec,     v_b_enc,     v_b_dec,
+                values,       indices,    offsets,       grad_output, grad_values, enc_indices,
+                enc_offsets,  x,          extra_latents, extra_W_enc, extra_W_dec, extra_b_enc,
+                grad_W_enc,   grad_W_dec, grad_b_enc,    grad_b_dec,  clip,        lr,
+                beta1,        beta2,      eps,           step,        max_norm,    unit_norm,
+                apply_b_dec,  bf16_rows,  lr_tensor,     step_tensor, bf16_W_enc,  bf16_W_dec,
+                rounding_seed};
   call.check();
   run(call);
 }

@@ -58,23 +58,30 @@ void narrow_row(const typename V::A* x, int64_t d, bf16* out) {
   for (; c < d; ++c) out[c] = narrow<bf16>(static_cast<float>(x[c]));
 }
 
-template <class V>
-inline V adam_update(V g, typename V::A* p, typename V::A* m, typename V::A* v,
-                     const AdamConstants<typename V::A>& s) {
+// T: what averages are stored as, A or bf16. The latter are rounded by the bits of column `c`.
+template <class V, class T>
+inline V adam_update(V g, typename V::A* p, T* m, T* v, const AdamConstants<typename V::A>& s,
+                     DitherKey key, int64_t c) {
   const V old = V::load(m);
   const V mean = V::fma(V::set1(s.one_minus_beta1), g - old, old);
   const V square = V::fma(V::set1(s.one_minus_beta2), g * g, V::set1(s.beta2) * V::load(v));
   const V denominator = V::fma(V::sqrt(square), V::set1(s.inverse_correction2), V::set1(s.eps));
   const V moved = V::load(p) - V::set1(s.step_size) * (mean / denominator);
-  mean.store(m);
-  square.store(v);
+  if constexpr (sizeof(T) == sizeof(bf16)) {
+    const typename V::Noise noise = V::noise(key, static_cast<uint32_t>(c));
+    mean.store_dithered(m, noise);
+    square.store_dithered(v, V::upper(noise));
+  } else {
+    mean.store(m);
+    square.store(v);
+  }
   moved.store(p);
   return moved;
 }
 
-template <class V>
-typename V::A adam_row(typename V::A* p, typename V::A* m, typename V::A* v, const typename V::A* g,
-                       typename V::A scale, int64_t d, const AdamConstants<typename V::A>& s) {
+template <class V, class T>
+typename V::A adam_row_of(typename V::A* p, T* m, T* v, const typename V::A* g, typename V::A scale,
+                          int64_t d, const AdamConstants<typename V::A>& s, DitherKey key) {
   using A = typename V::A;
   const V zero = V::set1(A(0)), factor = V::set1(scale);
   V sum = zero;
@@ -85,25 +92,33 @@ typename V::A adam_row(typename V::A* p, typename V::A* m, typename V::A* v, con
     prefetch(m + c + d);
     prefetch(v + c + d);
     const V gradient = g ? factor * V::load(g + c) : zero;
-    const V moved = adam_update<V>(gradient, p + c, m + c, v + c, s);
+    const V moved = adam_update<V>(gradient, p + c, m + c, v + c, s, key, c);
     sum = V::fma(moved, moved, sum);
   }
   A total = sum.sum();
   if (c < d) {
     // The rest of the row as one vector, filled up with zeros, which stay zeros.
-    const size_t bytes = sizeof(A) * static_cast<size_t>(d - c);
-    A rest[4][V::kWidth] = {};
+    const size_t count = static_cast<size_t>(d - c), bytes = sizeof(A) * count;
+    A rest[2][V::kWidth] = {};
+    T averages[2][V::kWidth] = {};
     memcpy(rest[0], p + c, bytes);
-    memcpy(rest[1], m + c, bytes);
-    memcpy(rest[2], v + c, bytes);
-    if (g) memcpy(rest[3], g + c, bytes);
-    const V moved = adam_update<V>(factor * V::load(rest[3]), rest[0], rest[1], rest[2], s);
+    if (g) memcpy(rest[1], g + c, bytes);
+    memcpy(averages[0], m + c, sizeof(T) * count);
+    memcpy(averages[1], v + c, sizeof(T) * count);
+    const V moved =
+        adam_update<V>(factor * V::load(rest[1]), rest[0], averages[0], averages[1], s, key, c);
     total += (moved * moved).sum();
     memcpy(p + c, rest[0], bytes);
-    memcpy(m + c, rest[1], bytes);
-    memcpy(v + c, rest[2], bytes);
+    memcpy(m + c, averages[0], sizeof(T) * count);
+    memcpy(v + c, averages[1], sizeof(T) * count);
   }
   return total;
+}
+
+template <class V>
+typename V::A adam_row(typename V::A* p, typename V::A* m, typename V::A* v, const typename V::A* g,
+                       typename V::A scale, int64_t d, const AdamConstants<typename V::A>& s) {
+  return adam_row_of<V>(p, m, v, g, scale, d, s, DitherKey{});
 }
 
 template <class V>
@@ -147,8 +162,15 @@ typename V::A adam_mini_row(typename V::A* p, typename V::A* m, typename V::A* v
 }
 
 template <class V>
-constexpr AdamKernels<typename V::A> kAdamTable{row_dot<V>,    add_scaled<V>, scale_row<V>,
-                                                narrow_row<V>, adam_row<V>,   adam_mini_row<V>};
+constexpr auto adam_row_bf16() {
+  if constexpr (sizeof(typename V::A) == sizeof(float)) return adam_row_of<V, bf16>;
+  else return nullptr;
+}
+
+template <class V>
+constexpr AdamKernels<typename V::A> kAdamTable{row_dot<V>,      add_scaled<V>, scale_row<V>,
+                                                narrow_row<V>,   adam_row<V>,   adam_row_bf16<V>(),
+                                                adam_mini_row<V>};
 
 }  // namespace
 }  // namespace fastsae::cpu

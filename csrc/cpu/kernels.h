@@ -7,6 +7,7 @@
 
 #include "adam_constants.h"
 #include "cpu/isa.h"
+#include "dither.h"
 #include "types.h"
 
 namespace fastsae::cpu {
@@ -120,7 +121,10 @@ struct AdamKernels {
   void (*narrow_row)(const A* x, int64_t d, bf16* out);  // rounded to nearest, ties to even
   // An Adam step of p with gradient scale * g, or 0 if g is null; returns the new <p, p>.
   A (*adam_row)(A* p, A* m, A* v, const A* g, A scale, int64_t d, const AdamConstants<A>& s);
-  // The same with one number for all squares: v is that of the row.
+  // The same with averages in bfloat16, rounded stochastically; null for double.
+  A (*adam_row_bf16)(A* p, bf16* m, bf16* v, const A* g, A scale, int64_t d,
+                     const AdamConstants<A>& s, DitherKey key);
+  // adam_row with one number for all squares: v is that of the row.
   A (*adam_mini_row)(A* p, A* m, A* v, const A* g, A scale, int64_t d, const AdamConstants<A>& s);
 };
 

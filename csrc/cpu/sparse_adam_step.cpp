@@ -62,6 +62,7 @@ struct Step {
   double* clip;  // [2] squared norm of other gradients, and the factor found; or null
   AdamConstants<A> adam;
   bool unit_norm, apply_b_dec, by_rows;
+  bool bf16_averages;             // m and v of W_enc and W_dec hold bfloat16
   bf16 *bf16_W_enc, *bf16_W_dec;  // get the moved matrices, or null
   const Kernels<A>& kernel;
   const AdamKernels<A>& row;
@@ -196,25 +197,32 @@ struct Step {
     return static_cast<A>(factor);
   }
 
+  // Moves row f of a matrix with gradient scale * g, or 0 if g is null; returns its new square.
+  // matrix: 0 for W_enc, 1 for W_dec.
+  A move_row(const Parameter<A>& W, int64_t f, const A* g, A scale, int64_t d, int matrix) const {
+    if (bf16_averages) {
+      const auto average = [&](A* of) { return reinterpret_cast<bf16*>(of) + f * d; };
+      return row.adam_row_bf16(W.p + f * d, average(W.m), average(W.v), g, scale, d, adam,
+                               dither_of_row(adam.dither, f, matrix));
+    }
+    const Parameter<A> of = W.row(f, d, by_rows);
+    return (by_rows ? row.adam_mini_row : row.adam_row)(of.p, of.m, of.v, g, scale, d, adam);
+  }
+
   void run(double max_norm) const {
     const A scale = std::isinf(max_norm) ? A(1) : clip_factor(max_norm);
     std::vector<A> shares = no_shares();
-    const auto move_row = by_rows ? row.adam_mini_row : row.adam_row;
     for_groups([&](int64_t group, int64_t last, Gradient& g) {
       for (int64_t f = group * kGroup; f < last; ++f) {
         gradient(f, g);
         add_encoder_share(f, g.b, group, shares);
-        const Parameter<A> of_enc = W_enc.row(f, enc.d, by_rows);
-        const Parameter<A> of_dec = W_dec.row(f, dec.d, by_rows), of_b = b_enc.at(f);
-        move_row(of_enc.p, of_enc.m, of_enc.v, g.any_enc ? g.enc.data() : nullptr, scale, enc.d,
-                 adam);
-        const A squared = move_row(of_dec.p, of_dec.m, of_dec.v, g.any_dec ? g.dec.data() : nullptr,
-                                   scale, dec.d, adam);
-        if (unit_norm && squared > A(0)) {
-          row.scale_row(of_dec.p, A(1) / std::sqrt(squared), dec.d);
-        }
-        if (bf16_W_enc) row.narrow_row(of_enc.p, enc.d, bf16_W_enc + f * enc.d);
-        if (bf16_W_dec) row.narrow_row(of_dec.p, dec.d, bf16_W_dec + f * dec.d);
+        const Parameter<A> of_b = b_enc.at(f);
+        move_row(W_enc, f, g.any_enc ? g.enc.data() : nullptr, scale, enc.d, 0);
+        const A squared = move_row(W_dec, f, g.any_dec ? g.dec.data() : nullptr, scale, dec.d, 1);
+        A* moved = W_dec.p + f * dec.d;
+        if (unit_norm && squared > A(0)) row.scale_row(moved, A(1) / std::sqrt(squared), dec.d);
+        if (bf16_W_enc) row.narrow_row(W_enc.p + f * enc.d, enc.d, bf16_W_enc + f * enc.d);
+        if (bf16_W_dec) row.narrow_row(moved, dec.d, bf16_W_dec + f * dec.d);
         const A b = b_enc_gradient(f, g);
         row.adam_row(of_b.p, of_b.m, of_b.v, &b, scale, 1, adam);
       }
@@ -240,7 +248,7 @@ std::vector<int32_t> rows_of_latents(const Tensor& latents, int64_t d_sae) {
 void run(AdamCall& c) {
   const AdamRate<double> rate =
       adam_rate(c.lr_tensor ? *data_of<double>(*c.lr_tensor) : c.lr, c.beta1, c.beta2,
-                c.step_tensor ? *data_of<int64_t>(*c.step_tensor) : c.step);
+                c.step_tensor ? *data_of<int64_t>(*c.step_tensor) : c.step, c.rounding_seed);
   if (rate.inverse_correction2 == 0) return;
   const int64_t d_sae = c.W_enc.size(0);
   const SparseActsArgs dec = checked_sparse_acts(kOp, c.values, c.indices, c.offsets, d_sae);
@@ -270,7 +278,8 @@ void run(AdamCall& c) {
       return t ? static_cast<bf16*>(t->mutable_data_ptr()) : nullptr;
     };
     const auto parameter = [](Tensor& p, Tensor& m, Tensor& v) {
-      return Parameter<A>{mutable_data_of<A>(p), mutable_data_of<A>(m), mutable_data_of<A>(v)};
+      const auto data = [](Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); };
+      return Parameter<A>{data(p), data(m), data(v)};
     };
     std::vector<int32_t> dec_lists, enc_lists;
     const auto sort = [&](const SparseActsArgs& e, std::vector<int32_t>& lists) {
@@ -318,6 +327,7 @@ void run(AdamCall& c) {
                       c.unit_norm,
                       c.apply_b_dec,
                       c.by_rows(),
+                      c.bf16_averages(),
                       copy(c.bf16_W_enc),
                       copy(c.bf16_W_dec),
                       kernels<A>(),

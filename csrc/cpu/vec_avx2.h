@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "dither.h"
 #include "types.h"
 
 namespace fastsae::cpu {
@@ -45,10 +46,34 @@ struct VecF {
   __m256i rounded() const {
     const __m256i u = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    const __m256i up = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    return plus(_mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  }
+  // The bits plus those; a NaN stays a NaN.
+  __m256i plus(__m256i addend) const {
+    const __m256i u = _mm256_castps_si256(v), up = _mm256_add_epi32(u, addend);
     const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     return _mm256_blendv_epi8(up, quiet, nan);
+  }
+  // The random bits of columns c, c + 1, ... of a row: dither() of each.
+  using Noise = __m256i;
+  static Noise noise(DitherKey key, uint32_t c) {
+    const auto all = [](uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); };
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256i x = _mm256_xor_si256(_mm256_add_epi32(all(c), lanes), all(key.a));
+    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
+    x = _mm256_xor_si256(_mm256_mullo_epi32(x, all(kDither1)), all(key.b));
+    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 13));
+    x = _mm256_mullo_epi32(x, all(kDither2));
+    return _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
+  }
+  static Noise upper(Noise bits) { return _mm256_srli_epi32(bits, 16); }
+  // Stores numbers rounded stochastically by the lower half of the bits.
+  void store_dithered(bf16* p, Noise bits) const {
+    const __m256i up = plus(_mm256_and_si256(bits, _mm256_set1_epi32(0xffff)));
+    const __m256i h = _mm256_srli_epi32(up, 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(h, h), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
   void store(fp16* p) const {
     const __m128i h = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "dither.h"
 #include "types.h"
 
 namespace fastsae::cpu {
@@ -43,9 +44,32 @@ struct VecF {
   __m512i rounded() const {
     const __m512i u = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return plus(_mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  }
+  // The bits plus those; a NaN stays a NaN.
+  __m512i plus(__m512i addend) const {
+    const __m512i u = _mm512_castps_si512(v), up = _mm512_add_epi32(u, addend);
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_mask_or_epi32(up, nan, u, _mm512_set1_epi32(0x400000));
+  }
+  // The random bits of columns c, c + 1, ... of a row: dither() of each.
+  using Noise = __m512i;
+  static Noise noise(DitherKey key, uint32_t c) {
+    const auto all = [](uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); };
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i x = _mm512_xor_si512(_mm512_add_epi32(all(c), lanes), all(key.a));
+    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+    x = _mm512_xor_si512(_mm512_mullo_epi32(x, all(kDither1)), all(key.b));
+    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 13));
+    x = _mm512_mullo_epi32(x, all(kDither2));
+    return _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+  }
+  static Noise upper(Noise bits) { return _mm512_srli_epi32(bits, 16); }
+  // Stores numbers rounded stochastically by the lower half of the bits.
+  void store_dithered(bf16* p, Noise bits) const {
+    const __m512i up = plus(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
   }
   void store(fp16* p) const {
     const __m256i h = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -1,6 +1,7 @@
 // One lane, in plain C: the portable level, and the meaning of the wider ones.
 #pragma once
 
+#include "dither.h"
 #include "types.h"
 
 namespace fastsae::cpu {
@@ -61,6 +62,15 @@ struct ScalarVec {
     return 1;
   }
   A sum() const { return v; }
+
+  // The random bits of columns c, c + 1, ... of a row.
+  using Noise = uint32_t;
+  static Noise noise(DitherKey key, uint32_t c) { return dither(key, c); }
+  static Noise upper(Noise bits) { return bits >> 16; }
+  // Stores the number rounded stochastically by the lower half of the bits.
+  void store_dithered(bf16* p, Noise bits) const {
+    p->bits = dithered(float_to_bits(v), bits & 0xffffu);
+  }
 
   // Integers that order like the values: NaN largest, -0 equal to +0.
   using Key = decltype(order_key(Number(0)));

@@ -3,6 +3,7 @@
 
 #include "cuda/lists.cuh"
 #include "cuda/sparse_adam_step.h"
+#include "dither.h"
 
 namespace fastsae::cuda {
 
@@ -96,6 +97,51 @@ enum class Move {
   kNone,      // its squared norm is found
   kAdam,      // Adam moves the parameters
   kAdamMini,  // Adam with one average of squares for the row
+  kAdamBf16,  // Adam with both averages in bfloat16, rounded stochastically; of float32 alone
+};
+
+// The averages of a matrix as they are stored.
+template <class F, bool kWide, Move kMove>
+struct Averages {
+  using A = typename F::Acc;
+  using Bits = typename F::Bits;
+  using P = Pack<F, kWide>;
+  using H = HalfPack<kWide>;
+  static constexpr int E = P::kSize;
+  static constexpr bool kBf16 = kMove == Move::kAdamBf16;
+  using Raw = std::conditional_t<kBf16, typename H::Raw, typename P::Raw>;
+
+  __device__ __forceinline__ static const void* place(const Bits* of, int64_t c) {
+    if constexpr (kBf16) return reinterpret_cast<const uint16_t*>(of) + c;
+    else return of + c;
+  }
+  __device__ __forceinline__ static Raw load_own(const Bits* of, int64_t c) {
+    if constexpr (kBf16) return H::load_own(reinterpret_cast<const uint16_t*>(of) + c);
+    else return P::load_own(of + c);
+  }
+  __device__ __forceinline__ static A at(const Raw& raw, int e) {
+    if constexpr (kBf16) return H::at(raw, e);
+    else return P::at(raw, e);
+  }
+  // Stores both from number c on, which is in this column of a row with this key. Not v of
+  // Adam-mini, which is that of a row.
+  __device__ __forceinline__ static void store(const Parameter<F>& W, int64_t c, const A (&m)[E],
+                                               const A (&v)[E], DitherKey key, int column) {
+    if constexpr (kBf16) {
+      uint16_t low[E], high[E];
+#pragma unroll
+      for (int e = 0; e < E; ++e) {
+        const uint32_t noise = dither(key, static_cast<uint32_t>(column + e));
+        low[e] = dithered(F::narrow(m[e]), noise & 0xffffu);
+        high[e] = dithered(F::narrow(v[e]), noise >> 16);
+      }
+      H::store(reinterpret_cast<uint16_t*>(W.m) + c, low);
+      H::store(reinterpret_cast<uint16_t*>(W.v) + c, high);
+    } else {
+      P::store(W.m + c, m);
+      if constexpr (kMove == Move::kAdam) P::store(W.v + c, v);
+    }
+  }
 };
 
 template <class F, class R, bool kWide, int kPacks, int kThreads, Move kMove>
@@ -106,10 +152,13 @@ struct AdamBlock {
   using S = Strip<R, kWide, kPacks>;
   static constexpr int E = P::kSize, kWarps = kThreads / 32;
   static constexpr bool kMini = kMove == Move::kAdamMini;
+  static constexpr bool kBf16 = kMove == Move::kAdamBf16;
+  using Av = Averages<F, kWide, kMove>;
 
-  // A pack of parameters and averages; v with Move::kAdam only.
+  // A pack of parameters and averages; v not with Move::kAdamMini.
   struct State {
-    typename P::Raw w_enc, w_dec, m_enc, v_enc, m_dec, v_dec;
+    typename P::Raw w_enc, w_dec;
+    typename Av::Raw m_enc, v_enc, m_dec, v_dec;
   };
 
   const AdamArgs<F, R>& a;
@@ -129,9 +178,10 @@ struct AdamBlock {
   __device__ __forceinline__ void prefetch_rows(int64_t from) const {
     constexpr int kLine = 128 / static_cast<int>(sizeof(A));
     for (int c = tid * kLine; c < a.d; c += kThreads * kLine) {
-      for (const Bits* p : {a.W_enc.p, a.W_enc.m, a.W_dec.p, a.W_dec.m}) prefetch(p + from + c);
+      for (const Bits* p : {a.W_enc.p, a.W_dec.p}) prefetch(p + from + c);
+      for (const Bits* of : {a.W_enc.m, a.W_dec.m}) prefetch(Av::place(of, from + c));
       if constexpr (!kMini) {
-        for (const Bits* p : {a.W_enc.v, a.W_dec.v}) prefetch(p + from + c);
+        for (const Bits* of : {a.W_enc.v, a.W_dec.v}) prefetch(Av::place(of, from + c));
       }
     }
   }
@@ -165,10 +215,10 @@ struct AdamBlock {
     const int64_t c = from + i * E;
     s.w_enc = P::load_own(a.W_enc.p + c), s.w_dec = P::load_own(a.W_dec.p + c);
     if constexpr (kMove != Move::kNone) {
-      s.m_enc = P::load_own(a.W_enc.m + c), s.m_dec = P::load_own(a.W_dec.m + c);
+      s.m_enc = Av::load_own(a.W_enc.m, c), s.m_dec = Av::load_own(a.W_dec.m, c);
     }
-    if constexpr (kMove == Move::kAdam) {
-      s.v_enc = P::load_own(a.W_enc.v + c), s.v_dec = P::load_own(a.W_dec.v + c);
+    if constexpr (kMove != Move::kNone && !kMini) {
+      s.v_enc = Av::load_own(a.W_enc.v, c), s.v_dec = Av::load_own(a.W_dec.v, c);
     }
     return s;
   }
@@ -228,9 +278,11 @@ struct AdamBlock {
 
   // Moves both rows and adds to the share of b_dec; returns this thread's part of the new squared
   // norm of W_dec[f], or with Move::kNone of the gradients. `size` is that of the list, `next` the
-  // thread's first pack. Passing `any` instead costs up to 24 registers (float64 on sm_120).
+  // thread's first pack, `keys` those of the rounding of both rows. Passing `any` instead costs up
+  // to 24 registers (float64 on sm_120).
   __device__ __forceinline__ A move_rows(int64_t from, int size, int extra, A g_b, A along, A scale,
-                                         const A (&steps)[2], State next) const {
+                                         const A (&steps)[2], const DitherKey (&keys)[2],
+                                         State next) const {
     const bool any = size > 0 || extra >= 0;
     A norm = 0;
     for (int i = tid; i < a.packs; i += kThreads) {
@@ -262,23 +314,21 @@ struct AdamBlock {
         A p[E], m[E], v[E];
 #pragma unroll
         for (int e = 0; e < E; ++e) {
-          p[e] = at(own.w_enc, e), m[e] = at(own.m_enc, e), v[e] = at(own.v_enc, e);
+          p[e] = at(own.w_enc, e), m[e] = Av::at(own.m_enc, e), v[e] = Av::at(own.v_enc, e);
           move(any ? scale * at(raw_enc, e) : A(0), p[e], m[e], v[e], steps[0]);
         }
         P::store(a.W_enc.p + c, p);
         store_copy<F, kWide>(a.bf16_W_enc, c, p);
-        P::store(a.W_enc.m + c, m);
-        if constexpr (!kMini) P::store(a.W_enc.v + c, v);
+        Av::store(a.W_enc, c, m, v, keys[0], i * E);
 #pragma unroll
         for (int e = 0; e < E; ++e) {
-          p[e] = at(own.w_dec, e), m[e] = at(own.m_dec, e), v[e] = at(own.v_dec, e);
+          p[e] = at(own.w_dec, e), m[e] = Av::at(own.m_dec, e), v[e] = Av::at(own.v_dec, e);
           move(any ? scale * gradient[e] : A(0), p[e], m[e], v[e], steps[1]);
           norm += p[e] * p[e];
         }
         P::store(a.unit_norm ? g_dec + i * E : a.W_dec.p + c, p);
         if (!a.unit_norm) store_copy<F, kWide>(a.bf16_W_dec, c, p);
-        P::store(a.W_dec.m + c, m);
-        if constexpr (!kMini) P::store(a.W_dec.v + c, v);
+        Av::store(a.W_dec, c, m, v, keys[1], i * E);
       }
     }
     return norm;

@@ -59,10 +59,13 @@ struct AdamBySideBlock {
   using Side = AdamSide<F, R>;
   static constexpr int E = P::kSize, kWarps = kThreads / 32;
   static constexpr bool kMini = kMove == Move::kAdamMini;
+  static constexpr bool kBf16 = kMove == Move::kAdamBf16;
+  using Av = Averages<F, kWide, kMove>;
 
-  // A pack of a matrix and its averages; v with Move::kAdam only.
+  // A pack of a matrix and its averages; v not with Move::kAdamMini.
   struct State {
-    typename P::Raw w, m, v;
+    typename P::Raw w;
+    typename Av::Raw m, v;
   };
 
   const AdamBySideArgs<F, R>& a;
@@ -86,8 +89,9 @@ struct AdamBySideBlock {
   __device__ __forceinline__ void prefetch_row(const Side& side, int f) const {
     constexpr int kLine = 128 / static_cast<int>(sizeof(A));
     for (int c = tid * kLine; c < side.d; c += kThreads * kLine) {
-      for (const Bits* p : {side.W.p, side.W.m}) prefetch(p + int64_t{f} * side.d + c);
-      if constexpr (!kMini) prefetch(side.W.v + int64_t{f} * side.d + c);
+      prefetch(side.W.p + int64_t{f} * side.d + c);
+      prefetch(Av::place(side.W.m, int64_t{f} * side.d + c));
+      if constexpr (!kMini) prefetch(Av::place(side.W.v, int64_t{f} * side.d + c));
     }
   }
 
@@ -126,8 +130,8 @@ struct AdamBySideBlock {
     if (i >= side.packs) return s;
     const int64_t c = int64_t{f} * side.d + i * E;
     s.w = P::load_own(side.W.p + c);
-    if constexpr (kMove != Move::kNone) s.m = P::load_own(side.W.m + c);
-    if constexpr (kMove == Move::kAdam) s.v = P::load_own(side.W.v + c);
+    if constexpr (kMove != Move::kNone) s.m = Av::load_own(side.W.m, c);
+    if constexpr (kMove != Move::kNone && !kMini) s.v = Av::load_own(side.W.v, c);
     return s;
   }
 
@@ -188,6 +192,8 @@ struct AdamBySideBlock {
     const Side& side = kDec ? a.dec : a.enc;
     Bits* sums = kDec ? g_dec() : g_enc();
     const bool shared = !kDec && a.shares && g_b != A(0);
+    DitherKey key{};
+    if constexpr (kBf16) key = dither_of_row(rate.dither, f, kDec ? 1 : 0);
     A norm = 0;
     for (int i = tid; i < side.packs; i += kThreads) {
       const int64_t c = int64_t{f} * side.d + i * E;
@@ -210,7 +216,7 @@ struct AdamBySideBlock {
         if constexpr (kMove == Move::kNone) {
           norm += g * g;
         } else {
-          p[e] = at(own.w, e), m[e] = at(own.m, e), v[e] = at(own.v, e);
+          p[e] = at(own.w, e), m[e] = Av::at(own.m, e), v[e] = Av::at(own.v, e);
           if constexpr (kMini) {
             m[e] += a.adam.one_minus_beta1 * (scale * g - m[e]);
             p[e] -= step * m[e];
@@ -223,8 +229,7 @@ struct AdamBySideBlock {
       if constexpr (kMove != Move::kNone) {
         P::store(kDec && a.unit_norm ? sums + i * E : side.W.p + c, p);
         if (!(kDec && a.unit_norm)) store_copy<F, kWide>(side.bf16_W, c, p);
-        P::store(side.W.m + c, m);
-        if constexpr (!kMini) P::store(side.W.v + c, v);
+        Av::store(side.W, c, m, v, key, i * E);
       }
     }
     return norm;

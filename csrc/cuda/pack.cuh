@@ -58,7 +58,16 @@ template <bool kWide>
 struct HalfPack {
   using Bits = BFloat16::Bits;
   static constexpr int kSize = kWide ? Float32::kVector : 1;
+  using Raw = std::conditional_t<kWide, uint2, Bits>;
 
+  // For memory that this kernel also writes.
+  __device__ __forceinline__ static Raw load_own(const Bits* p) {
+    return *reinterpret_cast<const Raw*>(p);
+  }
+  __device__ __forceinline__ static float at(const Raw& raw, int e) {
+    if constexpr (kWide) return number<BFloat16>(e < 2 ? raw.x : raw.y, e % 2);
+    else return BFloat16::widen(raw);
+  }
   // x rounded to nearest, ties to even.
   __device__ __forceinline__ static void store(Bits* p, const float (&x)[kSize]) {
     Bits bits[kSize];

@@ -92,6 +92,8 @@ void run(AdamCall& c) {
                     c.unit_norm,
                     c.apply_b_dec,
                     c.by_rows(),
+                    c.bf16_averages(),
+                    c.rounding_seed,
                     false,
                     copy(c.bf16_W_enc),
                     copy(c.bf16_W_dec)};

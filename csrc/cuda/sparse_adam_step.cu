@@ -21,8 +21,11 @@ constexpr int kMostShared = 96 * 1024;  // of a block, on every architecture
 template <class F, class R>
 bool is_wide(const AdamParams& p, const ParameterParams& W, const void* extra, const void* more,
              const void* gathered, const uint16_t* copy, int d) {
-  for (const void* t : {W.p, W.m, p.by_rows ? nullptr : W.v}) {
-    if (!rows_aligned<F>(t, d)) return false;
+  if (!rows_aligned<F>(W.p, d)) return false;
+  for (const void* t : {W.m, p.by_rows ? nullptr : W.v}) {
+    const bool aligned =
+        p.bf16_averages ? reinterpret_cast<uintptr_t>(t) % 8 == 0 : rows_aligned<F>(t, d);
+    if (!aligned) return false;
   }
   if (reinterpret_cast<uintptr_t>(copy) % 8 != 0) return false;  // a row of a wide d is then, too
   return rows_aligned<F>(extra, d) && rows_aligned<F>(more, d) && rows_aligned<R>(gathered, d);
@@ -235,7 +238,7 @@ const char* launch(const AdamParams& p, const Plan<F, R>& plan, cudaStream_t str
   }
 
   FASTSAE_LAUNCH(adam_rate_kernel<A>, 1, 32, 0, stream, p.lr, p.beta1, p.beta2, p.step, p.lr_at,
-                 p.step_at, plan.rate);
+                 p.step_at, p.rounding_seed, plan.rate);
 
   int32_t* extra_rows = nullptr;
   if (p.extra_latents) {
@@ -294,7 +297,8 @@ const char* launch(const AdamParams& p, const Plan<F, R>& plan, cudaStream_t str
     of_one_code.shares = of_sides.shares = nullptr;
   }
   if (p.by_rows) launch_rows(MoveConstant<Move::kAdamMini>{});
-  else launch_rows(MoveConstant<Move::kAdam>{});
+  else if (!p.bf16_averages) launch_rows(MoveConstant<Move::kAdam>{});
+  else if constexpr (std::is_same_v<F, Float32>) launch_rows(MoveConstant<Move::kAdamBf16>{});
   if (!clips) sum_b_dec();
   if (p.d_out > 0) {
     FASTSAE_LAUNCH(adam_vector_kernel<F>, grid_of((p.d_out + kColumnThreads - 1) / kColumnThreads),

@@ -41,6 +41,8 @@ struct AdamParams {
   bool unit_norm;
   bool apply_b_dec;         // b_dec is subtracted from x, so that it gets shares of the encoder's
   bool by_rows;             // Adam-mini: v of W_enc and W_dec is [d_sae]
+  bool bf16_averages;       // m and v of W_enc and W_dec, of float32, rounded stochastically
+  int64_t rounding_seed;    // of that
   bool bf16_rows;           // takes_bf16_rows() must be true
   uint16_t* bf16_W_enc;     // [d_sae, d_in] gets the new W_enc in bfloat16, of float32; or null
   uint16_t* bf16_W_dec;     // [d_sae, d_out] likewise

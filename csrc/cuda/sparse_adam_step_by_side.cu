@@ -19,8 +19,10 @@ void launch(const AdamBySideArgs<F, R>& args, const BySideLaunch& how, cudaStrea
     launch_move<F, R, kWide, kPacks, kThreads, Move::kNone>(args, how, stream);
   } else if (how.move == Move::kAdamMini) {
     launch_move<F, R, kWide, kPacks, kThreads, Move::kAdamMini>(args, how, stream);
-  } else {
+  } else if (how.move == Move::kAdam) {
     launch_move<F, R, kWide, kPacks, kThreads, Move::kAdam>(args, how, stream);
+  } else if constexpr (std::is_same_v<F, Float32>) {
+    launch_move<F, R, kWide, kPacks, kThreads, Move::kAdamBf16>(args, how, stream);
   }
 }
 

@@ -73,7 +73,12 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs
       const A along = any ? block.project(from, space) : A(0);
       A steps[2] = {0, 0};
       if constexpr (Block::kMini) block.average_squares(f, any, along, scale, mini_space, steps);
-      const A norm = block.move_rows(from, end - begin, extra, g_b, along, scale, steps, first);
+      DitherKey keys[2] = {};
+      if constexpr (Block::kBf16) {
+        for (int i = 0; i < 2; ++i) keys[i] = dither_of_row(rate.dither, f, i);
+      }
+      const A norm =
+          block.move_rows(from, end - begin, extra, g_b, along, scale, steps, keys, first);
       if constexpr (!kUpdate) {
         squares += static_cast<double>(norm);
         const double b = static_cast<double>(g_b + block.more_b_enc(f));
@@ -107,11 +112,13 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) adam_kernel(AdamArgs
 template <class A>
 __global__ void adam_rate_kernel(double lr, double beta1, double beta2, int64_t step,
                                  const double* __restrict__ lr_at,
-                                 const int64_t* __restrict__ step_at, AdamRate<A>* rate) {
+                                 const int64_t* __restrict__ step_at, int64_t seed,
+                                 AdamRate<A>* rate) {
   if (threadIdx.x > 0) return;
   const AdamRate<double> exact =
-      adam_rate(lr_at ? *lr_at : lr, beta1, beta2, step_at ? *step_at : step);
-  *rate = {static_cast<A>(exact.step_size), static_cast<A>(exact.inverse_correction2)};
+      adam_rate(lr_at ? *lr_at : lr, beta1, beta2, step_at ? *step_at : step, seed);
+  *rate = {static_cast<A>(exact.step_size), static_cast<A>(exact.inverse_correction2),
+           exact.dither};
 }
 
 // rows[f] = j where latents[j] is f: the last one, should a latent come twice.

@@ -432,6 +432,24 @@ BUGS = (
         )
     ),
     Bug(
+        "the second average in bfloat16 is the first one",
+        "sparse_adam_step_",
+        _ADAM_BLOCK,
+        "H::store(reinterpret_cast<uint16_t*>(W.v) + c, high);",
+        "H::store(reinterpret_cast<uint16_t*>(W.v) + c, low);",
+        "result",
+        launcher="sparse_adam_step",
+    ),
+    Bug(
+        "averages in bfloat16 lie where float32 ones would",
+        "sparse_adam_step_",
+        _ADAM_BLOCK,
+        "return H::load_own(reinterpret_cast<const uint16_t*>(of) + c);",
+        "return H::load_own(reinterpret_cast<const uint16_t*>(of) + 2 * c);",
+        "asan",
+        launcher="sparse_adam_step",
+    ),
+    Bug(
         "W_dec has the copy of W_enc",
         "sparse_adam_step_",
         "cuda/sparse_adam_step.cu",

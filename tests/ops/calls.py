@@ -348,6 +348,7 @@ def _adam() -> list[Call]:
         if dtype == torch.float32:
             found.append(Call("sparse_adam_step_", f"{case}-bf16-rows", (*call, True), 2e-2))
             found += _with_copies(case, call, tolerance)
+            found.append(_with_bf16_averages(case, call, tolerance))
         mini = (*call[:8], squares[2], squares[2].clone(), *call[10:], False)
         found.append(Call("sparse_adam_step_", f"{case}-mini", mini, tolerance))
         alone = (*call[:-1], False, False)  # b_dec is not subtracted
@@ -397,12 +398,20 @@ def _adam_by_side() -> list[Call]:
         if dtype == torch.float32:
             found.append(Call("sparse_adam_step_", f"{case}-bf16-rows", (*call, True), 2e-2))
             found += _with_copies(case, call, tolerance)
+            found.append(_with_bf16_averages(case, call, tolerance))
         mini = (*call[:8], squares[2], squares[2].clone(), *call[10:], False)
         found.append(Call("sparse_adam_step_", f"{case}-mini", mini, tolerance))
         numbers = (torch.tensor(1e-2, dtype=torch.float64), torch.tensor(0))
         none = (*_no_numbers(call), False, *numbers)
         found.append(Call("sparse_adam_step_", f"{case}-tensors-step0", none, tolerance))
     return found
+
+
+def _with_bf16_averages(case: str, call: tuple[Any, ...], tolerance: float) -> Call:
+    averages = [t.bfloat16() if t.ndim == 2 else t for t in call[4:12]]
+    rest = (False, None, None, None, None, 5)
+    call = (*call[:4], *averages, *call[12:], *rest)
+    return Call("sparse_adam_step_", f"{case}-bf16-averages", call, tolerance)
 
 
 def _with_copies(case: str, call: tuple[Any, ...], tolerance: float) -> list[Call]:

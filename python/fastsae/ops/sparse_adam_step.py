@@ -41,6 +41,7 @@ def sparse_adam_step_(
     other_squared: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     copies: tuple[Tensor | None, Tensor | None] = (None, None),
+    rounding_seed: int = 0,
 ) -> Tensor | None:
     """Do one Adam step on all four parameters of an SAE, in place, latent by latent.
 
@@ -55,7 +56,8 @@ def sparse_adam_step_(
     Args:
         parameters: `StepTensors(W_enc [d_sae, d_in], W_dec [d_sae, d_out], b_enc [d_sae], b_dec
             [d_out])`, float32 or float64, contiguous; changed in place, like the next two.
-        exp_avg: Adam's average of the gradient, tensors like `parameters`.
+        exp_avg: Adam's average of the gradient, tensors like `parameters`. With float32 parameters
+            `W_enc` and `W_dec` of both averages may be bfloat16, rounded stochastically.
         exp_avg_sq: Adam's average of its square. With `W_enc` and `W_dec` of shape [d_sae], one
             number for each row: the average of the mean square of the row's gradient, which makes
             it Adam-mini with a block per latent.
@@ -85,6 +87,7 @@ def sparse_adam_step_(
             everything else keep their precision.
         copies: [d_sae, d_in] and [d_sae, d_out] bfloat16, contiguous: get the new W_enc and W_dec,
             rounded to nearest, ties to even. None: no copy. Of float32 parameters alone.
+        rounding_seed: of the random bits by which averages in bfloat16 are rounded.
 
     Returns:
         With `other_squared` the number [] float64 that clipping multiplied all gradients with, by
@@ -107,12 +110,14 @@ def sparse_adam_step_(
         lr 1e-3. Bitwise the same for every number of threads, but where more than a quarter of all
         entries are active, whose gradients a matmul adds up on a CPU. An entry whose value is
         exactly 0 is ignored. Autocast changes nothing. Tensors `lr` and `step` give the same bits
-        as numbers.
+        as numbers. Averages in bfloat16 are computed in float32, move the parameters, and are then
+        rounded up or down such that their mean is what was computed. The random bits follow from
+        `rounding_seed`, `step`, matrix, row and column alone: the same on every device.
 
     Cost:
         Reads and writes every parameter and both averages once, 24 bytes for each float32
-        parameter (16 with one number for each row); two rows of width d_in per entry from cache. A
-        copy is 2 more bytes written for each parameter.
+        parameter (16 with one number for each row, or with averages in bfloat16); two rows of width
+        d_in per entry from cache. A copy is 2 more bytes written for each parameter.
 
     Source:
         Kingma and Ba 2015 (arXiv 1412.6980), algorithm 1; Zhang et al. 2024, "Adam-mini"
@@ -173,6 +178,7 @@ def sparse_adam_step_(
         lr if isinstance(lr, Tensor) else None,
         step if isinstance(step, Tensor) else None,
         *copies,
+        rounding_seed,
     )
     _count_writes(*parameters, *exp_avg, *exp_avg_sq, *copies)
     return None if clip is None else clip[1]
@@ -196,6 +202,12 @@ def _check_state(parameters: StepTensors, exp_avg: StepTensors, exp_avg_sq: Step
     shapes = ((d_sae, d_in), (d_sae, d_out), (d_sae,), (d_out,))
     meanings = ("[d_sae, d_in]", "[d_sae, d_out]", "[d_sae]", "[d_out]")
     by_rows = exp_avg_sq.W_enc.ndim == 1
+    rounded = exp_avg.W_enc.dtype == torch.bfloat16
+    if rounded and (W_enc.dtype != torch.float32 or by_rows):
+        raise TypeError(
+            f"{_OP}: expected float32 parameters and squares of every number with averages in "
+            f"bfloat16, got {W_enc.dtype} and {'one for each row' if by_rows else 'those'}"
+        )
     for group, tensors in (("", parameters), ("exp_avg.", exp_avg), ("exp_avg_sq.", exp_avg_sq)):
         for name, tensor, size, meaning in zip(
             StepTensors._fields, tensors, shapes, meanings, strict=True
@@ -203,7 +215,10 @@ def _check_state(parameters: StepTensors, exp_avg: StepTensors, exp_avg_sq: Step
             if by_rows and tensors is exp_avg_sq and len(size) == 2:
                 size, meaning = shapes[2], meanings[2]
             _check.shape(_OP, group + name, tensor, size, meaning)
-            _check.same(_OP, group + name, tensor, "W_enc", W_enc)
+            if rounded and group and len(size) == 2:
+                _check.same(_OP, group + name, tensor, "exp_avg.W_enc", exp_avg.W_enc)
+            else:
+                _check.same(_OP, group + name, tensor, "W_enc", W_enc)
 
 
 def _check_batch(
@@ -366,7 +381,7 @@ def _plain(*arguments: Any) -> None:
     values, indices, offsets, grad_output, g, enc_indices, enc_offsets, x = arguments[12:20]
     rows, more, clip = arguments[20:24], arguments[24:28], arguments[28]
     lr, beta1, beta2, eps, step, max_norm, unit_norm, apply_b_dec, _ = arguments[29:38]
-    lr_tensor, step_tensor, *copies = (*arguments[38:], None, None, None, None)[:4]
+    lr_tensor, step_tensor, *copies, seed = (*arguments[38:], None, None, None, None, 0)[:5]
     d_sae = parameters.W_enc.shape[0]
     factor = reference.sparse_adam_step_(
         parameters,
@@ -387,6 +402,7 @@ def _plain(*arguments: Any) -> None:
         apply_b_dec_to_input=apply_b_dec,
         other_squared=None if clip is None else clip[0],
         copies=(copies[0], copies[1]),
+        rounding_seed=seed,
     )
     if clip is not None:
         clip[1] = factor

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsae.reference.decode import group_by_latent, sparse_weight_grad
+from fastsae.reference.dither import dither, round_stochastically
 from fastsae.types import LatentGradients, MoreGradients, SparseActs, StepTensors
 
 
@@ -31,6 +32,7 @@ def sparse_adam_step_(
     apply_b_dec_to_input: bool = True,
     other_squared: Tensor | None = None,
     copies: tuple[Tensor | None, Tensor | None] = (None, None),
+    rounding_seed: int = 0,
 ) -> Tensor | None:
     """See `fastsae.ops.sparse_adam_step_`."""
     lr, step = float(lr), int(step)
@@ -69,7 +71,9 @@ def sparse_adam_step_(
         gradients = StepTensors(*(g * factor for g in gradients))
     step_size = lr / (1 - betas[0] ** step)
     correction = math.sqrt(1 - betas[1] ** step)
-    for p, m, v, g in zip(parameters, exp_avg, exp_avg_sq, gradients, strict=True):
+    states = zip(parameters, exp_avg, exp_avg_sq, gradients, strict=True)
+    for place, (p, stored_m, stored_v, g) in enumerate(states):
+        m, v = stored_m.to(p.dtype), stored_v.to(p.dtype)
         m.lerp_(g, 1 - betas[0])
         squares = g.square()
         if v.ndim < p.ndim:
@@ -77,6 +81,10 @@ def sparse_adam_step_(
         v.mul_(betas[1]).add_(squares, alpha=1 - betas[1])
         root = v.sqrt() / correction + eps
         p.sub_(step_size * m / (root.unsqueeze(1) if v.ndim < p.ndim else root))
+        if m is not stored_m:
+            noise = dither(p.shape[0], p.shape[1], rounding_seed, step, place).to(p.device)
+            stored_m.copy_(round_stochastically(m, noise & 0xFFFF))
+            stored_v.copy_(round_stochastically(v, noise >> 16))
     if unit_norm:
         norm = W_dec.norm(dim=1, keepdim=True)
         W_dec.div_(torch.where(norm > 0, norm, 1))

@@ -25,6 +25,8 @@ from fastsae.types import LatentGradients, MoreGradients, SparseActs, StepTensor
 if TYPE_CHECKING:
     from fastsae.train.config import TrainConfig
 
+MOST_DICTIONARIES = 1 << 16
+"""In one update: each rounds its averages by random bits of its own."""
 PARAMETERS = ("W_enc_rows", "W_dec", "b_enc", "b_dec")
 
 
@@ -69,11 +71,17 @@ class FusedUpdate:
         moved = moved_parameters(sae)
         if config.weight_copies:
             self.rounded = [Rounded(one.W_enc) for one in _dictionaries(moved, moved)]
-        self.exp_avg = {name: torch.zeros_like(p) for name, p in moved.items()}
-        zeros = squares_like if config.optimizer == "adam_mini" else torch.zeros_like
+        averages = self._averages
+        self.exp_avg = {name: averages(p) for name, p in moved.items()}
+        zeros = squares_like if config.optimizer == "adam_mini" else averages
         self.exp_avg_sq = {name: zeros(p) for name, p in moved.items()}
         self.others = {name: p for name, p in sae.named_parameters() if name not in moved}
         self.optimizer = make_optimizer(list(self.others.values()), config) if self.others else None
+
+    def _averages(self, p: Tensor) -> Tensor:
+        """Return zeros for an average of `p`: of a matrix in the dtype that is asked for."""
+        rounded = p.ndim == 2 and self.config.adam_dtype == "bfloat16"
+        return torch.zeros_like(p, dtype=torch.bfloat16 if rounded else None)
 
     def step(self, batch: Tensor, context: StepContext, lr: float) -> SAEOutput:
         """See `Update.step`."""
@@ -109,10 +117,12 @@ class FusedUpdate:
         of_rows, of_others = rest[: len(rows)], rest[len(rows) :]
         factor, squares = None, self._squares(of_others)
         averages = [_dictionaries(held, moved) for held in (self.exp_avg, self.exp_avg_sq)]
-        for tape, more, *state in zip(tapes, _more(own, len(tapes)), *averages, strict=True):
+        every = zip(tapes, _more(own, len(tapes)), *averages, strict=True)
+        for place, (tape, more, *state) in enumerate(every):
             extra = _rows(tape, of_rows)
+            seed = self.config.seed * MOST_DICTIONARIES + place
             kept = (state[0], state[1])
-            factor = self._move(tape, kept, more, extra, squares, context, lr, number)
+            factor = self._move(tape, kept, more, extra, squares, context, lr, number, seed)
         for tape, rounded in zip(tapes, self.rounded, strict=False):
             rounded.written(tape.parameters.W_enc)  # dictionaries may share a counter of writes
         self._move_others(of_others, factor, lr)
@@ -149,6 +159,7 @@ class FusedUpdate:
         context: StepContext,
         lr: float | Tensor,
         number: int | Tensor,
+        seed: int,
     ) -> Tensor | None:
         """Move a dictionary; return what clipping multiplied the gradients with."""
         cfg = self.config
@@ -175,6 +186,7 @@ class FusedUpdate:
             other_squared=squares,
             compute_dtype=context.compute_dtype,
             copies=(None if tape.rounded is None else tape.rounded.copy, None),
+            rounding_seed=seed,
         )
 
     def _move_others(

@@ -56,6 +56,8 @@ def make_update(sae: SAE, config: TrainConfig) -> Update:
     _check_tensors(sae)
     if config.weight_copies:
         _check_copies(sae, config)
+    if config.adam_dtype == "bfloat16":
+        _check_averages(sae, config)
     if not sae.parallel.is_alone:
         return _sharded(sae, config)
     refusal = None if config.update == "autograd" else why_not_fused(sae, config)
@@ -68,6 +70,15 @@ def make_update(sae: SAE, config: TrainConfig) -> Update:
     if refusal is not None:
         raise ValueError(f"Trainer: expected update='fused' to apply, but {refusal}")
     return FusedUpdate(sae, config)
+
+
+def _check_averages(sae: SAE, config: TrainConfig) -> None:
+    """Raise ValueError where averages in bfloat16 would not be rounded stochastically."""
+    why = why_not_fused(sae, config)
+    if why is None and sae.W_enc_rows.dtype != torch.float32:
+        why = f"the parameters are {sae.W_enc_rows.dtype}, not float32"
+    if why is not None:
+        raise ValueError(f"Trainer: expected adam_dtype='float32', because {why}")
 
 
 def _check_copies(sae: SAE, config: TrainConfig) -> None:
