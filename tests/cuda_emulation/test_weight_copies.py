@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 import fastsae
 from fastsae import TrainConfig, Trainer
 from fastsae.ops import _rounded, _tape
-from fastsae.train import update
+from fastsae.train import captured_step, update
 from fastsae.types import StepTensors
 from tests.conftest import EMULATED, emulated
 from tests.ops.calls import NAMES
+from tests.train.recorded_graph import RecordedGraph
 from tests.train.test_fused_classes import CLASSES, build, rows
 
 pytestmark = pytest.mark.skipif(
@@ -206,6 +209,30 @@ def test_a_resumed_run_goes_on_with_the_same_bits(as_on_cuda, tmp_path) -> None:
     for copies in (True, False):  # free to change: it changes no bit
         again = trainer(copies=copies, out=tmp_path / str(copies))
         assert_same_bits(state_of(again.fit(resume=at).sae), want)
+
+
+@pytest.mark.parametrize("adam_dtype", ["float32", "bfloat16"])
+def test_a_recorded_step_reads_what_was_written_meanwhile(adam_dtype, as_on_cuda, made) -> None:
+    """Replays, writes from outside between them, and random bits of a number on the device."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastsae.") and hasattr(module, "can_look"):
+            as_on_cuda.setattr(module, "can_look", lambda _: False)
+    as_on_cuda.setattr(captured_step, "can_record", lambda _: True)
+    as_on_cuda.setattr(captured_step, "make_graph", lambda _: RecordedGraph())
+    found = []
+    for capture in (False, True):
+        made.clear()
+        t = trainer(copies=capture, capture=capture, adam_dtype=adam_dtype)
+        t.prepare()
+        for i, batch in enumerate(rows(t.sae).split(50)):
+            if i in (0, 7, 10):
+                in_place(t.sae)
+            t.step(batch)
+        averages = {name: m.clone() for name, m in t._update.exp_avg_sq.items()}
+        found.append({**state_of(t.sae), **{f"{name} squares": m for name, m in averages.items()}})
+        assert len(made) == (3 if capture else 0)
+    assert t._captured.replays >= 6
+    assert_same_bits(*found)
 
 
 def test_what_has_no_use_for_copies_is_refused(monkeypatch) -> None:

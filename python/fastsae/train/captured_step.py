@@ -145,11 +145,13 @@ class CapturedStep:
             self._seen = kind
             if self._count <= WARM_UP:
                 return self._graph.warm_up(lambda: self._do(given))
+            self._update.refresh_copies()  # not as a part of what is recorded
             self._record(given, kind)
         self._seen = None
         assert self._inputs is not None
         assert self._out is not None
         self._set(given)
+        self._update.refresh_copies()
         self._graph.replay()
         self.replays += 1
         return replace(self._out)

@@ -89,6 +89,14 @@ class FusedUpdate:
         self.count += 1
         return out
 
+    def refresh_copies(self) -> None:
+        """Make copies anew that are not of what the parameters hold: before a step, and before one
+        that was recorded is replayed."""
+        if self.rounded:
+            moved = moved_parameters(self.sae)
+            for rounded, one in zip(self.rounded, _dictionaries(moved, moved), strict=True):
+                rounded.refresh(one.W_enc)
+
     def move(
         self, batch: Tensor, context: StepContext, lr: float | Tensor, number: int | Tensor
     ) -> SAEOutput:
@@ -103,8 +111,8 @@ class FusedUpdate:
         moved, others = moved_parameters(self.sae), list(self.others.values())
         centered = self.sae.apply_b_dec_to_input
         with _tape.opened(_dictionaries(moved, moved), centered, self.buffers) as tapes:
+            self.refresh_copies()
             for tape, rounded in zip(tapes, self.rounded, strict=False):
-                rounded.refresh(tape.parameters.W_enc)
                 tape.rounded = rounded
             out = self.sae.training_loss(batch, context)
             rows = [leaf for tape in tapes if tape.rows is not None for leaf in tape.rows[1]]
