@@ -30,8 +30,7 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
   const A scale = a.scale ? *a.scale : A(1);
   if constexpr (kUpdate) {
     if (a.rate->inverse_correction2 == A(0)) return;  // there is no step
-    if (tid == 0) rate = *a.rate;
-    __syncthreads();  // the rate is there
+    if (tid == 0) rate = *a.rate;                     // read after the first barrier below
   }
 
   const int groups = (a.d_sae - 1) / kGroup + 1;

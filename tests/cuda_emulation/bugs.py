@@ -509,18 +509,12 @@ BUGS = (
             (" by side", _BY_SIDE, "sparse_adam_step_by_side"),
         )
     ),
-    *(
-        _barrier(
-            f"the rate is read early{where}",
-            "sparse_adam_step_",
-            file,
-            "the rate is there",
-            launcher=launcher,
-        )
-        for where, file, launcher in (
-            ("", _ADAM, "sparse_adam_step"),
-            (" by side", _BY_SIDE, "sparse_adam_step_by_side"),
-        )
+    _barrier(
+        "the rate is read early",
+        "sparse_adam_step_",
+        _ADAM,
+        "the rate is there",
+        launcher="sparse_adam_step",
     ),
     Bug(
         "both codes are sorted as the decoder's",
