@@ -18,7 +18,7 @@ from bench.timing import Case, Work
 from fastsae import _library, ops
 
 # The ways that CUDA's encoders have beside the default one, and other sizes of their blocks.
-WAYS = {
+WAYS: dict[str, tuple[str, ...]] = {
     "blocks": ("blocks:4096x2048", "blocks:4096x4096"),
     "overlap": ("overlap:1024x2048", "overlap:2048x4096"),
 }
