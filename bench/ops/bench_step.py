@@ -77,16 +77,20 @@ def _trainer(shape: Shape, data: torch.Tensor, device: str, steps: int, **settin
 def _captured(name: str, shape: Shape, device: str) -> Case:
     """A step that is replayed as one graph, against the same step as Python starts it."""
     x = torch.randn(shape[0], shape[1], device=device)
-    plain, captured = (_trainer(shape, x, device, 1 << 30, capture=on) for on in (False, True))
-    for trainer in (plain, captured):
+
+    def fresh(captured: bool) -> Trainer:
+        trainer = _trainer(shape, x, device, 1 << 30, capture=captured)
         trainer.prepare(x)
-        for _ in range(5):  # the graph is recorded in the fourth
-            trainer.step(x)
+        return trainer
+
+    def losses(captured: bool) -> list[float]:
+        trainer = fresh(captured)  # the graph is recorded in the fourth step
+        return [float(trainer.step(x).loss) for _ in range(6)]
 
     def same() -> None:
-        losses = [float(trainer.step(x).loss) for trainer in (plain, captured)]
-        assert losses[0] == losses[1], losses
+        assert losses(True) == losses(False)
 
+    plain, captured = fresh(False), fresh(True)
     return Case(
         "training step (captured)",
         describe(name, shape),
