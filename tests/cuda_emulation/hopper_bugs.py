@@ -107,7 +107,7 @@ _FORMATS = (
             "result",
         ),
         ("the descriptor lost a bit of the address", "at & 0x3ffffu", "at & 0x1ffffu", "result"),
-        ("a lane has another row", "thread % 32 / 4;", "thread % 32 % 8;", "result"),
+        ("a lane has another row", "thread % 32 / 4;", "thread % 32 / 4 ^ 1;", "result"),
         ("a warp has the rows of another", "thread / 32 * 16", "thread / 32 * 8", "result"),
         (
             "a lane has another column",
