@@ -24,8 +24,8 @@ int64_t part_of(int64_t size, int64_t parts, int64_t unit) {
 template <class A>
 class Block {
  public:
-  Block(int64_t m, int64_t n, int64_t k, Strided<A> a, Strided<A> b, const Finish<A>& finish, A* c)
-      : m_(m), n_(n), k_(k), a_(a), b_(b), finish_(finish), c_(c) {
+  Block(int64_t n, int64_t k, Strided<A> a, Strided<A> b, const Finish<A>& finish, A* c)
+      : n_(n), k_(k), a_(a), b_(b), finish_(finish), c_(c) {
     depth_ = std::max<int64_t>(8, part_of(k, blocks_of(k, kMostDepth), 8));
     const int64_t bytes = depth_ * tile_.tokens * static_cast<int64_t>(sizeof(A));
     most_panels_ = std::max<int64_t>(1, kPanelBytes / bytes);
@@ -124,7 +124,7 @@ class Block {
   }
 
   const TileKernels<A>& tile_ = tile_kernels<A>();
-  const int64_t m_, n_, k_;
+  const int64_t n_, k_;
   const Strided<A> a_, b_;
   const Finish<A>& finish_;
   A* c_;
@@ -148,7 +148,7 @@ void matmul(int64_t m, int64_t n, int64_t k, Strided<A> a, Strided<A> b, const F
   const int64_t rows = part_of(m, down, tile.latents);
   const int64_t columns = part_of(n, threads / down, tile.tokens);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    Block<A> block(m, n, k, a, b, finish, c);
+    Block<A> block(n, k, a, b, finish, c);
     for (int64_t at = begin; at < end; ++at) {
       const int64_t i = at % down * rows, j = at / down * columns;
       if (i < m && j < n) block.run(i, std::min(m, i + rows), j, std::min(n, j + columns));

@@ -54,10 +54,8 @@ def make_update(sae: SAE, config: TrainConfig) -> Update:
         ValueError: the fused update is asked for and does not apply.
     """
     _check_tensors(sae)
-    if config.weight_copies:
-        _check_copies(sae, config)
-    if config.adam_dtype == "bfloat16":
-        _check_averages(sae, config)
+    if config.weight_copies or config.adam_dtype == "bfloat16":
+        _check_float32_options(sae, config)
     if not sae.parallel.is_alone:
         return _sharded(sae, config)
     refusal = None if config.update == "autograd" else why_not_fused(sae, config)
@@ -72,25 +70,21 @@ def make_update(sae: SAE, config: TrainConfig) -> Update:
     return FusedUpdate(sae, config)
 
 
-def _check_averages(sae: SAE, config: TrainConfig) -> None:
-    """Raise ValueError where averages in bfloat16 would not be rounded stochastically."""
-    why = why_not_fused(sae, config)
-    if why is None and sae.W_enc_rows.dtype != torch.float32:
-        why = f"the parameters are {sae.W_enc_rows.dtype}, not float32"
-    if why is not None:
-        raise ValueError(f"Trainer: expected adam_dtype='float32', because {why}")
-
-
-def _check_copies(sae: SAE, config: TrainConfig) -> None:
-    """Raise ValueError where a bfloat16 copy of W_enc would not be read or written."""
-    why = why_not_fused(sae, config)
+def _check_float32_options(sae: SAE, config: TrainConfig) -> None:
+    """Raise ValueError where averages in bfloat16 would not be rounded stochastically, or a
+    bfloat16 copy of W_enc would not be written or read."""
     W = sae.W_enc_rows
+    why = why_not_fused(sae, config)
     if why is None and W.dtype != torch.float32:
         why = f"the parameters are {W.dtype}, not float32"
-    if why is None and not converts_weights(W.device):
-        why = f"the encoder of {W.device.type} rounds weights as it reads them"
     if why is not None:
-        raise ValueError(f"Trainer: expected weight_copies=False, because {why}")
+        wanted = "weight_copies=False" if config.weight_copies else "adam_dtype='float32'"
+        raise ValueError(f"Trainer: expected {wanted}, because {why}")
+    if config.weight_copies and not converts_weights(W.device):
+        raise ValueError(
+            "Trainer: expected weight_copies=False, because the encoder of "
+            f"{W.device.type} rounds weights as it reads them"
+        )
 
 
 def kind_of(update: Update) -> str:
