@@ -6,6 +6,7 @@ in every step. `sparse_adam_step_` writes the copy while it holds the rows that 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 from weakref import WeakSet
 
@@ -30,6 +31,7 @@ class Rounded:
         self.copy = torch.empty_like(matrix, dtype=torch.bfloat16)
         self._of: Tensor | None = None  # keeps its memory, so that the address is no other's
         self._version = -1
+        _watch_optimizers()
         _alive.add(self)
 
     def is_of(self, matrix: Tensor) -> bool:
@@ -68,4 +70,7 @@ def _forget_moved(optimizer: Optimizer, *_: Any) -> None:
         rounded.forget(storages)
 
 
-register_optimizer_step_post_hook(_forget_moved)
+@cache
+def _watch_optimizers() -> None:
+    """Look at every step of an optimizer of torch from now on: once there is a copy at all."""
+    register_optimizer_step_post_hook(_forget_moved)
