@@ -13,12 +13,15 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.nn.loss import fvu_of_error
 from fastsae.nn.parallel import ALONE, Parallel
+from fastsae.ops._dense import plain
+from fastsae.ops._encode import attach, attachable
+from fastsae.ops._matmul import matmul
 from fastsae.types import SparseActs
 
-DENSE_UP_TO = 1.5
-"""Dead latents per selected one up to which dense matmuls are cheaper than gathering rows. On 2
-cores of Zen 5 (d 768, k 512, 1,024 tokens) 500 dead latents took 22 ms a step against 35, and 1,000
-already 74 against 66, because torch's float32 matmul reaches a third of the peak."""
+DENSE_UP_TO = 4
+"""Dead latents per selected one up to which dense matmuls are cheaper than gathering rows. On two
+threads of Zen 4 (d 576, k 256, 1,024 tokens, ms of the loss and its gradients): 20 against 29 of
+512 dead latents, 39 against 44 of 1,024, 79 against 47 of 2,048."""
 
 
 class LatentRows(NamedTuple):
@@ -52,25 +55,34 @@ def auxk_loss(
         k: latents per token at most.
         parallel: who else has dead latents and tokens.
 
-    Cost: 2 n e d_in flops for the encoder; then matmuls of [n, e] and [e, d_in], dense as long as
-    that is cheaper than gathering k rows of d_in per token.
+    Cost: 2 n e d_in flops for the encoder, and where e <= DENSE_UP_TO k each of the four products
+    after it; otherwise k rows of d_in per token for these.
     """
     if rows.mask is not None:
         return _masked_loss(x, error, rows, rows.mask, k)
     count = rows.W_enc.shape[0] if rows.total is None else rows.total
     k = min(k, count)
-    if count > DENSE_UP_TO * k or not parallel.is_alone:
+    acts = _dense_code(x, rows, k) if count <= DENSE_UP_TO * k and parallel.is_alone else None
+    if acts is None:
         acts = parallel.encode_topk(x, rows.W_enc, rows.b_enc, k, b_dec=rows.input_bias)
-        prediction = parallel.sparse_decode(acts, rows.W_dec)
-    else:
-        centered = x if rows.input_bias is None else x - rows.input_bias
-        pre = torch.addmm(rows.b_enc, centered, rows.W_enc.t())
-        if k < count:
-            kept = torch.zeros_like(pre, dtype=torch.bool)
-            kept.scatter_(1, ops.topk(pre.detach(), k).indices.long(), True)
-            pre = pre.where(kept, 0)
-        prediction = pre.relu() @ rows.W_dec
+    prediction = parallel.sparse_decode(acts, rows.W_dec)
     return fvu_of_error(prediction, error, parallel)
+
+
+def _dense_code(x: Tensor, rows: LatentRows, k: int) -> SparseActs | None:
+    """Return the code of the k largest of `rows` with an entry for each of them, those that are not
+    selected 0; None where such codes are not multiplied by dense matmuls, see `ops._dense`."""
+    bias = rows.input_bias
+    given = [t for t in (x, rows.W_enc, rows.b_enc, bias) if t is not None]
+    if not plain(given) or not attachable(x, rows.W_enc, rows.b_enc, bias):
+        return None
+    with torch.no_grad():
+        centered = x if bias is None else x - bias
+        code = matmul(centered, rows.W_enc.t(), rows.b_enc, relu=True)
+        if k < code.shape[1]:
+            top = ops.topk(code, k)
+            code = torch.zeros_like(code).scatter_(1, top.indices.long(), top.values)
+    return attach(SparseActs.full(code), x, rows.W_enc, rows.b_enc, bias)
 
 
 def _masked_loss(x: Tensor, error: Tensor, rows: LatentRows, mask: Tensor, k: int) -> Tensor:
