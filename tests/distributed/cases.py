@@ -5,10 +5,13 @@ import torch
 import fastsae
 from fastsae import TrainConfig
 from fastsae.nn import StepContext
+from fastsae.nn.objective import AUX_ROOM
 from fastsae.nn.transcoder import TranscoderMixin
 
 D, F, K, N, STEPS = 16, 61, 6, 64, 100
 """61 latents: two or four processes do not have equally many."""
+K_AUX = 4
+"""More are dead than a step trains."""
 CLASSES = {
     "TopK": (fastsae.TopKSAE, {}),
     "AbsTopK": (fastsae.TopKSAE, {"absolute": True}),
@@ -33,7 +36,7 @@ def build(name, dtype=torch.float64):
     torch.manual_seed(0)
     cls, options = CLASSES[name]
     transcodes = issubclass(cls, TranscoderMixin)
-    sae = cls(D, *([D] if transcodes else []), F, K, dtype=dtype, k_aux=8, **options)
+    sae = cls(D, *([D] if transcodes else []), F, K, dtype=dtype, k_aux=K_AUX, **options)
     width = sum(sae.columns.widths)
     batches = [torch.randn(N, width, dtype=dtype) for _ in range(STEPS)]
     return sae.train(), batches
@@ -41,12 +44,14 @@ def build(name, dtype=torch.float64):
 
 def dead_latents():
     """Return latents that the auxiliary loss trains in every step."""
-    return torch.rand(F, generator=torch.Generator().manual_seed(1)) < 0.3
+    dead = torch.rand(F, generator=torch.Generator().manual_seed(1)) < 0.3
+    assert int(dead.sum()) > AUX_ROOM * K_AUX
+    return dead
 
 
-def context(dead):
+def context(dead, turn):
     """Return what a step knows."""
-    return StepContext(dead=dead, progress=0.5)
+    return StepContext(dead=dead, turn=turn, progress=0.5)
 
 
 def matrices():

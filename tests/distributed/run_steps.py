@@ -23,11 +23,12 @@ def steps(name):
     n = cases.N // data
     rows = slice(layout.data.rank * n, (layout.data.rank + 1) * n)
     update = make_update(sae, cases.CONFIG)
-    context = cases.context(cases.dead_latents()[own])
+    dead = cases.dead_latents()[own]
     losses, used = [], []
-    for batch in batches:
+    for turn, batch in enumerate(batches):
         before = dict(layout.used)
-        losses.append(update.step(batch[rows], context, 1e-3).loss.item())
+        out = update.step(batch[rows], cases.context(dead, turn), 1e-3)
+        losses.append(out.loss.item())
         used.append({kind: count - before.get(kind, 0) for kind, count in layout.used.items()})
     unshard_(sae)
     return {"losses": losses, "state": dict(sae.state_dict()), "used": used}

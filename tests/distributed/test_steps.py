@@ -27,8 +27,10 @@ def alone():
     def steps(name):
         sae, batches = cases.build(name)
         update = make_update(sae, cases.CONFIG)
-        context = cases.context(cases.dead_latents())
-        losses = [update.step(batch, context, 1e-3).loss.item() for batch in batches]
+        losses = []
+        for turn, batch in enumerate(batches):
+            context = cases.context(cases.dead_latents(), turn)
+            losses.append(update.step(batch, context, 1e-3).loss.item())
         return losses, dict(sae.state_dict())
 
     return {name: steps(name) for name in cases.CLASSES}

@@ -1,4 +1,4 @@
-"""Dead latents where the device may not be asked how many there are: room for some, and turns."""
+"""Dead latents of a step: room for some, turns of more, and no question how many there are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastsae import Transcoder
 from fastsae.nn import BatchTopKSAE, MatryoshkaSAE, StepContext, TopKSAE, objective
 
 D, F, K, K_AUX = 8, 60, 3, 5
-ROOM = 4 * K_AUX
+ROOM = 2 * K_AUX
 CLASSES = {
     "TopK": lambda: TopKSAE(D, F, K, k_aux=K_AUX, dtype=torch.float64),
     "uncentered": lambda: TopKSAE(
@@ -22,7 +22,7 @@ CLASSES = {
 }
 
 
-def loss_and_grads(sae, batch, dead, turn=0):
+def loss_and_grads(sae, batch, dead, turn=None):
     out = sae.training_loss(batch, StepContext(dead=dead, turn=turn))
     return out.loss, out.aux_loss, torch.autograd.grad(out.loss, list(sae.parameters()))
 
@@ -56,7 +56,8 @@ def test_as_long_as_they_fit_it_is_the_loss_of_all(kind, count, turn, no_looking
 
 @pytest.mark.parametrize("count", [ROOM + 1, 33, F])
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_more_than_fit_take_turns(count, as_tensor, no_looking):
+@pytest.mark.parametrize("looks", [False, True])
+def test_more_than_fit_take_turns(count, as_tensor, looks, no_looking):
     sae, batch = made("TopK")
     dead = torch.zeros(F, dtype=torch.bool)
     dead[torch.randperm(F)[:count]] = True
@@ -71,10 +72,25 @@ def test_more_than_fit_take_turns(count, as_tensor, no_looking):
         wanted.append(loss_and_grads(sae, batch, mask))
     assert {served[f] > 0 for f in order} == {True}
     assert max(served) - min(served[f] for f in order) <= 1
-    no_looking()
+    if not looks:
+        no_looking()
     for turn, want in enumerate(wanted):
         number = torch.tensor(turn) if as_tensor else turn
         assert_close(loss_and_grads(sae, batch, dead, number), want, rtol=1e-11, atol=1e-12)
+
+
+def test_without_a_turn_all_are_trained():
+    sae, batch = made("TopK")
+    dead = torch.arange(F) < ROOM + 10
+    found = loss_and_grads(sae, batch, dead)
+    rows = sae.W_enc_rows[dead], sae.b_enc[dead], sae.W_dec[dead]
+    with torch.no_grad():
+        error = sae(batch) - batch
+        pre = (batch - sae.b_dec) @ rows[0].T + rows[1]
+        largest = pre.topk(K_AUX).indices
+        code = torch.zeros_like(pre).scatter(1, largest, pre.gather(1, largest).relu())
+        left = (code @ rows[2] + error).square().sum() / (error - error.mean(0)).square().sum()
+    assert_close(found[1].detach(), left)
 
 
 def test_there_is_never_room_for_more_than_there_are(no_looking):

@@ -21,9 +21,10 @@ class StepContext:
 
     dead: Tensor | None = None
     """bool [d_sae]: the latents that the auxiliary loss trains. None: no auxiliary loss."""
-    turn: int | Tensor = 0
+    turn: int | Tensor | None = None
     """A number that goes up by one from step to step: which of the dead latents come next where
-    there are more than a step has room for, see `nn.objective.dead_rows`. An int, or [] int64."""
+    there are more than a step has room for, see `nn.objective.dead_rows`. An int, or [] int64.
+    None: all of them on a CPU, always the first of them on a GPU."""
     sparsity_scale: float = 1.0
     """Factor of the sparsity loss; a trainer raises it from 0 to 1 at the start of a run."""
     progress: float = 0.0

@@ -14,9 +14,9 @@ from fastsae.nn.parallel import Parallel
 from fastsae.ops import _tape
 from fastsae.types import SparseActs, can_look
 
-AUX_ROOM = 4
-"""Dead latents that a step has room for where it does not ask how many there are, in units of
-k_aux: each token still chooses its k_aux out of several times as many. A choice, not measured."""
+AUX_ROOM = 2
+"""Dead latents that a step trains at most, in units of k_aux; more take turns. What is measured is
+in docs/training.md."""
 
 
 class Dictionary(Protocol):
@@ -80,14 +80,15 @@ def total_loss(
 def dead_rows(sae: Dictionary, context: StepContext) -> LatentRows | None:
     """Return the rows of the latents that the auxiliary loss trains, None without any.
 
-    Where counting them would be a wait for the device, there is room for `AUX_ROOM * k_aux` of
-    them, and a mask says which places are taken. When more are dead, they take turns: of c dead
+    A step has room for `AUX_ROOM * k_aux` of them. When more are dead, they take turns: of c dead
     latents in ascending order, `context.turn` t takes those from place `t * room mod c` on, and
-    from the first one on after the last.
+    from the first one on after the last. Without a turn, all are taken where they can be counted.
+    Where counting them would be a wait for the device, there are `room` rows, and a mask says
+    which of these are dead.
 
     Args:
         sae: gives the rows.
-        context: `dead`, bool [d_sae] or None, and `turn`.
+        context: `dead`, bool [d_sae] or None, and `turn`, None for none.
 
     Raises:
         ValueError: dead has another dtype or shape.
@@ -101,13 +102,17 @@ def dead_rows(sae: Dictionary, context: StepContext) -> LatentRows | None:
     if torch.compiler.is_compiling():  # no shape may depend on how many there are
         return LatentRows(None, sae.W_enc_rows, sae.W_dec, sae.b_enc, bias, dead)
     mask, total = None, None
+    room = min(sae.parallel.latents(sae.d_sae), AUX_ROOM * sae.k_aux)
     if can_look(dead) or not sae.parallel.is_alone:
-        latents = dead.nonzero().squeeze(1)
-        total = sae.parallel.count(latents.numel())
+        total = sae.parallel.count(int(dead.count_nonzero()))
         if total == 0:
             return None
+        if total > room and context.turn is not None:
+            every = sae.parallel.of_all_latents(dead)
+            dead, total = sae.parallel.of_own_latents(_taken(every, room, context.turn)), room
+        latents = dead.nonzero().squeeze(1)
     else:
-        latents, mask = _in_room(dead, min(sae.d_sae, AUX_ROOM * sae.k_aux), context.turn)
+        latents, mask = _in_room(dead, room, 0 if context.turn is None else context.turn)
     if (tape := _tape.of(sae.W_enc_rows)) is not None:
         bias = None if bias is None else bias.detach()
         W_enc, W_dec, b_enc = tape.copy_rows(latents)
@@ -123,8 +128,13 @@ def _in_room(dead: Tensor, room: int, turn: int | Tensor) -> tuple[Tensor, Tenso
 
     No shape depends on how many are dead. Both parts ascend.
     """
-    place = dead.cumsum(0) - 1
-    count = (place[-1] + 1).clamp(min=1)
-    taken = dead & ((place - turn * room) % count < room)
+    taken = _taken(dead, room, turn)
     latents = (~taken).to(torch.uint8).argsort(stable=True)[:room]
     return latents, taken.index_select(0, latents)
+
+
+def _taken(dead: Tensor, room: int, turn: int | Tensor) -> Tensor:
+    """Return which `room` of the dead latents have their turn, all where they fit."""
+    place = dead.cumsum(0) - 1
+    count = (place[-1] + 1).clamp(min=1)
+    return dead & ((place - turn * room) % count < room)

@@ -151,8 +151,8 @@ class SAE(Parameters, ABC):
         Args:
             x: [..., d_in], in the dtype and on the device of the parameters.
             target: what to reconstruct, same shape; None means x.
-            context: what else is known of the step. On a GPU there is room for 4 k_aux dead
-                latents, which take turns when they are more; see `nn.objective.dead_rows`.
+            context: what else is known of the step. More than 2 k_aux dead latents take turns; see
+                `nn.objective.dead_rows`.
 
         Raises:
             ValueError: wrong shape or device.
