@@ -8,9 +8,10 @@
 STORE is a folder written by `fastsae harvest`, with held-out documents; a transcoder reads
 mlp_in.L and mlp_out.L, where --site names L. Every run is a whole `Trainer.fit` with its schedule,
 and one line of RESULTS: what was asked, val_fvu and val_l0 on the first `--val-rows` held-out rows
-(rows above 3 medians of norm are left out there, and kept in training), dead latents and the
-seconds of training. The rate `default` is that of the rule. What RESULTS has is not run again, so
-an interrupted sweep continues; two processes share one with --part 0/2 and --part 1/2.
+(rows above 3 medians of norm are left out there, and kept in training), dead latents, those that
+are silent on 65,536 training rows, and the seconds of training. The rate `default` is that of the
+rule. What RESULTS has is not run again, so an interrupted sweep continues; two processes share one
+with --part 0/2 and --part 1/2.
 """
 
 from __future__ import annotations
@@ -106,8 +107,23 @@ def run(wanted: dict[str, Any], train: Tensor, val: Tensor) -> dict[str, Any]:
         return {**wanted, "error": str(error)}
     seconds = time.perf_counter() - start
     result = {"val_fvu": final["val_fvu"], "val_l0": final["val_l0"]}
-    result |= {"dead": final["dead"] / sae.d_sae, "seconds": seconds, "peak_lr": trainer.plan.lr}
-    return {**wanted, **result}
+    result |= {"dead": final["dead"] / sae.d_sae, "silent": silent(sae, train, wanted["seed"])}
+    return {**wanted, **result, "seconds": seconds, "peak_lr": trainer.plan.lr}
+
+
+@torch.no_grad()
+def silent(sae: SAE, rows: Tensor, seed: int, count: int = 65_536) -> float:
+    """Return the share of latents that are active on none of `count` rows, by the inference rule.
+
+    What the trainer counts as dead are latents that were not active on the last tokens, which are
+    few in a short run: many of these only fire rarely.
+    """
+    some = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool)
+    for places in some.split(2048):
+        x, _, _ = sae.columns.split(rows[places].to(sae.b_enc.dtype))
+        fired |= sae.encode_sparse(x).fired()
+    return float((~fired).float().mean())
 
 
 def grid(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
