@@ -82,6 +82,15 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
       "sparse_decode_values_grad(Tensor grad, Tensor values, Tensor indices, Tensor? offsets,"
       " Tensor W_dec) -> Tensor");
 
+  // sparse_decode, and what the squared error of its result needs, from one gather: error = out -
+  // target [n, d], squared [n] = the sum of error^2 of each row, and products, in the shape of
+  // values, <error[row], W_dec[index]>, 0 for inactive entries. error, squared and products are in
+  // the dtype of sums. products have no derivative.
+  m.def(
+      "sparse_decode_error(Tensor values, Tensor indices, Tensor? offsets, Tensor W_dec,"
+      " Tensor? b_dec, Tensor target)"
+      " -> (Tensor out, Tensor error, Tensor squared, Tensor products)");
+
   // The active entries grouped by latent, rows ascending: offsets [F + 1], rows [capacity], slots
   // [capacity].
   m.def(

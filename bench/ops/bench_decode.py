@@ -1,4 +1,4 @@
-"""sparse_decode, its gradients, group_by_latent and sparse_weight_grad."""
+"""sparse_decode, with its error too, its gradients, group_by_latent and sparse_weight_grad."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[C
         a = acts(shape, dtype, device)
         x, W, _ = weights(shape, dtype, device)
         yield _decode_case(a, W, name, shape, gpu)
+        yield _error_case(a, x, W, name, shape, gpu)
         if gpu or dtype == torch.float32:
             yield from _gradient_cases(a, x, W, name, shape, gpu)
 
@@ -87,6 +88,51 @@ def _decode_case(a: SparseActs, W: Tensor, name: str, shape: Shape, gpu: bool) -
         gather_bytes=W.element_size() * (n * k * d + n * d),
         parts=parts,
         targets={"gather": 0.7, "dense product": 3.0} if gpu else {},
+    )
+
+
+def _error_case(a: SparseActs, x: Tensor, W: Tensor, name: str, shape: Shape, gpu: bool) -> Case:
+    """Also timed against the ops that a step takes otherwise, with what it does between them."""
+    n, d, m, k = shape
+    native, indices, sums = torch.ops.fastsae, a.indices.long(), torch.float32
+
+    def separate(decoded: Tensor) -> tuple[Tensor, Tensor]:
+        error = decoded.to(sums) - x.to(sums)
+        return error, error.square().sum()
+
+    def two_ops() -> tuple[Tensor, Tensor, Tensor]:
+        error, squared = separate(native.sparse_decode(a.values, a.indices, None, W, None))
+        grad = (2 * error).to(W.dtype)
+        return (
+            error,
+            squared,
+            native.sparse_decode_values_grad(grad, a.values, a.indices, None, W),
+        )
+
+    def plain() -> tuple[Tensor, Tensor, Tensor]:
+        error, squared = separate(_bag(a.values, indices, W))
+        return error, squared, _gathered_products((2 * error).to(W.dtype), indices, W)
+
+    def ours() -> tuple[Tensor, Tensor, Tensor]:
+        found = ops.sparse_decode_error(a, W, None, x)
+        return found.error, found.squared.sum(), 2 * found.products
+
+    def same() -> None:
+        t = 10 * _tolerance(W)
+        for got, want in zip(ours(), two_ops(), strict=True):
+            assert_close(got, want.to(sums), rtol=t, atol=t)
+
+    size = W.element_size()
+    return Case(
+        "sparse_decode_error",
+        describe(name, shape),
+        ours,
+        {"two ops": two_ops, "embedding_bag + bmm": plain},
+        same,
+        bytes=size * (min(n * k, m) * d + 2 * n * d) + 4 * n * d,
+        dtype=W.dtype,
+        gather_bytes=size * (n * k * d + 2 * n * d) + 4 * n * d,
+        targets={"two ops": 1.0} if gpu else {},
     )
 
 

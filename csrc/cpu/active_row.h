@@ -15,6 +15,24 @@ inline Tensor accumulated(const char* op, const Tensor& values, const Tensor& ma
   return torch::stable::to(values, accumulator_type(matrix));
 }
 
+// b_dec, if there is one: checked, and contiguous.
+inline std::optional<Tensor> decoder_bias(const char* op, const std::optional<Tensor>& b_dec,
+                                          const Tensor& W) {
+  if (!b_dec) return std::nullopt;
+  check_vector(op, "b_dec", *b_dec, W.size(1));
+  FASTSAE_CHECK(b_dec->scalar_type() == W.scalar_type(), op,
+                ": expected b_dec to have the dtype of W_dec");
+  return as_contiguous(*b_dec);
+}
+
+// Whether rows of W are fetched ahead: of a matrix larger than L2, or than a core's part of L3, and
+// 16-bit rows always. Measured: with it 5 MB take 10 % longer, 21 MB 15 % less, 75 MB a third less.
+inline bool fetches_ahead(const Tensor& W) {
+  constexpr int64_t kLarge = int64_t{8} << 20;
+  const int64_t size = static_cast<int64_t>(W.element_size());
+  return size == 2 || W.numel() * size > kLarge;
+}
+
 // The active entries of one row: where they are, or a closed-up copy if some are inactive.
 template <class A>
 struct ActiveRow {

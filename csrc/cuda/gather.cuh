@@ -3,7 +3,8 @@
 // A warp sums a strip of columns, `kPacks` packs per lane, over the entries of one list. It reads
 // 32 entries at a time, one per lane, passes them on by shuffles, and has the loads of kRows rows
 // in flight before it adds the first. Sums run in the order of the entries, one accumulator per
-// column, so they depend neither on the grid nor on how the columns are split.
+// column, so they depend neither on the grid nor on how the columns are split. Products with rows
+// take kDotRows of them side by side and add up lanes at the end.
 #pragma once
 
 #include "cuda/block.cuh"
@@ -159,6 +160,73 @@ __device__ __forceinline__ void gather_sum(const Strip<F, kWide, kPacks>& strip,
       }
     }
   }
+}
+
+constexpr int kDotRows = 8;  // rows that are multiplied side by side
+
+// Sums of 8 numbers over lanes, in a fixed order: lanes 4r to 4r + 3 get the sum of number r.
+template <class T>
+__device__ __forceinline__ T warp_sum_8(T (&x)[8], int lane) {
+#pragma unroll
+  for (int half = 4; half > 0; half >>= 1) {  // every lane gives away half of its numbers
+    const bool upper = lane & (half << 2);
+#pragma unroll
+    for (int r = 0; r < half; ++r) {
+      const T given = upper ? x[r] : x[r + half], kept = upper ? x[r + half] : x[r];
+      x[r] = kept + __shfl_xor_sync(kFullWarp, given, half << 2);
+    }
+  }
+  x[0] += __shfl_xor_sync(kFullWarp, x[0], 2);
+  return x[0] + __shfl_xor_sync(kFullWarp, x[0], 1);
+}
+
+// A pack as it was read, widened where it is used.
+template <class P>
+struct HeldPack {
+  typename P::Raw raw;
+  __device__ __forceinline__ typename P::Acc at(int e) const { return P::at(raw, e); }
+};
+
+// The product of a row of `packs` packs with the row of `rows` that the lane's entry names, 0
+// without an entry. load(p) reads pack p of the row: number e of it is load(p).at(e). Called by a
+// whole warp.
+template <class F, bool kWide, class Load>
+__device__ __forceinline__ typename F::Acc gather_dot(const Entry<typename F::Acc>& own,
+                                                      const typename F::Bits* rows, int64_t d,
+                                                      int packs, Load&& load) {
+  using P = Pack<F, kWide>;
+  using Acc = typename F::Acc;
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  unsigned left = __ballot_sync(kFullWarp, own.weight != Acc(0));
+  // The dot product of the lane's entry comes out of round place / kDotRows.
+  const int place = own.weight != Acc(0) ? __popc(left & ((1u << lane) - 1u)) : -1;
+  Acc product = 0;
+  for (int round = 0; left; ++round) {
+    const typename F::Bits* row[kDotRows];
+    int from = 0;
+#pragma unroll
+    for (int r = 0; r < kDotRows; ++r) {
+      if (left) from = __ffs(static_cast<int>(left)) - 1;  // past the last one: that again
+      left &= left - 1;
+      row[r] = rows + __shfl_sync(kFullWarp, own.index, from) * d;
+    }
+    Acc dot[kDotRows] = {};
+    for (int p = lane; p < packs; p += 32) {
+      typename P::Raw held[kDotRows];
+#pragma unroll
+      for (int r = 0; r < kDotRows; ++r) held[r] = P::load(row[r] + p * P::kSize);
+      const auto own_pack = load(p);
+#pragma unroll
+      for (int r = 0; r < kDotRows; ++r) {
+#pragma unroll
+        for (int e = 0; e < P::kSize; ++e) dot[r] += own_pack.at(e) * P::at(held[r], e);
+      }
+    }
+    const Acc total = warp_sum_8(dot, lane);
+    const Acc mine = __shfl_sync(kFullWarp, total, 4 * (place & 7));
+    if (place >= 0 && place / kDotRows == round) product = mine;
+  }
+  return product;
 }
 
 // ---- the host's side ----

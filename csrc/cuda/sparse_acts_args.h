@@ -47,6 +47,15 @@ inline SparseActsArgs checked_sparse_acts(const char* op, const Tensor& values,
   return e;
 }
 
+inline void check_decoder_bias(const char* op, const std::optional<Tensor>& b_dec,
+                               const Tensor& W) {
+  if (!b_dec) return;
+  check_vector(op, "b_dec", *b_dec, W.size(1));
+  FASTSAE_CHECK(b_dec->scalar_type() == W.scalar_type(), op,
+                ": expected b_dec to have the dtype of W_dec");
+  check_device(op, "b_dec", *b_dec, W, "W_dec");
+}
+
 // Values come in the dtype of the matrix they multiply, or in the dtype of its sums.
 inline void check_values_type(const char* op, const Tensor& values, const char* name,
                               const Tensor& matrix) {

@@ -13,12 +13,7 @@ Tensor sparse_decode(const Tensor& values, const Tensor& indices, std::optional<
   const Format format = format_of(op, "W_dec", W_in);
   const int64_t d = W_in.size(1);
   check_values_type(op, values, "W_dec", W_in);
-  if (b_dec) {
-    check_vector(op, "b_dec", *b_dec, d);
-    FASTSAE_CHECK(b_dec->scalar_type() == W_in.scalar_type(), op,
-                  ": expected b_dec to have the dtype of W_dec");
-    check_device(op, "b_dec", *b_dec, W_in, "W_dec");
-  }
+  check_decoder_bias(op, b_dec, W_in);
   const DeviceScope device(W_in);
   const Tensor W = as_contiguous(W_in);
   const SparseActsArgs e =

@@ -304,6 +304,20 @@ class LatentLists(NamedTuple):
         return self.offsets.diff()
 
 
+class DecodeError(NamedTuple):
+    """What `sparse_decode_error` returns; all but the first in the dtype of sums."""
+
+    reconstruction: Tensor
+    """[n, d_out], in the dtype of the dictionary."""
+    error: Tensor
+    """[n, d_out]: the reconstruction minus the target."""
+    squared: Tensor
+    """[n]: the sum of error^2 of each token."""
+    products: Tensor
+    """In the shape of the values: of each active entry, the product of the token's error with the
+    latent's row, half of the gradient of `squared` in the value; 0 for the others. Detached."""
+
+
 class StepTensors(NamedTuple):
     """The parameters of an SAE as the ops take them, or one of Adam's averages of them."""
 

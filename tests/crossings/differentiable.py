@@ -165,6 +165,10 @@ def cases() -> list[Case]:
     return table
 
 
+def _columns(reconstruction: Tensor, error: Tensor, squared: Tensor) -> Tensor:
+    return torch.cat([reconstruction, error, squared.unsqueeze(1)], 1)
+
+
 def _of_pattern(layout: str, W: Tensor, b: Tensor, g: Tensor) -> list[Case]:
     a = acts(layout)
     rows, columns, active = _places(a)
@@ -188,6 +192,22 @@ def _of_pattern(layout: str, W: Tensor, b: Tensor, g: Tensor) -> list[Case]:
             (a.values, W, b),
             lambda values, W, b: ops.sparse_decode(with_values(values), W, b),
             lambda values, W, b: matrix(values) @ W + b,
+        ),
+        Case(
+            f"sparse_decode_error-{layout}",
+            (a.values, W, b, g),
+            lambda values, W, b, g: _columns(
+                *ops.sparse_decode_error(with_values(values), W, b, g)[:3]
+            ),
+            lambda values, W, b, g: _columns(
+                x := matrix(values) @ W + b, x - g, (x - g).square().sum(1)
+            ),
+        ),
+        Case(
+            f"sparse_decode_error-squared-{layout}",
+            (a.values, W, g),
+            lambda values, W, g: ops.sparse_decode_error(with_values(values), W, None, g).squared,
+            lambda values, W, g: (matrix(values) @ W - g).square().sum(1),
         ),
         Case(
             f"sparse_decode_values_grad-{layout}",

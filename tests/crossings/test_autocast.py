@@ -58,6 +58,7 @@ def test_decoder_and_its_gradients_cast_as_linear(encoder, dtype) -> None:
         a = SparseActs(values, acts.indices, None, F)
         return (
             ops.sparse_decode(a, W, c),
+            ops.sparse_decode_error(a, W, c, x).reconstruction,
             ops.sparse_decode_values_grad(x, a, W),
             *ops.sparse_weight_grad(values, lists, x),
         )

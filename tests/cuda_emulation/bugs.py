@@ -70,6 +70,7 @@ _RADIX, _LAUNCH = "cuda/topk_radix_kernel.cuh", "cuda/topk.cu"
 _MATRIX = "cuda/matrix_select_args.cuh"
 _FILTER, _CHOOSE = "cuda/matrix_select_filter_kernel.cuh", "cuda/matrix_select_choose_kernel.cuh"
 _FEATURE, _COLUMNS = "cuda/feature_topk_lists_kernel.cuh", "cuda/feature_topk_columns_kernel.cuh"
+_ERROR = "cuda/sparse_decode_error_kernel.cuh"
 _GROUP_BY_LATENT, _LISTS = "cuda/group_by_latent_kernel.cuh", "cuda/lists.cuh"
 _ADAM, _ADAM_BLOCK = "cuda/sparse_adam_step_kernel.cuh", "cuda/adam_block.cuh"
 _BY_SIDE = "cuda/sparse_adam_step_by_side_kernel.cuh"
@@ -289,6 +290,68 @@ BUGS = (
         "return lane < end - base ? get",
         "return lane <= end - base ? get",
         "asan",
+    ),
+    _barrier(
+        "a sum is overwritten",
+        "sparse_decode_error",
+        _ERROR,
+        "done with the sum before the next token",
+    ),
+    Bug(
+        "products begin before the error is there",
+        "sparse_decode_error",
+        _ERROR,
+        "block_sum<kDecodeErrorThreads>(part, space)",
+        "warp_sum(part)",
+        "tsan",
+    ),
+    Bug(
+        "the target of the next token",
+        "sparse_decode_error",
+        _ERROR,
+        "{target + token * d, out",
+        "{target + (token + 1) * d, out",
+        "asan",
+    ),
+    Bug(
+        "the target is added",
+        "sparse_decode_error",
+        _ERROR,
+        "- wanted[i][e];",
+        "+ wanted[i][e];",
+        "result",
+    ),
+    Bug(
+        "the last strip is left out",
+        "sparse_decode_error",
+        "cuda/sparse_decode_error.cu",
+        "return {packs, per_lane, (packs + 32 * per_lane - 1) / (32 * per_lane)};",
+        "return {packs, per_lane, packs / (32 * per_lane)};",
+        "result",
+    ),
+    Bug(
+        "the last product of a batch is left out",
+        "sparse_decode_error",
+        _ERROR,
+        "lane < kDotRows && j < end",
+        "lane < kDotRows - 1 && j < end",
+        "result",
+    ),
+    Bug(
+        "products with the error of the first token",
+        "sparse_decode_error",
+        _ERROR,
+        "load_rounded<F, kWide>(row.error, p)",
+        "load_rounded<F, kWide>(error, p)",
+        "result",
+    ),
+    Bug(
+        "products of padding stay as they are",
+        "sparse_decode_error",
+        _ERROR,
+        "j < entries.p.capacity; j += threads) products[j]",
+        "j < 0; j += threads) products[j]",
+        "result",
     ),
     Bug(
         "segments have no room",

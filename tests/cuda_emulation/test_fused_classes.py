@@ -30,10 +30,10 @@ TWO_CODES = {
 
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The update of CUDA: its kernel, and nobody may ask what is in a tensor."""
+    """The update of CUDA: its kernels, and nobody may ask what is in a tensor."""
     for module in (fused_update, _dense):
         monkeypatch.setattr(module, "can_look", lambda _: False)
-    with emulated("sparse_adam_step_"):
+    with emulated("sparse_adam_step_", "sparse_decode_error"):
         yield monkeypatch
 
 

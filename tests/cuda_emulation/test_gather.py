@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fastsae import SparseActs
+from fastsae.types import accumulator_dtype
 from tests.conftest import EMULATED
 from tests.ops.inputs import DTYPES, acts
 from tests.properties import given, settings, st
@@ -56,6 +57,75 @@ def test_decode_at_every_width(dtype, layout) -> None:
                 close(got, cpu.sparse_decode(*lists(a), W, bias), 11)
             got = cuda.sparse_decode_values_grad(place(grad), *lists(a), place(W))
             close(got, cpu.sparse_decode_values_grad(grad, *lists(a), W), d)
+
+
+def check_error(a: SparseActs, W: Tensor, bias: Tensor | None, target: Tensor, place) -> None:
+    """Each result against those before it, so that what is rounded is the same in both."""
+    acc = accumulator_dtype(W.dtype)
+    out, error, squared, products = cuda.sparse_decode_error(
+        *lists(a), place(W), bias, place(target)
+    )
+    assert torch.equal(out, cuda.sparse_decode(*lists(a), place(W), bias))
+    assert torch.equal(error, out.to(acc) - target.to(acc))
+    close(squared, error.square().sum(1), W.shape[1])
+    wide, rounded = a.values.to(acc), error.to(W.dtype)
+    entries = (wide, a.indices, a.offsets)
+    want = cuda.sparse_decode_values_grad(rounded, *entries, W)
+    close(products, want, W.shape[1])
+    if place(W) is W:
+        assert torch.equal(products, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_decode_error_at_every_width(dtype, layout) -> None:
+    for d in (*WIDTHS, 4500):  # more strips than warps
+        a = acts(3, 50, 11, dtype, layout)
+        W, b, target = (numbers(*s, dtype=dtype) for s in ((50, d), (d,), (3, d)))
+        for place in (lambda t: t, off_by_one):
+            for bias in (None, b):
+                check_error(a, W, bias, target, place)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 9),
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.integers(0, 300),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+)
+def test_decode_error_of_any_shape(n, d_sae, k, d, layout, dtype, wide_values) -> None:
+    a = acts(n, d_sae, min(k, d_sae), dtype, layout)
+    if wide_values and dtype in (torch.bfloat16, torch.float16):
+        a = a.to(torch.float32)
+    W, target = numbers(d_sae, d, dtype=dtype), numbers(n, d, dtype=dtype)
+    check_error(a, W, None, target, lambda t: t)
+
+
+def test_decode_error_of_what_is_not_there() -> None:
+    a = acts(4, 20, 6, torch.float32, "fixed")
+    W, target = torch.randn(20, 16), torch.randn(4, 16)
+    bad = a.indices.clone()
+    bad[0, 0], bad[1, 3], bad[3, 5] = -1, 20, 2**31 - 1
+    silent = torch.where(bad == a.indices, a.values, 0)
+    got = cuda.sparse_decode_error(a.values, bad, None, W, None, target)
+    want = cpu.sparse_decode_error(silent, a.indices, None, W, None, target)
+    for one, other in zip(got, want, strict=True):
+        close(one, other, 6 * 16)
+    # Rows of nothing but padding, of no columns, and no rows at all.
+    none, no_index = torch.zeros(7), torch.zeros(7, dtype=torch.int32)
+    got = cuda.sparse_decode_error(none, no_index, torch.zeros(5).int(), W, None, target)
+    assert torch.equal(got[1], -target)
+    assert not got[3].any()
+    got = cuda.sparse_decode_error(none, no_index, torch.zeros(1).int(), W, None, target[:0])
+    assert [*map(list, (t.shape for t in got))] == [[0, 16], [0, 16], [0], [7]]
+    assert not got[3].any()
+    got = cuda.sparse_decode_error(a.values, a.indices, None, W[:, :0], None, target[:, :0])
+    assert got[2].tolist() == [0.0] * 4
+    assert not got[3].any()
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,11 +220,14 @@ def test_decode_repeats_bit_for_bit() -> None:
     a = acts(40, 300, 20, torch.float32, "variable")
     W, grad = torch.randn(300, 200), torch.randn(40, 200)
     one, two = (
-        (cuda.sparse_decode(*lists(a), W, None), cuda.sparse_decode_values_grad(grad, *lists(a), W))
+        (
+            cuda.sparse_decode(*lists(a), W, None),
+            cuda.sparse_decode_values_grad(grad, *lists(a), W),
+            *cuda.sparse_decode_error(*lists(a), W, None, grad),
+        )
         for _ in range(2)
     )
-    assert torch.equal(one[0], two[0])
-    assert torch.equal(one[1], two[1])
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def test_decode_takes_the_arguments_of_the_cpu() -> None:
@@ -182,6 +255,13 @@ def test_decode_takes_the_arguments_of_the_cpu() -> None:
     for bad in (grad[:3], grad.double()):
         with pytest.raises(RuntimeError, match="sparse_decode_values_grad: expected grad to"):
             cuda.sparse_decode_values_grad(bad, *lists(a), W)
+        for module in (cpu, cuda):
+            with pytest.raises(RuntimeError, match="sparse_decode_error: expected target to"):
+                module.sparse_decode_error(*lists(a), W, None, bad)
+    for bias in (torch.randn(4), torch.randn(5).double()):
+        for module in (cpu, cuda):
+            with pytest.raises(RuntimeError, match="sparse_decode_error: expected b_dec to"):
+                module.sparse_decode_error(*lists(a), W, bias, grad)
 
 
 def same_lists(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:

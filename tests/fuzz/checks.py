@@ -505,6 +505,30 @@ def sparse_decode(rng: Rng) -> tuple[str, int]:
     return what, c.n
 
 
+def sparse_decode_error(rng: Rng) -> tuple[str, int]:
+    """Call sparse_decode_error: each result is checked by those before it."""
+    c = _Code(rng, _ALL)
+    W, W_dec = c.dictionary(rng)
+    b, b_dec = inputs.exact(rng, (c.d,), c.f) if rng.random() < 0.5 else (None, None)
+    t, target = inputs.exact(rng, (c.n, c.d), c.f)
+    wide, what = c.f.wide, f"sparse_decode_error of {c.what}, b_dec {b is not None}"
+    try:
+        got = ops.sparse_decode_error(c.acts, W_dec, b_dec, laid_out(rng, target))
+        _require(got.reconstruction.shape == got.error.shape == (c.n, c.d), "shapes")
+        _require(got.products.shape == c.values.shape, f"shape {list(got.products.shape)}")
+        _close("reconstruction", got.reconstruction, oracle.sparse_decode(c.entries, W, b), c.f)
+        less = numbers(bits_of(got.reconstruction, c.f), c.f) - t
+        error = numbers(bits_of(got.error, wide), wide)
+        _require(np.array_equal(error, numbers(oracle.rounded(less, wide), wide)), "error")
+        _close("squared", got.squared, oracle.squares(error), wide)
+        error = numbers(oracle.rounded(error, c.f), c.f)
+        products = oracle.sparse_decode_values_grad(error, c.entries, W)
+        _close("products", got.products, products, wide)
+    except Exception as e:
+        raise Wrong(f"{what}: {e}") from e
+    return what, c.n
+
+
 def sparse_decode_values_grad(rng: Rng) -> tuple[str, int]:
     """Call sparse_decode_values_grad."""
     c = _Code(rng, _ALL)
@@ -648,7 +672,7 @@ OPS = (
     *(batch_topk, threshold_select, feature_topk) * 3,
     *(encode_topk, encode_batch_topk) * 3,
     *(encode_threshold, encode_feature_topk, encode_group_max) * 2,
-    *(sparse_decode, sparse_decode_values_grad, group_by_latent) * 2,
+    *(sparse_decode, sparse_decode_error, sparse_decode_values_grad, group_by_latent) * 2,
     *(sparse_weight_grad, sparse_adam_step) * 2,
 )
 """As often as they are called."""

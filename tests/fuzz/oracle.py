@@ -238,6 +238,12 @@ def sparse_decode(acts: Entries, W: Array, bias: Array | None) -> Sums:
     return Sums(sums.total + bias, sums.magnitude + np.abs(bias), sums.terms + 1)
 
 
+def squares(error: Array) -> Sums:
+    """Return the sum of squares of every row."""
+    total = (error**2).sum(1)
+    return Sums(total, total, error.shape[1])
+
+
 def sparse_decode_values_grad(grad: Array, acts: Entries, W: Array) -> Sums:
     """Return `<grad[row], W[index]>` of every active entry, 0 of the others."""
     on = acts.active

@@ -31,6 +31,7 @@ NAMES = (
     "encode_gradient_topk",
     "latent_scores",
     "sparse_decode",
+    "sparse_decode_error",
     "sparse_decode_values_grad",
     "group_by_latent",
     "sparse_weight_grad",
@@ -301,6 +302,8 @@ def _sparse() -> list[Call]:
         found += [
             Call("sparse_decode", case, (*entries, W, b), tolerance),
             Call("sparse_decode", f"{case}-no-bias", (*entries, W, None), tolerance),
+            Call("sparse_decode_error", case, (*entries, W, b, x), tolerance * d**0.5),
+            Call("sparse_decode_error", f"{case}-none", (*entries, W, None, x), tolerance * d**0.5),
             Call("sparse_decode_values_grad", case, (grad, *entries, W), tolerance * d**0.5),
             Call("group_by_latent", case, (*entries, m)),
             Call("sparse_weight_grad", case, (a.values, *lists, x), tolerance * n**0.5),

@@ -22,7 +22,8 @@ class SAEOutput:
     loss: Tensor
     """`fvu + auxk_alpha * aux_loss + sparsity_loss`: the number to call backward on."""
     reconstruction: Tensor
-    """x_hat, with the shape of the target; `loss` depends on it in the graph."""
+    """x_hat, with the shape of the target; `loss` depends on it in the graph, but in a step of the
+    fused update, where it may come with the error from one op."""
     acts: SparseActs
     """The sparse code of the batch, leading dimensions flattened; carries the graph."""
     fvu: Tensor

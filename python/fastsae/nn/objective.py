@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
+from fastsae import ops
 from fastsae.nn.auxk import LatentRows, auxk_loss
 from fastsae.nn.context import StepContext
 from fastsae.nn.loss import SAEOutput, error_of, fvu
 from fastsae.nn.parallel import Parallel
-from fastsae.ops import _tape
+from fastsae.ops import _dense, _tape
 from fastsae.types import SparseActs, can_look
 
 AUX_ROOM = 2
@@ -29,10 +31,76 @@ class Dictionary(Protocol):
     W_enc_rows: Tensor
     W_dec: Tensor
     b_enc: Tensor
+    b_dec: Tensor
+
+    @property
+    def adds_rows(self) -> bool: ...
+
+    def reconstruct(self, x: Tensor, acts: SparseActs) -> Tensor: ...
 
     def _input_bias(self) -> Tensor | None: ...
 
     def _fail(self, expectation: str) -> NoReturn: ...
+
+
+_on_cuda = os.environ.get("FASTSAE_CUDA_DECODE_ERROR") == "1"
+
+
+def set_cuda_decode_error(on: bool) -> bool:
+    """Say whether training steps on CUDA decode by `ops.sparse_decode_error`, as those on a CPU do.
+
+    Off by default, because the kernel has not run on hardware; `FASTSAE_CUDA_DECODE_ERROR=1` turns
+    it on from the start. A step that was recorded as a graph stays as it is.
+
+    Args:
+        on: whether they do.
+
+    Returns:
+        What was in force before.
+    """
+    global _on_cuda
+    before, _on_cuda = _on_cuda, bool(on)
+    return before
+
+
+def decodes_with_error(sae: Dictionary, target: Tensor, acts: SparseActs) -> bool:
+    """Return whether the loss of a code is made by `ops.sparse_decode_error`.
+
+    That is so in a step of the fused update, whose classes are all known here, where the
+    reconstruction is a sum of rows of W_dec, everything is in this process, and the code is sparse.
+    There nobody asks for the gradient of the loss in the reconstruction.
+    """
+    if not (_tape.is_open() and sae.adds_rows and sae.parallel.is_alone):
+        return False
+    W_dec, values = sae.W_dec, acts.values
+    device = W_dec.device.type
+    return (
+        _tape.of(W_dec) is not None
+        and device in (("cpu", "cuda") if _on_cuda else ("cpu",))
+        and values.requires_grad
+        and values.dtype == target.dtype == W_dec.dtype
+        and not torch.is_autocast_enabled(device)
+        and not _dense.applies(acts, W_dec.shape[1])
+    )
+
+
+def loss_of_code(
+    sae: Dictionary,
+    x: Tensor,
+    target: Tensor,
+    acts: SparseActs,
+    sparsity: Tensor | None,
+    dead: LatentRows | None,
+) -> SAEOutput:
+    """Return `total_loss` of the reconstruction from a code."""
+    if not decodes_with_error(sae, target, acts):
+        return total_loss(sae, x, target, acts, sae.reconstruct(x, acts), sparsity, dead)
+    rows = target.reshape(acts.n, sae.W_dec.shape[1])
+    found = ops.sparse_decode_error(acts, sae.W_dec, sae.b_dec, rows)
+    reconstruction = found.reconstruction.reshape(target.shape)
+    return _sum_of_terms(
+        sae, x, target, acts, reconstruction, found.error, found.squared.sum(), sparsity, dead
+    )
 
 
 def total_loss(
@@ -57,7 +125,24 @@ def total_loss(
     """
     reconstruction = x_hat if x_hat.shape == target.shape else x_hat.reshape(target.shape)
     error = error_of(target, reconstruction)
-    squared = sae.parallel.sum_over_tokens(error.square().sum())
+    return _sum_of_terms(
+        sae, x, target, acts, reconstruction, error, error.square().sum(), sparsity, dead
+    )
+
+
+def _sum_of_terms(
+    sae: Dictionary,
+    x: Tensor,
+    target: Tensor,
+    acts: SparseActs,
+    reconstruction: Tensor,
+    error: Tensor,
+    squared: Tensor,
+    sparsity: Tensor | None,
+    dead: LatentRows | None,
+) -> SAEOutput:
+    """Return the loss, given the `error` of the reconstruction and the sum of its squares here."""
+    squared = sae.parallel.sum_over_tokens(squared)
     unexplained = fvu(squared, target, sae.parallel)
     loss, zero = unexplained, unexplained.new_zeros(())
     aux = zero

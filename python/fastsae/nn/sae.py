@@ -22,7 +22,7 @@ from fastsae.nn.auxk import LatentRows
 from fastsae.nn.context import STEP, StepContext
 from fastsae.nn.init import center, directions, one_thread, some_rows
 from fastsae.nn.loss import SAEOutput, upcast
-from fastsae.nn.objective import dead_rows, total_loss
+from fastsae.nn.objective import dead_rows, loss_of_code
 from fastsae.nn.parameters import Parameters, plain
 from fastsae.nn.scaler import ActivationScaler, Columns, divided, per_column
 from fastsae.types import SparseActs
@@ -107,6 +107,12 @@ class SAE(Parameters, ABC):
         return self.decode(acts)
 
     @property
+    def adds_rows(self) -> bool:
+        """Whether a reconstruction is the sum of rows of W_dec and b_dec, and nothing else."""
+        cls = type(self)
+        return cls.reconstruct is SAE.reconstruct and cls.decode is SAE.decode
+
+    @property
     def columns(self) -> Columns:
         """The column blocks of a training batch: here the activations alone."""
         return Columns((self.d_in,))
@@ -183,7 +189,7 @@ class SAE(Parameters, ABC):
     ) -> SAEOutput:
         """Return the loss for the code `acts` of `x: [n, d_in]` and a target `[..., d_in]`."""
         penalty = self.sparsity_loss(acts, context)
-        return total_loss(self, x, target, acts, self.reconstruct(x, acts), penalty, dead)
+        return loss_of_code(self, x, target, acts, penalty, dead)
 
     def estimate_threshold_(self, batches: Iterable[Tensor]) -> None:
         """Estimate inference-time thresholds from training inputs `[n, d_in]`; none here."""

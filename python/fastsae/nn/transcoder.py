@@ -87,6 +87,11 @@ class TranscoderMixin(SAE, register=False):
         rows = self._rows(x, "x")
         return self.reconstruct(rows, self._encode(rows)).reshape(*x.shape[:-1], self.d_out)
 
+    @property
+    def adds_rows(self) -> bool:
+        """See `SAE.adds_rows`: without a skip connection."""
+        return not self.skip and type(self).decode is SAE.decode
+
     def reconstruct(self, x: Tensor, acts: SparseActs) -> Tensor:
         """Return y_hat `[n, d_out]` from the code `acts` of `x: [n, d_in]`."""
         y_hat = self.decode(acts)

@@ -18,12 +18,14 @@ from fastsae.ops.group_by_latent import group_by_latent
 from fastsae.ops.latent_scores import latent_scores
 from fastsae.ops.sparse_adam_step import sparse_adam_step_
 from fastsae.ops.sparse_decode import sparse_decode
+from fastsae.ops.sparse_decode_error import sparse_decode_error
 from fastsae.ops.sparse_decode_values_grad import sparse_decode_values_grad
 from fastsae.ops.sparse_weight_grad import sparse_weight_grad
 from fastsae.ops.threshold_select import threshold_select
 from fastsae.ops.topk import topk
 from fastsae.types import (
     BatchTopK,
+    DecodeError,
     LatentGradients,
     LatentLists,
     LatentScores,
@@ -35,6 +37,7 @@ from fastsae.types import (
 
 __all__ = [
     "BatchTopK",
+    "DecodeError",
     "LatentGradients",
     "LatentLists",
     "LatentScores",
@@ -54,6 +57,7 @@ __all__ = [
     "latent_scores",
     "sparse_adam_step_",
     "sparse_decode",
+    "sparse_decode_error",
     "sparse_decode_values_grad",
     "sparse_weight_grad",
     "threshold_select",

@@ -118,7 +118,7 @@ def decode_entries(values: Tensor, indices: Tensor, offsets: Tensor | None, W: T
     the decoder does it.
     """
     native = torch.ops.fastsae
-    if not (torch.is_grad_enabled() or _may_have_tangents()):
+    if not watched():
         out: Tensor = native.sparse_decode(values, indices, offsets, W, None)
         return out
     slots = torch.arange(values.numel(), dtype=torch.int32, device=values.device)
@@ -164,6 +164,11 @@ def reverse_mode_alone() -> bool:
         or forward_ad._current_level >= 0
         or torch.compiler.is_compiling()
     )
+
+
+def watched() -> bool:
+    """Return whether somebody may differentiate what is computed now, in a backward too."""
+    return torch.is_grad_enabled() or _may_have_tangents()
 
 
 def total(*terms: Tensor | None) -> Tensor | None:

@@ -44,6 +44,15 @@ def pays(op: str, entries: int, n: int, d_sae: int, d: int) -> bool:
     return entries >= LEAST and d >= LEAST_WIDTH and entries > SHARE[op] * n * d_sae
 
 
+def applies(acts: SparseActs, d: int) -> bool:
+    """Return whether a code on the CPU is decoded to `d` columns, or its gradient is made, by a
+    matmul; not on other devices, where finding it out would be a wait."""
+    if acts.is_full:
+        return True
+    entries = counted(acts)
+    return any(pays(op, entries, acts.n, acts.d_sae, d) for op in _RULES)
+
+
 def counted(acts: SparseActs) -> int:
     """Return the number of entries of a code on the CPU, 0 where finding it out would be a wait."""
     if not can_look(acts.values):

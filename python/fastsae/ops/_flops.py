@@ -39,6 +39,11 @@ def values_grad(grad: Shape, values: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(values) * grad[1]
 
 
+def decode_error(*arguments: Any, **_: Any) -> int:
+    """A decode, and one dot product per place."""
+    return 2 * decode(*arguments)
+
+
 def weight_grad(
     values: Shape, offsets: Shape, rows: Shape, slots: Shape, x: Shape, *_: Any, **__: Any
 ) -> int:

@@ -119,7 +119,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _jvp(
     ctx: Any, values_t: Tensor | None, _: None, __: None, W_t: Tensor | None, b_t: Tensor | None
 ) -> Tensor | None:
-    values, indices, offsets, W_dec = ctx.saved_tensors
+    return tangent(ctx.saved_tensors, values_t, W_t, b_t)
+
+
+def tangent(
+    entries: tuple[Any, ...], values_t: Tensor | None, W_t: Tensor | None, b_t: Tensor | None
+) -> Tensor | None:
+    """Return the tangent of a decoder's result; `entries`: its values, indices, offsets, W_dec."""
+    values, indices, offsets, W_dec = entries
     by_values = by_W = by_bias = None
     if values_t is not None:
         moved = torch.where(values != 0, values_t, 0)

@@ -13,6 +13,7 @@ from fastsae.reference.cross_layer import (
 from fastsae.reference.decode import (
     group_by_latent,
     sparse_decode,
+    sparse_decode_error,
     sparse_decode_values_grad,
     sparse_weight_grad,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "pre_activations",
     "sparse_adam_step_",
     "sparse_decode",
+    "sparse_decode_error",
     "sparse_decode_values_grad",
     "sparse_weight_grad",
     "threshold_select",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsae.types import LatentLists, SparseActs, accumulator_dtype
+from fastsae.types import DecodeError, LatentLists, SparseActs, accumulator_dtype
 
 
 def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
@@ -22,6 +22,18 @@ def sparse_decode_values_grad(grad: Tensor, acts: SparseActs, W_dec: Tensor) -> 
     active = (acts.values != 0) & (rows < acts.n)
     picked = W_dec[acts.indices.long()].to(acc) * grad[rows.clamp(max=acts.n - 1)].to(acc)
     return torch.where(active, picked.sum(-1), 0).to(acts.values.dtype)
+
+
+def sparse_decode_error(
+    acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None, target: Tensor
+) -> DecodeError:
+    """See `fastsae.ops.sparse_decode_error`."""
+    acc = accumulator_dtype(W_dec.dtype)
+    reconstruction = sparse_decode(acts, W_dec, b_dec)
+    error = reconstruction.to(acc) - target.to(acc)
+    with torch.no_grad():
+        products = sparse_decode_values_grad(error.to(W_dec.dtype), acts.to(acc), W_dec)
+    return DecodeError(reconstruction, error, error.square().sum(1), products)
 
 
 def group_by_latent(acts: SparseActs) -> LatentLists:
