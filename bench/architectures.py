@@ -199,16 +199,7 @@ def train(
         width = width // blocks if name.startswith(kind) else width
     sae = build(name, width, expansion * width, k)
     config = TrainConfig(
-        lr=8e-4,
-        batch_size=BATCH,
-        steps=steps,
-        warmup_steps=50,
-        decay_fraction=0.3,
-        betas=(0.9, 0.999),
-        weight_init="random",
-        compute_dtype="float32",
-        seed=seed,
-        progress=False,
+        batch_size=BATCH, steps=steps, compute_dtype="float32", seed=seed, progress=False
     )
     start = time.perf_counter()
     result = Trainer(sae, data, config).fit()
