@@ -71,7 +71,8 @@ def sparse_decode(
     return out
 
 
-def _rows(values: Tensor, offsets: Tensor | None) -> int:
+def rows_of(values: Tensor, offsets: Tensor | None) -> int:
+    """Return the number of rows of a code with these values."""
     return values.shape[0] if offsets is None else offsets.shape[0] - 1
 
 
@@ -83,7 +84,7 @@ def _fake(
     W_dec: Tensor,
     b_dec: Tensor | None,
 ) -> Tensor:
-    return W_dec.new_empty(_rows(values, offsets), W_dec.shape[1])
+    return W_dec.new_empty(rows_of(values, offsets), W_dec.shape[1])
 
 
 @fallback("sparse_decode")
@@ -134,7 +135,7 @@ def tangent(
     if W_t is not None:
         by_W = torch.ops.fastsae.sparse_decode(values, indices, offsets, W_t, None)
     if b_t is not None:
-        by_bias = b_t.expand(_rows(values, offsets), -1)
+        by_bias = b_t.expand(rows_of(values, offsets), -1)
     return _autograd.total(by_values, by_W, by_bias)
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from fastsae import reference
 from fastsae._library import fake, fallback
 from fastsae.ops import _autograd, _check, _flops, _tape, _vmap
-from fastsae.ops.sparse_decode import tangent
+from fastsae.ops.sparse_decode import rows_of, tangent
 from fastsae.types import DecodeError, SparseActs, accumulator_dtype, owners
 
 
@@ -92,7 +92,7 @@ def _fake(
     b_dec: Tensor | None,
     target: Tensor,
 ) -> tuple[Tensor, ...]:
-    n, d = values.shape[0] if offsets is None else offsets.shape[0] - 1, W_dec.shape[1]
+    n, d = rows_of(values, offsets), W_dec.shape[1]
     acc = accumulator_dtype(W_dec.dtype)
     return (
         W_dec.new_empty(n, d),
