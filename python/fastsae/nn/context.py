@@ -25,15 +25,20 @@ class StepContext:
     """A number that goes up by one from step to step: which of the dead latents come next where
     there are more than a step has room for, see `nn.objective.dead_rows`. An int, or [] int64.
     None: all of them on a CPU, always the first of them on a GPU."""
-    sparsity_scale: float = 1.0
-    """Factor of the sparsity loss; a trainer raises it from 0 to 1 at the start of a run."""
-    progress: float = 0.0
-    """How much of the run is done, 0..1, for losses that change over a run."""
+    sparsity_scale: float | Tensor = 1.0
+    """Factor of the sparsity loss; a trainer raises it from 0 to 1 at the start of a run. A number,
+    or [] float64 in a step that is recorded."""
+    progress: float | Tensor = 0.0
+    """How much of the run is done, 0..1, for losses that change over a run; likewise."""
     compute_dtype: torch.dtype | None = None
     """What the encoder's matmul may round its factors to; see `ops.encode_topk`."""
     reduce: Reduce | None = None
     """Combines a statistic (threshold, density, L0) over processes. None: inside the forward of
     `DistributedDataParallel` its process group, elsewhere this process alone."""
+    recorded: bool = False
+    """Whether this step is being recorded by the trainer, to be replayed without its Python:
+    nothing may be asked of the device, and `SAE.count_replay` follows every replay, the first one
+    too."""
 
     def reduced(self, statistic: Tensor, op: str) -> Tensor:
         """Return `statistic` combined over the processes that share this step.

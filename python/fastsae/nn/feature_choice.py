@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from fastsae.nn.context import STEP, StepContext, updates_statistics
+from fastsae.nn.known import Known
 from fastsae.nn.parameters import plain
 from fastsae.nn.threshold_sae import ThresholdSAE, factor_for_k, running_average
 from fastsae.nn.zipf import SMALLEST_FIRES, budgets, fit_zipf
-from fastsae.types import SparseActs
+from fastsae.types import SparseActs, can_look
 
 
 class FeatureChoiceSAE(ThresholdSAE):
@@ -90,7 +91,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         self.register_buffer("density", torch.zeros_like(self.threshold))
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("budget", torch.zeros(d_sae, dtype=torch.int64, device=device))
-        self._total: int | None = None  # the sum of `budget`
+        self._batches, self._total = Known(), Known()  # `batches_seen`, the sum of `budget`
 
     def budgets(self, n: int) -> Tensor:
         """Return m: int64 [d_sae] for a batch of n tokens; the sum is int(k n)."""
@@ -109,7 +110,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         return self._encode_batch(x, context) if self.training else self._encode_above_threshold(x)
 
     def _encode_batch(self, x: Tensor, context: StepContext = STEP) -> SparseActs:
-        if int(self.batches_seen) < self.mutual_choice_batches:
+        if self._seen(context) < self.mutual_choice_batches:
             return self.parallel.encode_batch_topk(
                 x,
                 self.W_enc_rows,
@@ -118,7 +119,7 @@ class FeatureChoiceSAE(ThresholdSAE):
                 b_dec=self._input_bias(),
                 compute_dtype=context.compute_dtype,
             ).acts
-        budget = self._current_budget(x.shape[0])
+        budget = self._current_budget(x.shape[0], context)
         total = int(self.k * self.parallel.tokens(x.shape[0]))
         return self.parallel.encode_feature_topk(
             x,
@@ -129,16 +130,41 @@ class FeatureChoiceSAE(ThresholdSAE):
             b_dec=self._input_bias(),
         )
 
-    def _current_budget(self, n: int) -> Tensor:
+    def _seen(self, context: StepContext) -> int:
+        """Return `batches_seen`, without a wait where nothing but steps has changed it."""
+        seen = self.batches_seen
+        if can_look(seen) or torch.compiler.is_compiling():
+            return int(seen)
+        if not context.recorded and seen.is_cuda and torch.cuda.is_current_stream_capturing():
+            return int(seen)  # refused there: nobody would count the replays
+        return self._batches.of(seen)
+
+    def _current_budget(self, n: int, context: StepContext) -> Tensor:
         """Return the budgets in force, after renewing them where that is due or n is another."""
-        if self._total is None:
-            self._total = self.parallel.count(int(self.budget.sum()))
-        seen = int(self.batches_seen) - self.mutual_choice_batches
-        total = int(self.k * self.parallel.tokens(n))
-        if seen % self.refresh == 0 or self._total != total:
+        if self._renews(n, self._seen(context)):
             self.budget.copy_(self.budgets(n))
-            self._total = total
+            self._total.set(self.budget, int(self.k * self.parallel.tokens(n)))
         return self.budget
+
+    def _renews(self, n: int, seen: int) -> bool:
+        """Return whether a feature choice of n tokens, after `seen` batches, renews the budgets."""
+        if (seen - self.mutual_choice_batches) % self.refresh == 0:
+            return True
+        held = self._total.of(self.budget, lambda m: self.parallel.count(int(m.sum())))
+        return held != int(self.k * self.parallel.tokens(n))
+
+    def step_kind(self, n: int) -> tuple[Any, ...] | None:
+        """See `SAE.step_kind`: how latents are chosen. The first step, and one that renews the
+        budgets, cannot be recorded."""
+        seen = self._seen(STEP)
+        mutual = seen < self.mutual_choice_batches
+        if seen == 0 or (not mutual and self._renews(n, seen)):
+            return None
+        return (mutual,)
+
+    def count_replay(self) -> None:
+        """See `SAE.count_replay`."""
+        self._batches.count(self.batches_seen)
 
     def encode_for_training(self, x: Tensor, context: StepContext) -> SparseActs:
         """See `SAE.encode_for_training`: averages densities and thresholds."""
@@ -151,15 +177,17 @@ class FeatureChoiceSAE(ThresholdSAE):
     @torch.no_grad()
     def _update_averages(self, acts: SparseActs, context: StepContext) -> None:
         """Average in the densities and the smallest kept values of a training batch."""
-        counts, smallest = self._columns(acts)
-        first = int(self.batches_seen) == 0
+        seen = self._seen(context)
+        counts, smallest = self._columns(acts, context)
         density = context.reduced(counts / self.parallel.tokens(acts.n), "mean")
-        self.density.lerp_(density, 1.0 if first else self.density_lr)
+        self.density.lerp_(density, self.density_lr if seen else 1.0)
         smallest = context.reduced(smallest, "min")
         self.threshold.copy_(running_average(self.threshold, smallest, self.density_lr))
         self.batches_seen += 1
+        if not context.recorded:  # then nothing has happened yet
+            self._batches.set(self.batches_seen, seen + 1)
 
-    def _columns(self, acts: SparseActs) -> tuple[Tensor, Tensor]:
+    def _columns(self, acts: SparseActs, context: StepContext = STEP) -> tuple[Tensor, Tensor]:
         """Return of every latent how many entries are active and the smallest: [d_sae] each."""
         values, indices = acts.values.flatten().float(), acts.indices.flatten().long()
         active = values != 0
@@ -168,7 +196,7 @@ class FeatureChoiceSAE(ThresholdSAE):
         smallest.scatter_reduce_(0, indices, torch.where(active, values, math.inf), "amin")
         counts = self.parallel.sum_over_tokens(counts)
         smallest = self.parallel.min_over_tokens(smallest)
-        if int(self.batches_seen) >= self.mutual_choice_batches:
+        if self._seen(context) >= self.mutual_choice_batches:
             # A latent with room to spare would have taken anything positive.
             smallest = torch.where(counts >= self.budget, smallest, 0.0)
         return counts, smallest

@@ -112,6 +112,15 @@ class SAE(Parameters, ABC):
         cls = type(self)
         return cls.reconstruct is SAE.reconstruct and cls.decode is SAE.decode
 
+    def step_kind(self, n: int) -> tuple[Any, ...] | None:
+        """Return what a recorded training step for n tokens cannot be told, besides the settings:
+        facts that its Python would look up. A step is replayed only where they are those of the
+        recorded one. None: this step cannot be recorded."""
+        return ()
+
+    def count_replay(self) -> None:
+        """Do what a training step does to facts of the host, after one that was replayed."""
+
     @property
     def columns(self) -> Columns:
         """The column blocks of a training batch: here the activations alone."""

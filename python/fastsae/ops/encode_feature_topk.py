@@ -11,7 +11,7 @@ from fastsae._library import composed, fake
 from fastsae.ops import _autograd, _check, _encode, _flops, _vmap
 from fastsae.ops.batch_topk import fake_selection
 from fastsae.ops.feature_topk import check_lengths, lengths_as_int32
-from fastsae.types import SparseActs, accumulator_dtype
+from fastsae.types import SparseActs, accumulator_dtype, can_look
 
 BLOCK_BYTES = 1 << 26
 """Pre-activations held at once."""
@@ -109,7 +109,7 @@ def _encode_feature_topk(
 
 def _room(m: Tensor, n: int, capacity: int) -> int:
     """Return enough places for a block; exact where `m` may be looked into for free."""
-    if m.device.type == "cpu":
+    if can_look(m):
         return int(m.long().clamp(0, n).sum())
     return min(capacity, n * m.shape[0])
 
