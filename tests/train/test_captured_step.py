@@ -10,6 +10,7 @@ import logging
 import shutil
 import sys
 from collections import deque
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import torch
 from fastsae import TrainConfig, Trainer
 from fastsae.nn import SAE
 from fastsae.train import captured_step
-from fastsae.train.captured_step import CAPTURED, WARM_UP, why_not_captured
+from fastsae.train.captured_step import CAPTURED, NUMBERS, WARM_UP, why_not_captured
 from fastsae.train.fused_update import FusedUpdate
 from fastsae.train.update import make_update, why_not_fused
 from tests.conftest import EMULATED, NAMES, emulated
@@ -35,6 +36,13 @@ KINDS = {
     "MatryoshkaSAE-groups": {"groups": (8, 12, 20)},
     "SampledSAE-pool": {"pool": 2.0},
     "Transcoder-skip": {"skip": True},
+    "FeatureChoiceSAE": {"mutual_choice_batches": 40, "refresh": 25},
+    "FeatureChoiceSAE-often": {"mutual_choice_batches": 0, "refresh": 2, "allocation": "uniform"},
+    "ReLUSAE-p_anneal": {"penalty": "p_anneal"},
+    "ReLUSAE-fixed": {"k": None, "coefficient": 0.3},
+    "JumpReLUSAE-fixed": {"k": None, "coefficient": 0.3},
+    "CrossLayerTranscoder-layer": {"select": "layer", "decoders": "own"},
+    "CrossLayerTranscoder-tied": {"decoders": "tied", "multi_topk": True},
 }
 
 
@@ -65,8 +73,11 @@ def make(kind, **more):
     name = kind.partition("-")[0]
     widths = (D, D) if name.endswith("Transcoder") else (D,)
     widths = (D // 2, 2) if name.endswith("CrossCoder") else widths
-    options = {"k": K, "k_aux": 4, "aux": "auxk", **KINDS[kind], **more}
-    sae = SAE.registry[name](*widths, F, **options)
+    options = {"k": K, "k_aux": 4, "aux": "auxk", "auxk_alpha": 1 / 32, **KINDS[kind], **more}
+    latents = F
+    if name.endswith("CrossLayerTranscoder"):
+        widths, latents = (D // 2, 2), F // 2
+    sae = SAE.registry[name](*widths, latents, **options)
     with torch.no_grad():
         sae.b_enc[::5] = -20.0
     return sae
@@ -84,6 +95,7 @@ def settings(**named):
         "batch_size": N,
         "lr": 3e-3,
         "dead_after_tokens": 30 * N,
+        "sparsity_warmup_steps": 40,
         "weight_init": "random",
         "log_every": 20,
         "progress": False,
@@ -147,7 +159,20 @@ def test_200_replayed_steps_are_200_steps(kind, graphs):
     assert aux > 50
     assert dead >= 3
     (graph,) = graphs
-    assert graph.counts == {"warm_up": 2 * WARM_UP, "record": 2, "replay": STEPS - 2 * WARM_UP}
+    assert graph.counts == counts(kind, captured, STEPS)
+
+
+def counts(kind, sae, steps):
+    """Return what is to be recorded: latents can be dead after 30 steps, which is another kind."""
+    kinds, once = 2, 0
+    if kind == "FeatureChoiceSAE":  # the first step, another kind from 40 on, budgets every 25
+        kinds, once = 3, 1 + len(range(40, steps, 25))
+    elif kind == "FeatureChoiceSAE-often":
+        once = len(range(0, steps, 2))
+    elif kind.startswith("JumpReLU") and sae.k is not None:
+        once = 1  # it starts the thresholds
+    warm_up = kinds * WARM_UP + once
+    return {"warm_up": warm_up, "record": kinds, "replay": steps - warm_up}
 
 
 @pytest.mark.parametrize("named", [{"clip_grad_norm": 0.3}, {"optimizer": "adam_mini"}], ids=str)
@@ -170,10 +195,35 @@ def test_the_kernels_of_a_gpu_replayed(kind, graphs):
         other, out = last(steps_of(captured, 50, capture=True))
         assert_same(state(one, plain), state(other, captured))
         assert float(out.aux_loss) > 0
-        assert graphs[0].counts["replay"] == 50 - 2 * WARM_UP
+        assert graphs[0].counts == counts(kind, captured, 50)
 
 
-@pytest.mark.parametrize("kind", ["TopKSAE", "BatchTopKSAE", "Transcoder-skip", "TopKSAE-zipf"])
+ON_A_GPU = pytest.param(True, marks=pytest.mark.skipif(EMULATED is None, reason="not built"))
+
+
+@pytest.mark.parametrize("kernels", [False, ON_A_GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_recorded_step_need_not_know_which_layers_have_dead_latents(layers, kernels, graphs):
+    """A step that may ask leaves out layers without any; a recorded one cannot."""
+    saes = [make("CrossLayerTranscoder", k=12) for _ in range(2)]
+    for sae in saes:
+        with torch.no_grad():
+            sae.b_enc[::5] = 0.0
+            sae.b_enc[: 20 * layers : 5] = -20.0
+    with emulated(*NAMES) if kernels else nullcontext():
+        one, a = last(steps_of(saes[0], 50))
+        other, b = last(steps_of(saes[1], 50, capture=True))
+    assert_same(state(one, saes[0]), state(other, saes[1]))
+    assert torch.equal(a.loss, b.loss)
+    assert other._dead.mask().view(2, -1).any(1).tolist() == [layers > 0, False]
+    assert graphs[0].counts["record"] == 2
+
+
+RESUMED = ("TopKSAE", "BatchTopKSAE", "Transcoder-skip", "TopKSAE-zipf", "FeatureChoiceSAE")
+RESUMED += ("JumpReLUSAE", "GatedSAE", "ReLUSAE-p_anneal", "JumpReLUCrossLayerTranscoder")
+
+
+@pytest.mark.parametrize("kind", RESUMED)
 def test_a_run_that_is_resumed(kind, graphs, tmp_path):
     """fit with a graph, interrupted and resumed, with its metrics, and fit without one."""
     plain = make(kind)
@@ -192,7 +242,7 @@ def test_a_run_that_is_resumed(kind, graphs, tmp_path):
     for row, other in zip(result.history, resumed.history, strict=True):
         for name in ("loss", "fvu", "aux_loss", "l0", "dead", "fvu_no_outliers", "lr"):
             assert row[name] == other[name], name
-    assert [g.counts["record"] for g in graphs] == [2, 1]
+    assert [g.counts["record"] for g in graphs] == [3 if kind == "FeatureChoiceSAE" else 2, 1]
     assert result.history[-1]["dead"] >= 0 < max(row["dead"] for row in result.history)
 
 
@@ -253,6 +303,35 @@ def test_what_a_graph_cannot_be_told_makes_another(change, graphs):
     assert graphs[0].counts["record"] == 2
 
 
+@pytest.mark.parametrize("write", ["batches", "state", "budget"])
+def test_what_feature_choice_knows_follows_a_write(write, graphs):
+    """Each of them makes the next step renew the budgets, which were 0."""
+    after = 0 if write == "budget" else 100
+    options = {"mutual_choice_batches": after, "refresh": 1000}
+    saes = [make("FeatureChoiceSAE", **options) for _ in range(2)]
+    trainers = [
+        Trainer(s, None, settings(capture=c)) for s, c in zip(saes, (False, True), strict=True)
+    ]
+    data = rows(saes[0], 1000)
+    for trainer, sae in zip(trainers, saes, strict=True):
+        trainer.prepare(data)
+        for i in range(30):
+            if i == 10:
+                if write == "batches":
+                    sae.batches_seen.fill_(after)
+                elif write == "state":
+                    sae.load_state_dict({**sae.state_dict(), "batches_seen": torch.tensor(after)})
+                else:
+                    sae.budget.zero_()
+            trainer.step(data[i : i + N])
+        assert int(sae.budget.sum()) == K * N
+    assert_same(state(trainers[0], saes[0]), state(trainers[1], saes[1]))
+    steps = {"warm_up": 1 + WARM_UP + 1, "record": 1, "replay": 25}
+    if write != "budget":
+        steps = {"warm_up": 1 + 2 * WARM_UP + 1, "record": 2, "replay": 22}
+    assert graphs[0].counts == steps
+
+
 def test_results_of_a_step_stay(graphs):
     sae = make("TopKSAE")
     kept = [
@@ -276,51 +355,32 @@ def test_a_bad_batch_is_refused_and_nothing_is_updated(graphs):
     assert_same(before, state(trainer, sae))
 
 
-def test_which_classes_are_recorded():
-    """Every class whose fused step asks nothing, and no other."""
+def test_every_class_with_a_fused_step_is_recorded(monkeypatch):
+    config = settings()
+    found = set()
     for name, cls in sorted(SAE.registry.items()):
         if "." in name or cls.__name__ != name:
-            continue
+            continue  # of a test
         sae = small(name)
-        config = settings()
-        if sae is None or why_not_fused(sae, config) is not None:
-            continue
-        update = make_update(sae, config)
-        fits = not asks_something(sae, config) and name not in RISING
-        assert (name in CAPTURED) is fits, name
-        why = why_not_captured(sae, update)
-        assert why is not None
-        assert why.startswith("cpu has no graphs" if fits else f"a step of {name} asks the device")
-
-
-RISING = {"JumpReLUCrossLayerTranscoder", "ReLUCrossLayerTranscoder"}
-"""Classes that ask nothing, and whose penalty rises over the run."""
+        if why_not_fused(sae, config) is None:
+            found.add(name)
+            assert why_not_captured(sae, make_update(sae, config)) == "cpu has no graphs"
+    assert found == CAPTURED
+    monkeypatch.setattr(captured_step, "CAPTURED", CAPTURED - {"TopKSAE"})
+    sae = small("TopKSAE")
+    why = why_not_captured(sae, make_update(sae, config))
+    assert why == "steps of TopKSAE are not known to ask the device nothing"
 
 
 def small(name):
-    """Return a module of a class that takes (d_in, d_sae, k), or None."""
+    """Return a module of a class, whatever it takes."""
     cls = SAE.registry[name]
     for arguments in ((D, F, K), (D, D, F, K), (D, F), ([D, D], F, K), (2, D, F, K)):
         try:
             return cls(*arguments)
         except (TypeError, ValueError):
             continue
-    return None
-
-
-def asks_something(sae, config):
-    data = rows(sae, 1000)
-    trainer = Trainer(sae, None, config)
-    trainer.prepare(data)
-    trainer.step(data[:N])
-    trainer._dead.tokens_since_fired.zero_()[:9] = 1 << 40
-    trainer._tokens_done = 1 << 40
-    graph = RecordedGraph()
-    try:
-        graph.record(lambda: trainer._step(trainer._scaled(data[:N])))
-    except NotForGraphs:
-        return True
-    return False
+    raise AssertionError(f"give {name} arguments here")
 
 
 def test_the_log_says_once_why_a_run_is_not_recorded(caplog):
@@ -352,7 +412,7 @@ def test_a_number_that_was_read_is_not_recorded(graphs, monkeypatch):
         last(steps_of(make("TopKSAE"), 10, capture=True))
 
 
-@pytest.mark.parametrize("baked", ["lr", "number", "x"])
+@pytest.mark.parametrize("baked", ["x", *NUMBERS])
 def test_a_baked_number_shows(baked, graphs, monkeypatch):
     """A step that takes one of its inputs as it is when it is recorded gives other numbers."""
     set_ = captured_step.CapturedStep._set
@@ -365,6 +425,6 @@ def test_a_baked_number_shows(baked, graphs, monkeypatch):
             getattr(inputs, baked).copy_(before)
 
     monkeypatch.setattr(captured_step.CapturedStep, "_set", without)
-    plain, captured = make("TopKSAE"), make("TopKSAE")
+    plain, captured = make("ReLUSAE-p_anneal"), make("ReLUSAE-p_anneal")
     pairs = zip(steps_of(plain, 20), steps_of(captured, 20, capture=True), strict=True)
     assert not all(torch.equal(a.loss, b.loss) for (_, a), (_, b) in pairs)

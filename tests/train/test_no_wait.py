@@ -20,7 +20,7 @@ from tests.train.recorded_graph import asks
 
 N, D, F, K = 128, 16, 64, 4
 CLASSES = ("TopKSAE", "BatchTopKSAE", "MatryoshkaSAE", "HierarchicalTopKSAE", "SampledSAE")
-CLASSES += ("GroupMaxSAE", "Transcoder")
+CLASSES += ("GroupMaxSAE", "Transcoder", "JumpReLUSAE", "ReLUSAE", "GatedSAE", "FeatureChoiceSAE")
 """Classes whose steps ask nothing."""
 
 
@@ -57,10 +57,10 @@ def step_of(trainer, x) -> Questions:
     return questions
 
 
-def prepared(name):
+def prepared(name, **options):
     torch.manual_seed(0)
     widths = (D, D) if name == "Transcoder" else (D,)
-    sae = getattr(fastsae, name)(*widths, F, K)
+    sae = getattr(fastsae, name)(*widths, F, K, **options)
     batch = torch.randn(N, sum(sae.columns.widths))
     trainer = Trainer(
         sae, None, TrainConfig(steps=100, batch_size=N, dead_after_tokens=1 << 20, progress=False)
@@ -91,10 +91,10 @@ def test_dead_latents_cost_no_question(name):
     assert found[0].shapes == found[1].shapes == found[2].shapes
 
 
-@pytest.mark.parametrize("name", ["JumpReLUSAE", "ReLUSAE", "GatedSAE"])
-def test_classes_with_a_penalty_ask_how_many_entries_there_are(name):
-    trainer, batch = prepared(name)
-    assert dict(step_of(trainer, batch).asked) == {"aten._local_scalar_dense.default": 1}
+def test_feature_choice_asks_when_it_renews_its_budgets():
+    trainer, batch = prepared("FeatureChoiceSAE", mutual_choice_batches=0, refresh=3)
+    asked = [bool(step_of(trainer, batch).asked) for _ in range(6)]  # after one step
+    assert asked == [False, False, True, False, False, True]
 
 
 def test_questions_are_seen():

@@ -165,7 +165,7 @@ class CrossLayerMixin(LayerEncoders, SAE, register=False):
         if target is None:
             self._fail("a target, the outputs of all layers, got None")
         out = super().loss(x, target, context=replace(context, dead=None))
-        dead = dead_of_layers(self, context.dead)
+        dead = dead_of_layers(self, context)
         if any(mask is not None for mask in dead):
             error = error_of(target, out.reconstruction).detach().flatten(0, -2)
             inputs = self._inputs(self._rows(x, "x"))

@@ -108,8 +108,8 @@ class GatedSAE(PenalizedSAE):
         """See `SAE.loss_of`; `acts` is what `encode_for_training` returned."""
         f = self._open(acts)
         self._adjust(f.detach(), context)
-        penalty = self._weigh(self._mean_over_tokens(acts.values, acts.n) / upcast(self.unit))
-        penalty = context.sparsity_scale * penalty
+        l1 = self._mean_over_tokens(acts.values, acts.n) / upcast(self.unit)
+        penalty = self._weigh(l1, context)
         out = total_loss(self, x, target, f, self.reconstruct(x, f), penalty, dead)
         W_dec, b_dec = self.W_dec.detach(), self.b_dec.detach()
         by_gate = self.parallel.sparse_decode(acts, W_dec, b_dec)

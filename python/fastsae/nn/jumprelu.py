@@ -201,6 +201,10 @@ class JumpReLUSAE(PenalizedSAE):
         if not self.thresholds_in_units:
             self.log_threshold.sub_((self.unit / before).log())
 
+    def step_kind(self, n: int) -> tuple[Any, ...] | None:
+        """See `SAE.step_kind`: the step that starts the thresholds is not recorded."""
+        return (self.thresholds_in_units,) if self._started else None
+
     @property
     def holds_units(self) -> bool:
         """See `SAE.holds_units`: thresholds of a trained module."""
@@ -256,7 +260,7 @@ class JumpReLUSAE(PenalizedSAE):
         f = self._activate(acts, z, threshold)
         self._adjust(f.detach(), context)
         active = _apply(Step, z, threshold, self._eps)
-        penalty = context.sparsity_scale * self._weigh(self._mean_over_tokens(active, acts.n))
+        penalty = self._weigh(self._mean_over_tokens(active, acts.n), context)
         return total_loss(self, x, target, f, self.reconstruct(x, f), penalty, dead)
 
     def _adjusts(self, context: StepContext) -> bool:

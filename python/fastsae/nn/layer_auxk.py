@@ -11,27 +11,30 @@ import torch
 from torch import Tensor
 
 from fastsae import ops
+from fastsae.nn.context import StepContext
 from fastsae.nn.layer_decoders import LayerDecoders
 from fastsae.nn.loss import fvu_of_error
 from fastsae.types import SparseActs
 
 
-def dead_of_layers(transcoder: LayerDecoders, dead: Tensor | None) -> list[Tensor | None]:
+def dead_of_layers(transcoder: LayerDecoders, context: StepContext) -> list[Tensor | None]:
     """Return which latents of each layer are dead, bool [d_transcoder]; None for a layer without.
 
     Args:
         transcoder: gives the sizes, and auxk_alpha: 0 asks for none.
-        dead: bool [d_sae] or None. On a GPU, looking for them waits for the device.
+        context: `dead`, bool [d_sae] or None. On a GPU, looking for them waits for the device; in a
+            step that is recorded, a layer counts as one that has some.
 
     Raises:
         ValueError: dead has another dtype or shape.
     """
+    dead = context.dead
     if dead is None or not getattr(transcoder, "auxk_alpha", 0):
         return [None] * transcoder.n_layers
     if dead.shape != (transcoder.d_sae,) or dead.dtype != torch.bool:
         transcoder._fail(f"dead to be bool [{transcoder.d_sae}], got {dead.dtype} {[*dead.shape]}")
     masks = dead.split(transcoder.d_transcoder)
-    if torch.compiler.is_compiling():  # no shape may depend on how many there are
+    if context.recorded or torch.compiler.is_compiling():  # nothing may depend on how many
         return list(masks)
     some = torch.stack([mask.any() for mask in masks]).tolist()
     return [mask if has_some else None for mask, has_some in zip(masks, some, strict=True)]

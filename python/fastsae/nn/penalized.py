@@ -25,7 +25,7 @@ from fastsae.nn.threshold_sae import entry_capacity
 from fastsae.ops._dense import looks_full
 from fastsae.ops._encode import attach, attachable
 from fastsae.ops._matmul import matmul
-from fastsae.types import SparseActs
+from fastsae.types import SparseActs, can_look
 
 
 class PenalizedSAE(SAE, register=False):
@@ -102,7 +102,7 @@ class PenalizedSAE(SAE, register=False):
                 compute_dtype=context.compute_dtype,
             )
 
-        if x.device.type != "cpu" or not attachable(x, W_enc, b_enc, bias):
+        if not can_look(x) or not attachable(x, W_enc, b_enc, bias):
             return encode()
         with torch.no_grad():  # what follows would go over the places that are not needed
             acts = encode().trimmed()
@@ -160,16 +160,24 @@ class PenalizedSAE(SAE, register=False):
         self._adjust_by((l0.clamp_min(1e-3) / self.k).log().clamp(-1, 1), context)
 
     def _adjusts(self, context: StepContext) -> bool:
-        """Return whether this step moves anything: once the penalty has its full weight."""
-        return context.sparsity_scale >= 1
+        """Return whether this step moves anything: once the penalty has its full weight. Where that
+        weight is on the device, `_adjust_by` tells."""
+        scale = context.sparsity_scale
+        return isinstance(scale, Tensor) or scale >= 1
 
     def _adjust_by(self, excess: Tensor, context: StepContext) -> None:
         """Move the coefficient by `excess: []`, log(l0 / k) within -1 and 1."""
-        self.coefficient.mul_((self.control_lr * excess).exp())
+        factor, scale = (self.control_lr * excess).exp(), context.sparsity_scale
+        if isinstance(scale, Tensor):
+            factor = torch.where(scale >= 1, factor, 1.0)
+        self.coefficient.mul_(factor)
 
-    def _weigh(self, penalty: Tensor) -> Tensor:
+    def _weigh(self, penalty: Tensor, context: StepContext) -> Tensor:
         """Return what a `penalty: []`, a mean over tokens in units of `unit`, adds to the loss."""
-        return self.coefficient.to(penalty.dtype) * penalty / self.d_in
+        scale = context.sparsity_scale
+        if isinstance(scale, Tensor):  # rounded as a number is
+            scale = scale.to(penalty.dtype)
+        return scale * (self.coefficient.to(penalty.dtype) * penalty / self.d_in)
 
     def rescale_code_(self, scaler: ActivationScaler) -> None:
         """See `SAE.rescale_code_`: the unit is that of the code."""

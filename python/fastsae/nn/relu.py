@@ -78,18 +78,26 @@ class ReLUSAE(PenalizedSAE):
         """Return the weighted penalty on the code."""
         if self.penalty == "l1":  # divided last: one pass over the values
             l1 = self._mean_over_tokens(acts.values, acts.n) / upcast(self.unit)
-            return context.sparsity_scale * self._weigh(l1)
+            return self._weigh(l1, context)
         values = acts.values / self.unit.to(acts.values.dtype)
         if self.penalty == "tanh":
             values = values.tanh()
         else:
-            p = 1 + (self.p_end - 1) * context.progress
+            p = 1 + (self.p_end - 1) * _on_device(context.progress, values)
             # The derivative of 0^p is infinite; padding has value 0.
             power = torch.where(values > 0, values, 1.0).pow(p).where(values > 0, 0.0)
             paid, by_power = (self.parallel.sum_over_all(t.detach().sum()) for t in (values, power))
             values = power * (paid / by_power.clamp_min(1e-20))
-        return context.sparsity_scale * self._weigh(self._mean_over_tokens(values, acts.n))
+        return self._weigh(self._mean_over_tokens(values, acts.n), context)
 
     def config(self) -> dict[str, Any]:
         """Return the constructor arguments that `fastsae.load` rebuilds this module from."""
         return {**super().config(), "penalty": self.penalty, "p_end": self.p_end}
+
+
+def _on_device(number: float | Tensor, like: Tensor) -> Tensor:
+    """Return a number as [] float64 next to `like`: powers of numbers and of tensors are rounded
+    differently."""
+    if isinstance(number, Tensor):
+        return number
+    return torch.full((), number, dtype=torch.float64, device=like.device)

@@ -23,10 +23,15 @@ from fastsae.train.update import Update, base_of
 from fastsae.types import SparseActs
 
 CAPTURED = {"TopKSAE", "BatchTopKSAE", "MatryoshkaSAE", "HierarchicalTopKSAE", "SampledSAE"}
-CAPTURED |= {"GradientSAE", "GroupMaxSAE", "Transcoder", "BatchTopKTranscoder"}
-CAPTURED |= {"GroupMaxTranscoder", "CrossCoder", "TopKCrossCoder"}
-"""Classes whose steps ask the device nothing (no number that is read, no shape that depends on one)
-and whose losses do not depend on `StepContext.sparsity_scale` and `progress`."""
+CAPTURED |= {"GradientSAE", "GroupMaxSAE", "FeatureChoiceSAE"}
+CAPTURED |= {"JumpReLUSAE", "ReLUSAE", "GatedSAE"}
+CAPTURED |= {"Transcoder", "BatchTopKTranscoder", "GroupMaxTranscoder"}
+CAPTURED |= {"JumpReLUTranscoder", "ReLUTranscoder"}
+CAPTURED |= {"CrossCoder", "TopKCrossCoder", "ReLUCrossCoder"}
+CAPTURED |= {"CrossLayerTranscoder", "BatchTopKCrossLayerTranscoder"}
+CAPTURED |= {"JumpReLUCrossLayerTranscoder", "ReLUCrossLayerTranscoder"}
+"""Classes whose recorded steps ask the device nothing: no number is read, no shape depends on one,
+and what `SAE.step_kind` does not tell is on the device. All that have a fused step."""
 WARM_UP = 3
 """Steps of a kind before one is recorded: libraries set themselves up in the first ones."""
 
@@ -87,10 +92,23 @@ class StepInputs:
     """Learning rate; [] float64."""
     number: int | Tensor
     """Of the step, from 1; [] int64."""
+    sparsity_scale: float | Tensor
+    """See `StepContext`; [] float64."""
+    progress: float | Tensor
+    """See `StepContext`; [] float64."""
     may_have_dead: bool
     """Whether latents can be dead by now."""
+    recorded: bool = False
+    """Whether the step is being recorded."""
 
 
+NUMBERS = {
+    "lr": torch.float64,
+    "number": torch.int64,
+    "sparsity_scale": torch.float64,
+    "progress": torch.float64,
+}
+"""What differs from step to step besides the batch, and what holds it on the device."""
 Move = Callable[[Tensor, StepContext], SAEOutput]
 """Moves the parameters by a batch; its rate is known."""
 Run = Callable[[StepInputs, Move], SAEOutput]
@@ -101,9 +119,9 @@ class CapturedStep:
     """Does the steps of a run, and records one as soon as `WARM_UP` of a kind have been done.
 
     A kind is what a recorded step cannot be told: the shape of the batch, whether latents can be
-    dead, the settings of the module, and where its parameters lie. A step of another kind than the
-    recorded one is done as without a graph; when it comes `WARM_UP` times in a row, it is recorded
-    in its place.
+    dead, what `SAE.step_kind` says, the settings of the module, and where its parameters lie. A
+    step of another kind than the recorded one is done as without a graph; when it comes `WARM_UP`
+    times in a row, it is recorded in its place. Steps that cannot be recorded do not count in this.
 
     Args:
         run: does a step.
@@ -140,6 +158,8 @@ class CapturedStep:
 
     def _step(self, given: StepInputs) -> SAEOutput:
         kind = self._kind(given)
+        if kind is None:
+            return self._graph.warm_up(lambda: self._do(given))
         if kind != self._recorded:
             self._count = self._count + 1 if kind == self._seen else 1
             self._seen = kind
@@ -153,6 +173,7 @@ class CapturedStep:
         self._set(given)
         self._update.refresh_copies()
         self._graph.replay()
+        self._sae.count_replay()
         self.replays += 1
         return replace(self._out)
 
@@ -162,12 +183,11 @@ class CapturedStep:
     def _record(self, given: StepInputs, kind: tuple[Any, ...]) -> None:
         device = given.x.device
         self._recorded, self._out = None, None
-        inputs = self._inputs = replace(
-            given,
-            x=torch.empty_like(given.x, memory_format=torch.contiguous_format),
-            lr=torch.zeros((), dtype=torch.float64, device=device),
-            number=torch.ones((), dtype=torch.int64, device=device),
-        )
+        held: dict[str, Any] = {
+            name: torch.ones((), dtype=dtype, device=device) for name, dtype in NUMBERS.items()
+        }
+        held["x"] = torch.empty_like(given.x, memory_format=torch.contiguous_format)
+        inputs = self._inputs = replace(given, recorded=True, **held)
         self._set(given)
         self._held = list(self._update.buffers.values())
         self._out = self._graph.record(lambda: self._do(inputs))
@@ -178,20 +198,23 @@ class CapturedStep:
         """Write what a recorded step reads, without a wait: numbers travel with the kernel."""
         inputs = self._inputs
         assert inputs is not None
-        assert isinstance(inputs.lr, Tensor)
-        assert isinstance(inputs.number, Tensor)
         inputs.x.copy_(given.x)
-        inputs.lr.fill_(given.lr)
-        inputs.number.fill_(given.number)
+        for name in NUMBERS:
+            getattr(inputs, name).fill_(getattr(given, name))
 
-    def _kind(self, given: StepInputs) -> tuple[Any, ...]:
+    def _kind(self, given: StepInputs) -> tuple[Any, ...] | None:
+        """Return the kind of a step; None: it cannot be recorded."""
         sae, update = self._sae, self._update
+        own = sae.step_kind(given.x.shape[0])
+        if own is None:
+            return None
         config = update.config
         tensors = [*sae.parameters(), *sae.buffers(), *self._dead.tensors().values()]
         tensors += [*update.exp_avg.values(), *update.exp_avg_sq.values()]
         return (
             given.x.shape,
             given.may_have_dead,
+            own,
             config.betas,
             config.eps,
             config.clip_grad_norm,
@@ -229,7 +252,7 @@ def why_not_captured(sae: SAE, update: Update) -> str | None:
     if type(update) is not FusedUpdate:
         return f"the update is {type(update).__name__}"
     if name not in CAPTURED:
-        return f"a step of {name} asks the device for numbers, or has a weight that rises"
+        return f"steps of {name} are not known to ask the device nothing"
     if update.others and update.config.optimizer != "adam":
         return f"{', '.join(update.others)} moves by {update.config.optimizer} outside of a kernel"
     if not can_record(sae.W_enc_rows.device):

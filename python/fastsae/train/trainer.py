@@ -685,8 +685,8 @@ class Trainer:
         may_have_dead = self._tokens_done >= self._dead.after_tokens
         if not self.sae.training:  # somebody has looked at inference meanwhile
             self.sae.train()
-        lr = plan.lr_at(done)
-        inputs = StepInputs(x, lr, done + 1, may_have_dead)
+        lr, scale = plan.lr_at(done), plan.sparsity_at(done)
+        inputs = StepInputs(x, lr, done + 1, scale, done / plan.steps, may_have_dead)
         if self._captured is None:
             out = self._on_device(inputs, partial(self._update.step, lr=lr))
         else:
@@ -698,13 +698,14 @@ class Trainer:
 
     def _on_device(self, inputs: StepInputs, update: Move) -> SAEOutput:
         """Do the part of a step that a graph can record: all of it but its bookkeeping."""
-        x, done, plan, parallel = inputs.x, self.steps_done, self.plan, self.sae.parallel
+        x, parallel = inputs.x, self.sae.parallel
         context = StepContext(
             dead=self._dead.to_revive() if inputs.may_have_dead else None,
             turn=inputs.number,
-            sparsity_scale=plan.sparsity_at(done),
-            progress=done / plan.steps,
+            sparsity_scale=inputs.sparsity_scale,
+            progress=inputs.progress,
             compute_dtype=self._compute_dtype,
+            recorded=inputs.recorded,
         )
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             out = update(x, context)
