@@ -74,9 +74,8 @@ class TrainConfig:
     any case."""
     capture: bool = False
     """Record a step as a CUDA graph, and replay it: the same step to the last bit, started by one
-    call instead of more than a hundred. For classes whose steps ask the device nothing, with the
-    fused update (`train.captured_step.why_not_captured`); others run as without, and the log says
-    so."""
+    call instead of more than a hundred. For every class that the fused update trains, on one GPU
+    (`train.captured_step.why_not_captured`); others run as without, and the log says so."""
     weight_copies: bool = False
     """Keep a bfloat16 copy of W_enc, 2 bytes a weight, that the fused update writes along with it:
     for a GPU, whose encoder then converts no matrix in a step. Takes compute_dtype="bfloat16", and
