@@ -88,6 +88,21 @@ inline void check_entries_layout(const char* op, const Tensor& values, const Ten
   check_entries(op, values.numel());
 }
 
+// The matrix whose rows a decoder reads: W_dec, or its copy in bfloat16.
+inline const Tensor& decoder_rows(const char* op, const Tensor& W_dec,
+                                  const std::optional<Tensor>& bf16_W_dec) {
+  if (!bf16_W_dec) return W_dec;
+  FASTSAE_CHECK(W_dec.scalar_type() == ScalarType::Float, op,
+                ": expected W_dec to be float32 with bf16_W_dec");
+  FASTSAE_CHECK(bf16_W_dec->scalar_type() == ScalarType::BFloat16, op,
+                ": expected bf16_W_dec to be bfloat16");
+  FASTSAE_CHECK(bf16_W_dec->dim() == 2 && bf16_W_dec->size(0) == W_dec.size(0) &&
+                    bf16_W_dec->size(1) == W_dec.size(1),
+                op, ": expected bf16_W_dec to be ", shape_of(W_dec), " like W_dec, got ",
+                shape_of(*bf16_W_dec));
+  return *bf16_W_dec;
+}
+
 inline void check_lists_layout(const char* op, const Tensor& offsets, const Tensor& rows,
                                const Tensor& slots) {
   check_int32(op, "offsets", offsets);

@@ -73,14 +73,16 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
   m.def("dense_matmul(Tensor a, Tensor b, Tensor? bias, Tensor? where, bool relu) -> Tensor");
 
   // out[n, d] = sum over the active entries j of row n of values_j W_dec[indices_j] (+ b_dec).
+  // Decoders read the rows of bf16_W_dec, in bfloat16, in place of those of a float32 W_dec; all
+  // else remains float32, and gradients are those of W_dec.
   m.def(
-      "sparse_decode(Tensor values, Tensor indices, Tensor? offsets, Tensor W_dec, Tensor? b_dec)"
-      " -> Tensor");
+      "sparse_decode(Tensor values, Tensor indices, Tensor? offsets, Tensor W_dec, Tensor? b_dec,"
+      " Tensor? bf16_W_dec=None) -> Tensor");
 
   // Gradient of sparse_decode in values: <grad[row], W_dec[index]>, 0 for inactive entries.
   m.def(
       "sparse_decode_values_grad(Tensor grad, Tensor values, Tensor indices, Tensor? offsets,"
-      " Tensor W_dec) -> Tensor");
+      " Tensor W_dec, Tensor? bf16_W_dec=None) -> Tensor");
 
   // sparse_decode, and what the squared error of its result needs, from one gather: error = out -
   // target [n, d], squared [n] = the sum of error^2 of each row, and products, in the shape of
@@ -88,7 +90,7 @@ FASTSAE_LIBRARY(FASTSAE_NAMESPACE, m) {
   // the dtype of sums. products have no derivative.
   m.def(
       "sparse_decode_error(Tensor values, Tensor indices, Tensor? offsets, Tensor W_dec,"
-      " Tensor? b_dec, Tensor target)"
+      " Tensor? b_dec, Tensor target, Tensor? bf16_W_dec=None)"
       " -> (Tensor out, Tensor error, Tensor squared, Tensor products)");
 
   // The active entries grouped by latent, rows ascending: offsets [F + 1], rows [capacity], slots

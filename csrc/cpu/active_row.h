@@ -1,8 +1,10 @@
 // The active entries of a row, for the ops that gather rows of a dictionary for them.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
+#include "cpu/kernels.h"
 #include "cpu/sparse_acts_args.h"
 
 namespace fastsae::cpu {
@@ -23,6 +25,26 @@ inline std::optional<Tensor> decoder_bias(const char* op, const std::optional<Te
   FASTSAE_CHECK(b_dec->scalar_type() == W.scalar_type(), op,
                 ": expected b_dec to have the dtype of W_dec");
   return as_contiguous(*b_dec);
+}
+
+// The kernels of a decoder: R is the type of its rows, T that of its other numbers, R or the type
+// of sums.
+template <class R, class T>
+auto gather_sum_of() {
+  if constexpr (std::is_same_v<R, T>) return kernels<R>().gather_sum;
+  else return kernels<R>().gather_sum_wide;
+}
+template <class R, class T>
+auto gather_dot_of() {
+  if constexpr (std::is_same_v<R, T>) return kernels<R>().gather_dot;
+  else return kernels<R>().gather_dot_wide;
+}
+
+// Calls f(Type<R>{}, Type<T>{}) with the types of the rows that are read, and of W_dec.
+template <class F>
+void dispatch_decoder(const char* op, const Tensor& rows, const Tensor& W_dec, F&& f) {
+  if (rows.scalar_type() != W_dec.scalar_type()) return f(Type<bf16>{}, Type<float>{});
+  dispatch_floating(op, "W_dec", W_dec, [&](auto type) { f(type, type); });
 }
 
 // Whether rows of W are fetched ahead: of a matrix larger than L2, or than a core's part of L3, and

@@ -2,11 +2,11 @@
 //
 // Eight rows at a time are read side by side, from their first column to their last: so many
 // streams hide the latency of memory, and the sums, which pass through L1 once for eight rows, cost
-// little. 16-bit rows, which cannot hold their sums, go by for one strip of columns after the
-// other, whose sums stay in registers. Rows are fetched ahead into L2, where far more lines can be
-// on their way than into L1: into L1 was no faster than not at all, into L2 takes half as long (Zen
-// 4). Sums run over j ascending in one accumulator per column, so they depend on nothing but the
-// order of the entries.
+// little. 16-bit rows, whose sums a row of theirs cannot hold, go by for one strip of columns after
+// the other, whose sums stay in registers. Rows are fetched ahead into L2, where far more lines can
+// be on their way than into L1: into L1 was no faster than not at all, into L2 takes half as long
+// (Zen 4). Sums run over j ascending in one accumulator per column, so they depend on nothing but
+// the order of the entries.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -23,22 +23,23 @@ struct Count {
   static constexpr int value = kNumber;
 };
 
-// bfloat16 is read as pairs of vectors, the even and the odd entries.
-template <class T>
-constexpr bool kPaired = __is_same(T, bf16);
+// Rows of bfloat16 are read as pairs of vectors, the even and the odd entries, and so is what meets
+// them.
+template <class Row>
+constexpr bool kPaired = __is_same(Row, bf16);
 
-template <class V, class T>
+template <class Row, class V, class T>
 inline void load_two(const T* p, V& a, V& b) {
-  if constexpr (kPaired<T>) {
+  if constexpr (kPaired<Row>) {
     V::load_pair(p, a, b);
   } else {
     a = V::load(p);
     b = V::load(p + V::kWidth);
   }
 }
-template <class V, class T>
+template <class Row, class V, class T>
 inline void store_two(T* p, V a, V b) {
-  if constexpr (kPaired<T>) {
+  if constexpr (kPaired<Row>) {
     V::store_pair(p, a, b);
   } else {
     a.store(p);
@@ -111,16 +112,16 @@ inline int64_t sum_side_by_side(const A* weights, const int32_t* indices, int64_
 
 // Columns [c, c + kCount kWidth) of the sum, in registers while the rows go by. Unrolled by pragma:
 // left to itself the compiler moves the sums through memory around the loop over rows.
-template <class V, int kCount, class T>
+template <class V, int kCount, class T, class O>
 inline void sum_strip(const typename V::A* weights, const int32_t* indices, int64_t count,
-                      int64_t listed, const T* rows, int64_t d, int64_t c, const T* bias, T* out) {
+                      int64_t listed, const T* rows, int64_t d, int64_t c, const O* bias, O* out) {
   using A = typename V::A;
   V sum[kCount];
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) sum[i] = V::set1(A(0));
   if (bias) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kCount; i += 2) load_two(bias + c + i * V::kWidth, sum[i], sum[i + 1]);
+    for (int i = 0; i < kCount; i += 2) load_two<T>(bias + c + i * V::kWidth, sum[i], sum[i + 1]);
   }
   for (int64_t j = 0; j < count; ++j) {
     const T* row = rows + static_cast<int64_t>(indices[j]) * d + c;
@@ -134,20 +135,20 @@ inline void sum_strip(const typename V::A* weights, const int32_t* indices, int6
 #pragma GCC unroll 16
     for (int i = 0; i < kCount; i += 2) {
       V even, odd;
-      load_two(row + i * V::kWidth, even, odd);
+      load_two<T>(row + i * V::kWidth, even, odd);
       sum[i] = V::fma(w, even, sum[i]);
       sum[i + 1] = V::fma(w, odd, sum[i + 1]);
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kCount; i += 2) store_two(out + c + i * V::kWidth, sum[i], sum[i + 1]);
+  for (int i = 0; i < kCount; i += 2) store_two<T>(out + c + i * V::kWidth, sum[i], sum[i + 1]);
 }
 
 // All whole strips of kCount vectors from column c on; returns the column after them.
-template <class V, int kCount, class T>
+template <class V, int kCount, class T, class O>
 inline int64_t sum_strips(const typename V::A* weights, const int32_t* indices, int64_t count,
-                          int64_t listed, const T* rows, int64_t d, int64_t c, const T* bias,
-                          T* out) {
+                          int64_t listed, const T* rows, int64_t d, int64_t c, const O* bias,
+                          O* out) {
   for (; c + kCount * V::kWidth <= d; c += kCount * V::kWidth) {
     sum_strip<V, kCount>(weights, indices, count, listed, rows, d, c, bias, out);
   }
@@ -157,9 +158,9 @@ inline int64_t sum_strips(const typename V::A* weights, const int32_t* indices, 
 // The first columns of the sum, strip by strip; returns how many. Short strips leave room for more
 // rows in flight: 24 vectors were 15 % slower than 16. Of 16 and 12 the one that leaves less to
 // narrower strips.
-template <class V, class T>
+template <class V, class T, class O>
 inline int64_t sum_by_strips(const typename V::A* weights, const int32_t* indices, int64_t count,
-                             int64_t listed, const T* rows, int64_t d, const T* bias, T* out) {
+                             int64_t listed, const T* rows, int64_t d, const O* bias, O* out) {
   int64_t c = 0;
   if (V::kAccumulators < 16 || d % (12 * V::kWidth) < d % (16 * V::kWidth)) {
     c = sum_strips<V, 12>(weights, indices, count, listed, rows, d, c, bias, out);
@@ -170,9 +171,10 @@ inline int64_t sum_by_strips(const typename V::A* weights, const int32_t* indice
   return sum_strips<V, 2>(weights, indices, count, listed, rows, d, c, bias, out);
 }
 
-template <class V, class T>
+// O: of bias and out, T or the type of sums.
+template <class V, class T, class O>
 void gather_sum(const typename V::A* weights, const int32_t* indices, int64_t count, int64_t listed,
-                const T* rows, int64_t d, const T* bias, T* out) {
+                const T* rows, int64_t d, const O* bias, O* out) {
   using A = typename V::A;
   int64_t c;
   if constexpr (__is_same(T, A)) {
@@ -185,12 +187,12 @@ void gather_sum(const typename V::A* weights, const int32_t* indices, int64_t co
     for (int64_t j = 0; j < count; ++j) {
       sum += weights[j] * widen(rows[static_cast<int64_t>(indices[j]) * d + c]);
     }
-    out[c] = narrow<T>(sum);
+    out[c] = narrow<O>(sum);
   }
 }
 
-template <class V, int kCount, class T>
-inline void dot_rows(const T* x, const T* const* row, int64_t d, typename V::A* out) {
+template <class V, int kCount, class T, class O>
+inline void dot_rows(const O* x, const T* const* row, int64_t d, typename V::A* out) {
   using A = typename V::A;
   constexpr int64_t kStep = 2 * V::kWidth;
   V sum[kCount];
@@ -198,10 +200,10 @@ inline void dot_rows(const T* x, const T* const* row, int64_t d, typename V::A* 
   int64_t c = 0;
   for (; c + kStep <= d; c += kStep) {
     V left, right;
-    load_two(x + c, left, right);
+    load_two<T>(x + c, left, right);
     for (int r = 0; r < kCount; ++r) {
       V a, b;
-      load_two(row[r] + c, a, b);
+      load_two<T>(row[r] + c, a, b);
       sum[r] = V::fma(right, b, V::fma(left, a, sum[r]));
     }
   }
@@ -212,8 +214,9 @@ inline void dot_rows(const T* x, const T* const* row, int64_t d, typename V::A* 
   }
 }
 
-template <class V, class T>
-void gather_dot(const T* x, const int32_t* indices, int64_t count, const T* rows, int64_t d,
+// O: of x, T or the type of sums.
+template <class V, class T, class O>
+void gather_dot(const O* x, const int32_t* indices, int64_t count, const T* rows, int64_t d,
                 typename V::A* out) {
   int64_t j = 0;
   for (; j + kRows <= count; j += kRows) {

@@ -47,12 +47,20 @@ struct Kernels {
   void (*gather_sum)(const A* weights, const int32_t* indices, int64_t count, int64_t listed,
                      const T* rows, int64_t d, const T* bias, T* out);
 
+  // The same with bias and out in the type of sums.
+  void (*gather_sum_wide)(const A* weights, const int32_t* indices, int64_t count, int64_t listed,
+                          const T* rows, int64_t d, const A* bias, A* out);
+
   // out[0, n) = x in the type of sums.
   void (*widen_row)(const T* x, int64_t n, A* out);
 
   // out[j] = <x, rows[indices[j]]> for j < count.
   void (*gather_dot)(const T* x, const int32_t* indices, int64_t count, const T* rows, int64_t d,
                      A* out);
+
+  // The same with x in the type of sums.
+  void (*gather_dot_wide)(const A* x, const int32_t* indices, int64_t count, const T* rows,
+                          int64_t d, A* out);
 
   // widen_row, and best[j] = the larger of best[j] and x[j]; best[j] where x[j] is NaN.
   void (*widen_max)(const T* x, int64_t n, A* out, A* best);

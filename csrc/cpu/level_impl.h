@@ -11,9 +11,10 @@ namespace fastsae::cpu {
 namespace {
 
 template <class V, class T>
-constexpr Kernels<T> kTable{group_max<V, T>,  filter<V, T>,       keep_largest<V>,  kth_bound<V>,
-                            gather_sum<V, T>, widen_row<V, T>,    gather_dot<V, T>, widen_max<V, T>,
-                            lane_max<V, T>,   filter_chunks<V, T>};
+constexpr Kernels<T> kTable{group_max<V, T>, filter<V, T>,        keep_largest<V>,
+                            kth_bound<V>,    gather_sum<V, T, T>, gather_sum<V, T, typename V::A>,
+                            widen_row<V, T>, gather_dot<V, T, T>, gather_dot<V, T, typename V::A>,
+                            widen_max<V, T>, lane_max<V, T>,      filter_chunks<V, T>};
 
 }  // namespace
 

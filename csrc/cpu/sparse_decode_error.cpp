@@ -30,11 +30,13 @@ const T* as_row(const A* error, int64_t d, T* space) {
 }
 
 Found sparse_decode_error(const Tensor& values, const Tensor& indices,
-                          std::optional<Tensor> offsets, const Tensor& W_in,
-                          std::optional<Tensor> b_dec, const Tensor& target_in) {
+                          std::optional<Tensor> offsets, const Tensor& W,
+                          std::optional<Tensor> b_dec, const Tensor& target_in,
+                          std::optional<Tensor> bf16_W_dec) {
   constexpr const char* op = "sparse_decode_error";
-  check_matrix(op, "W_dec", W_in);
-  const Tensor W = as_contiguous(W_in), target = as_contiguous(target_in);
+  check_matrix(op, "W_dec", W);
+  const Tensor rows = as_contiguous(decoder_rows(op, W, bf16_W_dec));
+  const Tensor target = as_contiguous(target_in);
   const int64_t d = W.size(1);
   const SparseActsArgs e =
       checked_sparse_acts(op, accumulated(op, values, W), indices, offsets, W.size(0));
@@ -46,18 +48,21 @@ Found sparse_decode_error(const Tensor& values, const Tensor& indices,
   const ScalarType sums = accumulator_type(W);
   Tensor out = new_empty(W, {e.n, d}, W.scalar_type()), error = new_empty(W, {e.n, d}, sums);
   Tensor squared = new_empty(W, {e.n}, sums), products = torch::stable::empty_like(e.values);
-  dispatch_floating(op, "W_dec", W, [&](auto type) {
+  dispatch_decoder(op, rows, W, [&](auto row_type, auto type) {
+    using R = typename decltype(row_type)::type;
     using T = typename decltype(type)::type;
     using A = Acc<T>;
-    const Kernels<T>& kernel = kernels<T>();
+    const auto gather_sum = gather_sum_of<R, T>();
+    const auto gather_dot = gather_dot_of<R, T>();
     const A* value = data_of<A>(e.values);
-    const T *rows = data_of<T>(W), *wanted = data_of<T>(target);
+    const R* from = data_of<R>(rows);
+    const T* wanted = data_of<T>(target);
     const T* shift = bias ? data_of<T>(*bias) : nullptr;
     T* to = mutable_data_of<T>(out);
     A *missed = mutable_data_of<A>(error), *sum = mutable_data_of<A>(squared);
     A* product = mutable_data_of<A>(products);
     std::fill(product + e.total, product + e.values.numel(), A(0));
-    const bool ahead = fetches_ahead(W);
+    const bool ahead = fetches_ahead(rows);
     torch::stable::parallel_for(0, e.n, 8, [&](int64_t begin, int64_t end) {
       thread_local ActiveRow<A> active;
       thread_local std::vector<A> space, found;
@@ -67,12 +72,12 @@ Found sparse_decode_error(const Tensor& values, const Tensor& indices,
       for (int64_t row = begin; row < end; ++row) {
         const int64_t at = row * d;
         active.read(e, value, row);
-        kernel.gather_sum(active.weights, active.indices, active.count, ahead ? active.listed : 0,
-                          rows, d, shift, to + at);
+        gather_sum(active.weights, active.indices, active.count, ahead ? active.listed : 0, from, d,
+                   shift, to + at);
         sum[row] = subtract(to + at, wanted + at, d, missed + at, space.data());
         found.resize(static_cast<size_t>(active.count));
-        kernel.gather_dot(as_row<T>(missed + at, d, row_space.data()), active.indices, active.count,
-                          rows, d, found.data());
+        gather_dot(as_row<T>(missed + at, d, row_space.data()), active.indices, active.count, from,
+                   d, found.data());
         int64_t next = 0;
         for (int64_t j = e.begin(row); j < e.end(row); ++j) {
           product[j] = value[j] == A(0) ? A(0) : found[next++];

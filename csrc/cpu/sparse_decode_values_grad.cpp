@@ -7,10 +7,12 @@ namespace fastsae::cpu {
 namespace {
 
 Tensor sparse_decode_values_grad(const Tensor& grad_in, const Tensor& values, const Tensor& indices,
-                                 std::optional<Tensor> offsets, const Tensor& W_in) {
+                                 std::optional<Tensor> offsets, const Tensor& W,
+                                 std::optional<Tensor> bf16_W_dec) {
   constexpr const char* op = "sparse_decode_values_grad";
-  check_matrix(op, "W_dec", W_in);
-  const Tensor W = as_contiguous(W_in), grad = as_contiguous(grad_in);
+  check_matrix(op, "W_dec", W);
+  const Tensor rows = as_contiguous(decoder_rows(op, W, bf16_W_dec));
+  const Tensor grad = as_contiguous(grad_in);
   const int64_t d = W.size(1);
   const SparseActsArgs e =
       checked_sparse_acts(op, accumulated(op, values, W), indices, offsets, W.size(0));
@@ -19,12 +21,13 @@ Tensor sparse_decode_values_grad(const Tensor& grad_in, const Tensor& values, co
   FASTSAE_CHECK(grad.scalar_type() == W.scalar_type(), op,
                 ": expected grad to have the dtype of W_dec");
   Tensor out = torch::stable::empty_like(e.values);
-  dispatch_floating(op, "W_dec", W, [&](auto type) {
+  dispatch_decoder(op, rows, W, [&](auto row_type, auto type) {
+    using R = typename decltype(row_type)::type;
     using T = typename decltype(type)::type;
     using A = Acc<T>;
-    const Kernels<T>& kernel = kernels<T>();
+    const auto gather_dot = gather_dot_of<R, T>();
     const A* value = data_of<A>(e.values);
-    const T* rows = data_of<T>(W);
+    const R* row_of = data_of<R>(rows);
     const T* from = data_of<T>(grad);
     A* to = mutable_data_of<A>(out);
     std::fill(to + e.total, to + e.values.numel(), A(0));
@@ -34,7 +37,7 @@ Tensor sparse_decode_values_grad(const Tensor& grad_in, const Tensor& values, co
       for (int64_t row = begin; row < end; ++row) {
         active.read(e, value, row);
         products.resize(static_cast<size_t>(active.count));
-        kernel.gather_dot(from + row * d, active.indices, active.count, rows, d, products.data());
+        gather_dot(from + row * d, active.indices, active.count, row_of, d, products.data());
         int64_t next = 0;
         for (int64_t j = e.begin(row); j < e.end(row); ++j) {
           to[j] = value[j] == A(0) ? A(0) : products[next++];

@@ -42,6 +42,19 @@ struct VecF {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm256_or_si256(_mm256_srli_epi32(even.rounded(), 16), high));
   }
+  // The same of floats.
+  static void load_pair(const float* p, VecF& even, VecF& odd) {
+    const __m256 a = _mm256_loadu_ps(p), b = _mm256_loadu_ps(p + 8);
+    const __m256 low = _mm256_permute2f128_ps(a, b, 0x20),
+                 high = _mm256_permute2f128_ps(a, b, 0x31);
+    even.v = _mm256_shuffle_ps(low, high, 0x88);
+    odd.v = _mm256_shuffle_ps(low, high, 0xdd);
+  }
+  static void store_pair(float* p, VecF even, VecF odd) {
+    const __m256 low = _mm256_unpacklo_ps(even.v, odd.v), high = _mm256_unpackhi_ps(even.v, odd.v);
+    _mm256_storeu_ps(p, _mm256_permute2f128_ps(low, high, 0x20));
+    _mm256_storeu_ps(p + 8, _mm256_permute2f128_ps(low, high, 0x31));
+  }
   // The bits with the upper half rounded to nearest, ties to even; a NaN stays a NaN.
   __m256i rounded() const {
     const __m256i u = _mm256_castps_si256(v);

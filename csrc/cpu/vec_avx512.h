@@ -40,6 +40,19 @@ struct VecF {
     const __m512i high = _mm512_and_si512(odd.rounded(), _mm512_set1_epi32(-65536));
     _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(even.rounded(), 16), high));
   }
+  // The same of floats.
+  static void load_pair(const float* p, VecF& even, VecF& odd) {
+    const __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + 16);
+    const __m512i at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    even.v = _mm512_permutex2var_ps(a, at, b);
+    odd.v = _mm512_permutex2var_ps(a, _mm512_add_epi32(at, _mm512_set1_epi32(1)), b);
+  }
+  static void store_pair(float* p, VecF even, VecF odd) {
+    const __m512i at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i upper = _mm512_add_epi32(at, _mm512_set1_epi32(8));
+    _mm512_storeu_ps(p, _mm512_permutex2var_ps(even.v, at, odd.v));
+    _mm512_storeu_ps(p + 16, _mm512_permutex2var_ps(even.v, upper, odd.v));
+  }
   // The bits with the upper half rounded to nearest, ties to even; a NaN stays a NaN.
   __m512i rounded() const {
     const __m512i u = _mm512_castps_si512(v);

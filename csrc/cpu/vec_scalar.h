@@ -32,6 +32,15 @@ struct ScalarVec {
     p[0] = narrow<bf16>(even.v);
     p[1] = narrow<bf16>(odd.v);
   }
+  // The same of numbers of the type of sums.
+  static void load_pair(const A* p, ScalarVec& even, ScalarVec& odd) {
+    even.v = p[0];
+    odd.v = p[1];
+  }
+  static void store_pair(A* p, ScalarVec even, ScalarVec odd) {
+    p[0] = even.v;
+    p[1] = odd.v;
+  }
   friend ScalarVec operator+(ScalarVec a, ScalarVec b) { return {a.v + b.v}; }
   friend ScalarVec operator-(ScalarVec a, ScalarVec b) { return {a.v - b.v}; }
   friend ScalarVec operator*(ScalarVec a, ScalarVec b) { return {a.v * b.v}; }

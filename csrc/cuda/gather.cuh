@@ -63,14 +63,15 @@ struct Strip {
   __device__ __forceinline__ bool has(int i) const { return first + 32 * i < packs; }
   __device__ __forceinline__ int column(int i) const { return (first + 32 * i) * P::kSize; }
 
-  // A row of sums, or 0 if null.
-  __device__ __forceinline__ void start(Sum& sum, const Bits* row) const {
-    start<F>(sum, row, [](Acc& to, Acc x) { to = x; });
+  // A row of numbers of the format `From`, or 0 if null.
+  template <class From = F>
+  __device__ __forceinline__ void start(Sum& sum, const typename From::Bits* row) const {
+    read<From>(sum, row, [](Acc& to, Acc x) { to = x; });
   }
   // Adds a row of numbers of the format `From`.
   template <class From>
   __device__ __forceinline__ void add(Sum& sum, const typename From::Bits* row) const {
-    start<From>(sum, row, [](Acc& to, Acc x) { to += x; });
+    read<From>(sum, row, [](Acc& to, Acc x) { to += x; });
   }
   // Stores the sums as numbers of the format `To`.
   template <class To = F>
@@ -91,8 +92,8 @@ struct Strip {
 
  private:
   template <class From, class Take>
-  __device__ __forceinline__ void start(Sum& sum, const typename From::Bits* row,
-                                        Take&& take) const {
+  __device__ __forceinline__ void read(Sum& sum, const typename From::Bits* row,
+                                       Take&& take) const {
     using In = Pack<From, kWide>;
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
@@ -180,11 +181,20 @@ __device__ __forceinline__ T warp_sum_8(T (&x)[8], int lane) {
   return x[0] + __shfl_xor_sync(kFullWarp, x[0], 1);
 }
 
-// A pack as it was read, widened where it is used.
-template <class P>
+// Numbers of the format `From` as they were read, as many as a pack of F has, widened where they
+// are used.
+template <class F, class From, bool kWide>
 struct HeldPack {
-  typename P::Raw raw;
-  __device__ __forceinline__ typename P::Acc at(int e) const { return P::at(raw, e); }
+  using In = Pack<From, kWide>;
+  static constexpr int kSize = Pack<F, kWide>::kSize;
+  typename In::Raw raw[kSize / In::kSize];
+  __device__ __forceinline__ explicit HeldPack(const typename From::Bits* row) {
+#pragma unroll
+    for (int i = 0; i < kSize / In::kSize; ++i) raw[i] = In::load(row + i * In::kSize);
+  }
+  __device__ __forceinline__ typename F::Acc at(int e) const {
+    return In::at(raw[e / In::kSize], e % In::kSize);
+  }
 };
 
 // The product of a row of `packs` packs with the row of `rows` that the lane's entry names, 0

@@ -122,4 +122,12 @@ auto with_format(Format format, Call&& f) {
   }
 }
 
+// Calls f with objects of the formats of a decoder's rows and of its other numbers: one format, or
+// bfloat16 rows among float32.
+template <class Call>
+auto with_decoder_formats(Format rows, Format others, Call&& f) {
+  if (rows != others) return f(BFloat16{}, Float32{});
+  return with_format(others, [&](auto format) { return f(format, format); });
+}
+
 }  // namespace fastsae::cuda

@@ -56,6 +56,13 @@ inline void check_decoder_bias(const char* op, const std::optional<Tensor>& b_de
   check_device(op, "b_dec", *b_dec, W, "W_dec");
 }
 
+// The matrix whose rows a decoder reads, on the device of W_dec.
+inline const Tensor& checked_decoder_rows(const char* op, const Tensor& W_dec,
+                                          const std::optional<Tensor>& bf16_W_dec) {
+  if (bf16_W_dec) check_device(op, "bf16_W_dec", *bf16_W_dec, W_dec, "W_dec");
+  return decoder_rows(op, W_dec, bf16_W_dec);
+}
+
 // Values come in the dtype of the matrix they multiply, or in the dtype of its sums.
 inline void check_values_type(const char* op, const Tensor& values, const char* name,
                               const Tensor& matrix) {

@@ -10,14 +10,14 @@ namespace {
 
 constexpr int kWarps = kDecodeThreads / 32;
 
-template <class F, bool kWide>
+template <class F, class S, bool kWide>
 void launch_decode(const DecodeParams& p, cudaStream_t stream) {
-  using Bits = typename F::Bits;
+  using Bits = typename S::Bits;
   const SparseActsParams& e = p.entries;
   const auto launch = [&](const Split& split, auto packs) {
-    FASTSAE_LAUNCH((sparse_decode_kernel<F, kWide, decltype(packs)::value>),
+    FASTSAE_LAUNCH((sparse_decode_kernel<F, S, kWide, decltype(packs)::value>),
                    grid_of((e.n * split.chunks + kWarps - 1) / kWarps), kDecodeThreads, 0, stream,
-                   SparseActsView<F>{e}, static_cast<const Bits*>(p.W),
+                   SparseActsView<F>{e}, static_cast<const typename F::Bits*>(p.W),
                    static_cast<const Bits*>(p.bias), e.n, p.d, split.packs, split.chunks,
                    static_cast<Bits*>(p.out));
   };
@@ -31,17 +31,19 @@ void launch_decode(const DecodeParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-const char* launch_sparse_decode(const DecodeParams& params, Format format, void* stream) {
+const char* launch_sparse_decode(const DecodeParams& params, Format rows, Format others,
+                                 void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   if (params.entries.n == 0 || params.d == 0) return nullptr;
-  with_format(format, [&](auto f) {
+  with_decoder_formats(rows, others, [&](auto f, auto s) {
     using F = decltype(f);
+    using S = decltype(s);
     const int64_t d = params.d;
-    if (rows_aligned<F>(params.W, d) && rows_aligned<F>(params.out, d) &&
-        rows_aligned<F>(params.bias, d)) {
-      launch_decode<F, true>(params, on);
+    if (rows_aligned<F>(params.W, d) && rows_aligned<S>(params.out, d) &&
+        rows_aligned<S>(params.bias, d)) {
+      launch_decode<F, S, true>(params, on);
     } else {
-      launch_decode<F, false>(params, on);
+      launch_decode<F, S, false>(params, on);
     }
   });
   return launch_error();

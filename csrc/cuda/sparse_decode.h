@@ -13,7 +13,9 @@ struct DecodeParams {
   void* out;  // [n, d]
 };
 
-// Launches on `stream` (a cudaStream_t); null when all is well, else the CUDA error's text.
-const char* launch_sparse_decode(const DecodeParams& params, Format format, void* stream);
+// Launches on `stream` (a cudaStream_t); null when all is well, else the CUDA error's text. rows:
+// the format of W; others: of the rest, which is that of W, or float32 where W is bfloat16.
+const char* launch_sparse_decode(const DecodeParams& params, Format rows, Format others,
+                                 void* stream);
 
 }  // namespace fastsae::cuda

@@ -17,15 +17,15 @@ Split split_over_warps(int packs) {
   return {packs, per_lane, (packs + 32 * per_lane - 1) / (32 * per_lane)};
 }
 
-template <class F, bool kWide>
+template <class F, class S, bool kWide>
 void launch_error(const DecodeErrorParams& p, cudaStream_t stream) {
-  using Bits = typename F::Bits;
+  using Bits = typename S::Bits;
   using Acc = typename F::Acc;
   const SparseActsParams& e = p.entries;
   const auto launch = [&](const Split& split, auto packs) {
-    FASTSAE_LAUNCH((sparse_decode_error_kernel<F, kWide, decltype(packs)::value>),
+    FASTSAE_LAUNCH((sparse_decode_error_kernel<F, S, kWide, decltype(packs)::value>),
                    grid_of(std::max<int64_t>(e.n, 1)), kDecodeErrorThreads, 0, stream,
-                   SparseActsView<F>{e}, static_cast<const Bits*>(p.W),
+                   SparseActsView<F>{e}, static_cast<const typename F::Bits*>(p.W),
                    static_cast<const Bits*>(p.bias), static_cast<const Bits*>(p.target), e.n, p.d,
                    split.packs, split.chunks, static_cast<Bits*>(p.out), static_cast<Acc*>(p.error),
                    static_cast<Acc*>(p.squared), static_cast<Acc*>(p.products));
@@ -40,19 +40,20 @@ void launch_error(const DecodeErrorParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-const char* launch_sparse_decode_error(const DecodeErrorParams& params, Format format,
+const char* launch_sparse_decode_error(const DecodeErrorParams& params, Format rows, Format others,
                                        void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   if (params.entries.n == 0 && params.entries.capacity == 0) return nullptr;
-  with_format(format, [&](auto f) {
+  with_decoder_formats(rows, others, [&](auto f, auto s) {
     using F = decltype(f);
+    using S = decltype(s);
     const int64_t d = params.d;
-    if (rows_aligned<F>(params.W, d) && rows_aligned<F>(params.bias, d) &&
-        rows_aligned<F>(params.target, d) && rows_aligned<F>(params.out, d) &&
-        rows_aligned<F>(params.error, d)) {
-      launch_error<F, true>(params, on);
+    if (rows_aligned<F>(params.W, d) && rows_aligned<S>(params.bias, d) &&
+        rows_aligned<S>(params.target, d) && rows_aligned<S>(params.out, d) &&
+        rows_aligned<S>(params.error, d)) {
+      launch_error<F, S, true>(params, on);
     } else {
-      launch_error<F, false>(params, on);
+      launch_error<F, S, false>(params, on);
     }
   });
   return launch_error();

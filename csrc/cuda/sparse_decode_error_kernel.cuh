@@ -15,29 +15,31 @@ namespace fastsae::cuda {
 
 constexpr int kDecodeErrorThreads = 128;
 
+// F is the format of W, S that of bias, target and out.
+
 // Of one token: where its rows start.
-template <class F>
+template <class S>
 struct ErrorRow {
-  const typename F::Bits* target;
-  typename F::Bits* out;
-  typename F::Acc* error;
+  const typename S::Bits* target;
+  typename S::Bits* out;
+  typename S::Acc* error;
 };
 
 // error = out - target in the columns of a strip, both stored; returns the sum of its squares.
-template <class F, bool kWide, int kPacks>
+template <class F, class S, bool kWide, int kPacks>
 __device__ __forceinline__ typename F::Acc subtract(const Strip<F, kWide, kPacks>& strip,
                                                     typename Strip<F, kWide, kPacks>::Sum& sum,
-                                                    const ErrorRow<F>& row) {
+                                                    const ErrorRow<S>& row) {
   using Wide = typename FormatOf<typename F::Acc>::type;
   typename Strip<F, kWide, kPacks>::Sum wanted;
-  strip.start(wanted, row.target);
-  strip.store(sum, row.out);
+  strip.template start<S>(wanted, row.target);
+  strip.template store<S>(sum, row.out);
   typename F::Acc squared = 0;
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
 #pragma unroll
     for (int e = 0; e < Pack<F, kWide>::kSize; ++e) {
-      sum[i][e] = F::widen(F::narrow(sum[i][e])) - wanted[i][e];
+      sum[i][e] = S::widen(S::narrow(sum[i][e])) - wanted[i][e];
       if (strip.has(i)) squared += sum[i][e] * sum[i][e];
     }
   }
@@ -45,13 +47,13 @@ __device__ __forceinline__ typename F::Acc subtract(const Strip<F, kWide, kPacks
   return squared;
 }
 
-// A pack of an error, rounded as a row of W is.
+// A pack of an error, rounded to S, as long as a pack of a row of W.
 template <class F, bool kWide>
 struct RoundedPack {
   typename F::Acc x[Pack<F, kWide>::kSize];
   __device__ __forceinline__ typename F::Acc at(int e) const { return x[e]; }
 };
-template <class F, bool kWide>
+template <class F, class S, bool kWide>
 __device__ __forceinline__ RoundedPack<F, kWide> load_rounded(const typename F::Acc* error, int p) {
   using Wide = typename FormatOf<typename F::Acc>::type;
   using In = Pack<Wide, kWide>;
@@ -61,18 +63,18 @@ __device__ __forceinline__ RoundedPack<F, kWide> load_rounded(const typename F::
   for (int to = 0; to < Pack<F, kWide>::kSize; to += In::kSize) {
     const typename In::Raw raw = In::load_own(from + p * Pack<F, kWide>::kSize + to);
 #pragma unroll
-    for (int e = 0; e < In::kSize; ++e) pack.x[to + e] = F::widen(F::narrow(In::at(raw, e)));
+    for (int e = 0; e < In::kSize; ++e) pack.x[to + e] = S::widen(S::narrow(In::at(raw, e)));
   }
   return pack;
 }
 
 // `packs` of a row, in `chunks` strips.
-template <class F, bool kWide, int kPacks>
+template <class F, class S, bool kWide, int kPacks>
 __global__ void __launch_bounds__(kDecodeErrorThreads, kGatherBlocks<kPacks>)
     sparse_decode_error_kernel(SparseActsView<F> entries, const typename F::Bits* __restrict__ W,
-                               const typename F::Bits* __restrict__ bias,
-                               const typename F::Bits* __restrict__ target, int64_t n, int64_t d,
-                               int packs, int chunks, typename F::Bits* __restrict__ out,
+                               const typename S::Bits* __restrict__ bias,
+                               const typename S::Bits* __restrict__ target, int64_t n, int64_t d,
+                               int packs, int chunks, typename S::Bits* __restrict__ out,
                                typename F::Acc* error, typename F::Acc* __restrict__ squared,
                                typename F::Acc* __restrict__ products) {
   using Acc = typename F::Acc;
@@ -81,12 +83,12 @@ __global__ void __launch_bounds__(kDecodeErrorThreads, kGatherBlocks<kPacks>)
   const int thread = static_cast<int>(threadIdx.x), lane = thread & 31, warp = thread / 32;
   for (int64_t token = blockIdx.x; token < n; token += gridDim.x) {
     const int begin = entries.begin(token), end = entries.end(token);
-    const ErrorRow<F> row{target + token * d, out + token * d, error + token * d};
+    const ErrorRow<S> row{target + token * d, out + token * d, error + token * d};
     Acc part = 0;
     for (int chunk = warp; chunk < chunks; chunk += kWarps) {
       const Strip<F, kWide, kPacks> strip(chunk, lane, packs);
       typename Strip<F, kWide, kPacks>::Sum sum;
-      strip.start(sum, bias);
+      strip.template start<S>(sum, bias);
       gather_sum(strip, sum, begin, end, W, d, [&](int j) { return entries.entry(j); });
       part += subtract(strip, sum, row);
     }
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(kDecodeErrorThreads, kGatherBlocks<kPacks>)
       const bool own = lane < kDotRows && j < end;
       const Acc product =
           gather_dot<F, kWide>(own ? entries.entry(j) : Entry<Acc>{0, Acc(0)}, W, d, packs,
-                               [&](int p) { return load_rounded<F, kWide>(row.error, p); });
+                               [&](int p) { return load_rounded<F, S, kWide>(row.error, p); });
       if (own) products[j] = product;
     }
     __syncthreads();  // done with the sum before the next token

@@ -13,12 +13,12 @@ namespace fastsae::cuda {
 
 constexpr int kDecodeThreads = 128;
 
-// A task is one strip of one token.
-template <class F, bool kWide, int kPacks>
+// A task is one strip of one token. F is the format of W, S that of bias and out.
+template <class F, class S, bool kWide, int kPacks>
 __global__ void __launch_bounds__(kDecodeThreads, kGatherBlocks<kPacks>)
     sparse_decode_kernel(SparseActsView<F> entries, const typename F::Bits* __restrict__ W,
-                         const typename F::Bits* __restrict__ bias, int64_t n, int64_t d, int packs,
-                         int chunks, typename F::Bits* __restrict__ out) {
+                         const typename S::Bits* __restrict__ bias, int64_t n, int64_t d, int packs,
+                         int chunks, typename S::Bits* __restrict__ out) {
   const int lane = static_cast<int>(threadIdx.x) & 31;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kDecodeThreads / 32);
   int64_t task = static_cast<int64_t>(blockIdx.x) * (kDecodeThreads / 32) + threadIdx.x / 32;
@@ -26,10 +26,10 @@ __global__ void __launch_bounds__(kDecodeThreads, kGatherBlocks<kPacks>)
     const int64_t token = task / chunks;
     const Strip<F, kWide, kPacks> strip(static_cast<int>(task % chunks), lane, packs);
     typename Strip<F, kWide, kPacks>::Sum sum;
-    strip.start(sum, bias);
+    strip.template start<S>(sum, bias);
     gather_sum(strip, sum, entries.begin(token), entries.end(token), W, d,
                [&](int j) { return entries.entry(j); });
-    strip.store(sum, out + token * d);
+    strip.template store<S>(sum, out + token * d);
   }
 }
 

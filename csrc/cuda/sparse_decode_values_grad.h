@@ -14,8 +14,9 @@ struct ValuesGradParams {
   void* out;  // like the values, in their format
 };
 
-// Launches on `stream` (a cudaStream_t); null when all is well, else the CUDA error's text.
-const char* launch_sparse_decode_values_grad(const ValuesGradParams& params, Format format,
-                                             void* stream);
+// Launches on `stream` (a cudaStream_t); null when all is well, else the CUDA error's text. rows:
+// the format of W; others: of the rest, which is that of W, or float32 where W is bfloat16.
+const char* launch_sparse_decode_values_grad(const ValuesGradParams& params, Format rows,
+                                             Format others, void* stream);
 
 }  // namespace fastsae::cuda

@@ -308,6 +308,7 @@ def _sparse() -> list[Call]:
             Call("group_by_latent", case, (*entries, m)),
             Call("sparse_weight_grad", case, (a.values, *lists, x), tolerance * n**0.5),
         ]
+    found += _decode_bf16_rows()
     # One latent in every row: the longest list there can be, over several blocks.
     values, indices = torch.rand(300, 2) + 0.1, torch.tensor([[0, 5]]).expand(300, 2).int()
     lists = torch.ops.fastsae.group_by_latent(values, indices.contiguous(), None, 9)
@@ -315,6 +316,28 @@ def _sparse() -> list[Call]:
         Call("group_by_latent", "one-latent", (values, indices.contiguous(), None, 9)),
         Call("sparse_weight_grad", "one-latent", (values, *lists, torch.randn(300, 24)), 1e-4),
     ]
+    return found
+
+
+def _decode_bf16_rows() -> list[Call]:
+    """A float32 W_dec and a bfloat16 one, which is another matrix: it says what was read."""
+    found = []
+    for n, d, m, k, layout in (
+        (11, 132, 300, 20, "fixed"),  # floats start at multiples of 16 bytes, rows do not
+        (9, 64, 70, 5, "variable"),
+        (5, 33, 40, 7, "variable"),
+        (3, 1040, 31, 9, "fixed"),
+    ):
+        a = acts(n, m, k, torch.float32, layout)
+        W, b, x, grad = (torch.randn(s) for s in ((m, d), (d,), (n, d), (n, d)))
+        rows, entries = torch.randn(m, d).bfloat16(), (a.values, a.indices, a.offsets, W)
+        case, tolerance = f"{n}x{d}x{m}-{layout}-bf16-rows", 1e-5 * d**0.5
+        found += [
+            Call("sparse_decode", case, (*entries, b, rows), 1e-5),
+            Call("sparse_decode", f"{case}-no-bias", (*entries, None, rows), 1e-5),
+            Call("sparse_decode_error", case, (*entries, b, x, rows), tolerance),
+            Call("sparse_decode_values_grad", case, (grad, *entries, rows), tolerance),
+        ]
     return found
 
 

@@ -43,7 +43,8 @@ def register(op: str, *, setup_context: Rule, backward: Rule, jvp: Rule) -> None
             of differentiable ops. `ctx.saved_tensors` is what setup_context saved.
     """
     native = getattr(torch.ops.fastsae, op).default
-    names = [argument.name for argument in native._schema.arguments]
+    arguments = native._schema.arguments
+    names = [argument.name for argument in arguments]
     W_enc, rounds = (names.index(n) if n in names else -1 for n in ("W_enc", "bf16_product"))
 
     def below_autograd(keyset: Any, inputs: tuple[Any, ...]) -> Any:
@@ -89,6 +90,8 @@ def register(op: str, *, setup_context: Rule, backward: Rule, jvp: Rule) -> None
     )
 
     def kernel(keyset: Any, *inputs: Any) -> Any:
+        # torch leaves out what has its default
+        inputs += tuple(argument.default_value for argument in arguments[len(inputs) :])
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 return differentiable.apply(*inputs, keyset)
@@ -111,7 +114,13 @@ def _primal(t: Tensor | None) -> Tensor | None:
         return None if t is None else forward_ad.unpack_dual(t, level=0).primal
 
 
-def decode_entries(values: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor) -> Tensor:
+def decode_entries(
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    W: Tensor,
+    bf16_W: Tensor | None = None,
+) -> Tensor:
     """Return `sparse_decode` of the entries, the derivative of which includes values of 0.
 
     With every row as a list of its own, that is `sparse_weight_grad`. Where nobody differentiates,
@@ -119,8 +128,9 @@ def decode_entries(values: Tensor, indices: Tensor, offsets: Tensor | None, W: T
     """
     native = torch.ops.fastsae
     if not watched():
-        out: Tensor = native.sparse_decode(values, indices, offsets, W, None)
+        out: Tensor = native.sparse_decode(values, indices, offsets, W, None, bf16_W)
         return out
+    first_alone("sparse_decode", bf16_W)
     slots = torch.arange(values.numel(), dtype=torch.int32, device=values.device)
     if offsets is None:
         n, k = values.shape
@@ -169,6 +179,16 @@ def reverse_mode_alone() -> bool:
 def watched() -> bool:
     """Return whether somebody may differentiate what is computed now, in a backward too."""
     return torch.is_grad_enabled() or _may_have_tangents()
+
+
+def first_alone(op: str, bf16_W: Tensor | None) -> None:
+    """Raise RuntimeError if somebody may differentiate a derivative, and rows were read from a
+    copy, whose derivative is that of another matrix."""
+    if bf16_W is not None and watched():
+        raise RuntimeError(
+            f"{op}: expected a first derivative in reverse mode with bf16_W_dec, got create_graph, "
+            "forward mode or torch.func"
+        )
 
 
 def total(*terms: Tensor | None) -> Tensor | None:

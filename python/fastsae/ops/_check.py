@@ -161,6 +161,22 @@ def dictionary(op: str, W_dec: object, d_sae: int) -> None:
         )
 
 
+def bf16_copy(op: str, copy: Tensor | None, W_dec: Tensor) -> None:
+    """Raise unless `copy` is None or bfloat16 with the shape and device of a float32 `W_dec`."""
+    if copy is None:
+        return
+    floating(op, "bf16_W_dec", copy)
+    if W_dec.dtype != torch.float32:
+        raise TypeError(f"{op}: expected W_dec to be float32 with bf16_W_dec, got {W_dec.dtype}")
+    if copy.dtype != torch.bfloat16:
+        raise TypeError(f"{op}: expected bf16_W_dec to be bfloat16, got {copy.dtype}")
+    shape(op, "bf16_W_dec", copy, tuple(W_dec.shape), "[d_sae, d_out]")
+    if copy.device != W_dec.device:
+        raise ValueError(
+            f"{op}: expected bf16_W_dec on the device of W_dec, {W_dec.device}, got {copy.device}"
+        )
+
+
 def acts(op: str, x: object) -> None:
     """Raise TypeError unless `x` is a `SparseActs`."""
     if not isinstance(x, SparseActs):

@@ -80,7 +80,9 @@ def looks_full(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) ->
 def run(op: str, arguments: tuple[Any, ...]) -> Any:
     """Return what the native op returns, made of dense matmuls; None where they do not apply."""
     rule = _RULES.get(op)
-    if rule is None or not plain([a for a in arguments if isinstance(a, Tensor)]):
+    if rule is None:
+        return None
+    if not plain([a for a in arguments[:-1] if isinstance(a, Tensor)]):  # but bf16_W_dec
         return None
     try:
         with _float_matmuls():
@@ -172,16 +174,32 @@ def _filled(values: Tensor, rows: slice, places: Tensor, width: int) -> Tensor:
     return dense.view(-1, width)
 
 
+def _rows_read(W: Tensor, bf16_W: Tensor | None) -> Tensor:
+    """Return the matrix that a decoder multiplies with: W, or what its copy in bfloat16 holds."""
+    if bf16_W is None:
+        return W
+    right = W.dtype == torch.float32 and bf16_W.dtype == torch.bfloat16
+    if not (right and bf16_W.shape == W.shape and can_look(bf16_W)):
+        raise _NotDense
+    return bf16_W.to(W.dtype)
+
+
 def _decode(
-    values: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor, bias: Tensor | None
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    W: Tensor,
+    bias: Tensor | None,
+    bf16_W: Tensor | None,
 ) -> Tensor | None:
     _check_entries(values, indices, offsets, W)
     d_sae, n = W.shape[0], values.shape[0] if offsets is None else offsets.shape[0] - 1
     if offsets is None and lists_every_latent(indices, d_sae):
-        out = matmul(values, W, bias)
+        out = matmul(values, _rows_read(W, bf16_W), bias)
         return out if _finite(out) else None
     if not pays("sparse_decode", _counted(indices, offsets), n, d_sae, W.shape[1]):
         return None
+    W = _rows_read(W, bf16_W)
     out, flat = W.new_empty(n, W.shape[1]), values.reshape(-1)
     for rows, entries, places in _blocks(values, indices, offsets, n, d_sae):
         out[rows] = matmul(_filled(flat[entries], rows, places, d_sae), W)
@@ -191,16 +209,22 @@ def _decode(
 
 
 def _values_grad(
-    grad: Tensor, values: Tensor, indices: Tensor, offsets: Tensor | None, W: Tensor
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    W: Tensor,
+    bf16_W: Tensor | None,
 ) -> Tensor | None:
     _check_entries(values, indices, offsets, W)
     if grad.ndim != 2 or grad.shape[1] != W.shape[1]:
         raise _NotDense
     d_sae, n = W.shape[0], grad.shape[0]
     if offsets is None and lists_every_latent(indices, d_sae):
-        return matmul(grad, W.t(), where=values)
+        return matmul(grad, _rows_read(W, bf16_W).t(), where=values)
     if not pays("sparse_decode_values_grad", _counted(indices, offsets), n, d_sae, W.shape[1]):
         return None
+    W = _rows_read(W, bf16_W)
     out = values.new_zeros(values.numel())
     for rows, entries, places in _blocks(values, indices, offsets, n, d_sae):
         torch.take(matmul(grad[rows], W.t()), places, out=out[entries])

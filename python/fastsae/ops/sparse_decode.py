@@ -14,7 +14,12 @@ from fastsae.types import SparseActs
 
 
 def sparse_decode(
-    acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None, *, inactive_grad: bool = False
+    acts: SparseActs,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    *,
+    inactive_grad: bool = False,
+    bf16_W_dec: Tensor | None = None,
 ) -> Tensor:
     """Return `sum_j values_j W_dec[indices_j] + b_dec` for every token.
 
@@ -25,6 +30,8 @@ def sparse_decode(
         b_dec: [d_out] or None.
         inactive_grad: whether entries of value 0 get a gradient as well, which estimates of a step
             function need.
+        bf16_W_dec: [d_sae, d_out], bfloat16, or None: a copy of a float32 `W_dec`. Its rows are
+            read in place of those of `W_dec`; everything else remains float32.
 
     Returns:
         [n, d_out] in the dtype of `W_dec`.
@@ -37,7 +44,8 @@ def sparse_decode(
     Gradients:
         In `acts.values`, `W_dec` and `b_dec`; needs neither [n, d_sae] nor [n, k, d_out]. An entry
         whose value is exactly 0 is inactive and gets none, unless `inactive_grad`. Of any order, in
-        reverse and forward mode, under `torch.func` and vmap.
+        reverse and forward mode, under `torch.func` and vmap. With `bf16_W_dec`, first ones in
+        reverse mode alone: `W_dec` gets that of the rows that were read, and the copy none.
 
     Numerics:
         Accumulates in float32 (float64 for float64) in the order of the entries; deterministic
@@ -46,7 +54,7 @@ def sparse_decode(
         autocast values, `W_dec` and `b_dec` are cast as those of `F.linear`.
 
     Cost:
-        Reads one row of `W_dec` per active entry.
+        Reads one row of `W_dec`, or of its copy, per active entry.
 
     Source:
         Gao et al. (arXiv 2406.04093), appendix D, the sparse-dense matmul.
@@ -60,14 +68,15 @@ def sparse_decode(
     _check.values_of("sparse_decode", values, "W_dec", W_dec)
     if b_dec is not None:
         _check.same("sparse_decode", "b_dec", b_dec, "W_dec", W_dec)
+    _check.bf16_copy("sparse_decode", bf16_W_dec, W_dec)
     entries = (values, acts.indices, acts.offsets, W_dec)
     if inactive_grad:
         decode: Any = _autograd.decode_entries
         if _autograd.reverse_mode_alone():
             decode = _DecodeAll.apply
-        decoded: Tensor = decode(*entries)
+        decoded: Tensor = decode(*entries, bf16_W_dec)
         return decoded if b_dec is None else decoded + b_dec
-    out: Tensor = torch.ops.fastsae.sparse_decode(*entries, b_dec)
+    out: Tensor = torch.ops.fastsae.sparse_decode(*entries, b_dec, bf16_W_dec)
     return out
 
 
@@ -83,6 +92,7 @@ def _fake(
     offsets: Tensor | None,
     W_dec: Tensor,
     b_dec: Tensor | None,
+    bf16_W_dec: Tensor | None = None,
 ) -> Tensor:
     return W_dec.new_empty(rows_of(values, offsets), W_dec.shape[1])
 
@@ -94,33 +104,45 @@ def _plain(
     offsets: Tensor | None,
     W_dec: Tensor,
     b_dec: Tensor | None,
+    bf16_W_dec: Tensor | None = None,
 ) -> Tensor:
     acts = SparseActs(values, indices, offsets, W_dec.shape[0])
-    return reference.sparse_decode(acts, W_dec, b_dec)
+    return reference.sparse_decode(acts, W_dec, b_dec, bf16_W_dec=bf16_W_dec)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    values, indices, offsets, W_dec, _ = inputs
-    ctx.save_for_backward(values, indices, offsets, W_dec)
+    values, indices, offsets, W_dec, _, bf16_W_dec = inputs
+    ctx.save_for_backward(values, indices, offsets, W_dec, bf16_W_dec)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values, indices, offsets, W_dec = ctx.saved_tensors
+    values, indices, offsets, W_dec, bf16_W_dec = ctx.saved_tensors
+    _autograd.first_alone("sparse_decode", bf16_W_dec)
     need_values, _, _, need_W, need_b = ctx.needs_input_grad[:5]
     dvalues = dW = db = None
     if need_values:
-        dvalues = torch.ops.fastsae.sparse_decode_values_grad(grad, values, indices, offsets, W_dec)
+        dvalues = torch.ops.fastsae.sparse_decode_values_grad(
+            grad, values, indices, offsets, W_dec, bf16_W_dec
+        )
     if need_W and not _tape.take_decoder(W_dec, values, indices, offsets, grad):
         dW = _autograd.weight_grad(values, indices, offsets, W_dec.shape[0], grad)[0]
     if need_b:
         db = grad.sum(0)
-    return dvalues, None, None, dW, db
+    return dvalues, None, None, dW, db, None
 
 
 def _jvp(
-    ctx: Any, values_t: Tensor | None, _: None, __: None, W_t: Tensor | None, b_t: Tensor | None
+    ctx: Any,
+    values_t: Tensor | None,
+    _: None,
+    __: None,
+    W_t: Tensor | None,
+    b_t: Tensor | None,
+    ___: None,
 ) -> Tensor | None:
-    return tangent(ctx.saved_tensors, values_t, W_t, b_t)
+    *entries, bf16_W_dec = ctx.saved_tensors
+    _autograd.first_alone("sparse_decode", bf16_W_dec)
+    return tangent(tuple(entries), values_t, W_t, b_t)
 
 
 def tangent(
@@ -148,27 +170,37 @@ class _DecodeAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, indices: Tensor, offsets: Tensor | None, W_dec: Tensor
+        ctx: Any,
+        values: Tensor,
+        indices: Tensor,
+        offsets: Tensor | None,
+        W_dec: Tensor,
+        bf16_W_dec: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(values, indices, offsets, W_dec)
-        out: Tensor = torch.ops.fastsae.sparse_decode(values, indices, offsets, W_dec, None)
+        ctx.save_for_backward(values, indices, offsets, W_dec, bf16_W_dec)
+        out: Tensor = torch.ops.fastsae.sparse_decode(
+            values, indices, offsets, W_dec, None, bf16_W_dec
+        )
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, indices, offsets, W_dec = ctx.saved_tensors
-        need_values, _, _, need_W = ctx.needs_input_grad
+        values, indices, offsets, W_dec, bf16_W_dec = ctx.saved_tensors
+        _autograd.first_alone("sparse_decode", bf16_W_dec)
+        need_values, _, _, need_W, _ = ctx.needs_input_grad
         native, every = torch.ops.fastsae, torch.ones_like(values)
         dvalues = dW = None
         if need_values:
-            dvalues = native.sparse_decode_values_grad(grad, every, indices, offsets, W_dec)
+            dvalues = native.sparse_decode_values_grad(
+                grad, every, indices, offsets, W_dec, bf16_W_dec
+            )
         if need_W and not _tape.take_decoder(W_dec, values, indices, offsets, grad):
             # A second derivative needs the entries of value 0 too.
             listed = every if torch.is_grad_enabled() else values
             dW = _autograd.weight_grad(
                 values, indices, offsets, W_dec.shape[0], grad, active=listed
             )[0]
-        return dvalues, None, None, dW
+        return dvalues, None, None, dW, None
 
 
 _autograd.register("sparse_decode", setup_context=_setup_context, backward=_backward, jvp=_jvp)

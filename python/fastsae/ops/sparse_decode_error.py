@@ -16,7 +16,12 @@ from fastsae.types import DecodeError, SparseActs, accumulator_dtype, owners
 
 
 def sparse_decode_error(
-    acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None, target: Tensor
+    acts: SparseActs,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    *,
+    bf16_W_dec: Tensor | None = None,
 ) -> DecodeError:
     """Return `sparse_decode`, its error against a target, and the squared error of every token.
 
@@ -34,6 +39,8 @@ def sparse_decode_error(
         W_dec: [d_sae, d_out], float32 | float64 | bfloat16 | float16; one row per latent.
         b_dec: [d_out] or None.
         target: [n, d_out], the dtype of `W_dec`.
+        bf16_W_dec: [d_sae, d_out], bfloat16, or None: a copy of a float32 `W_dec`. Its rows are
+            read in place of those of `W_dec`; everything else remains float32.
 
     Returns:
         `DecodeError(reconstruction, error, squared, products)`: [n, d_out] in the dtype of `W_dec`;
@@ -49,7 +56,8 @@ def sparse_decode_error(
         `products` have none. An entry whose value is exactly 0 is inactive and gets none. Of any
         order, in reverse and forward mode, under `torch.func` and vmap. Where only `squared` is
         used and nobody differentiates again, that of the values is made of `products`; otherwise
-        it takes another gather.
+        it takes another gather. With `bf16_W_dec`, first ones in reverse mode alone, as those of
+        `sparse_decode`.
 
     Numerics:
         `reconstruction` has the bits of `sparse_decode`, other than where that multiplies matrices.
@@ -59,7 +67,8 @@ def sparse_decode_error(
         `b_dec` and `target` are cast as those of `F.linear`.
 
     Cost:
-        Reads one row of `W_dec` per active entry from memory, and again from a cache.
+        Reads one row of `W_dec`, or of its copy, per active entry from memory, and again from a
+        cache.
 
     Source:
         The gradient of a sum of squares.
@@ -77,8 +86,9 @@ def sparse_decode_error(
     _check.same(op, "target", target, "W_dec", W_dec)
     if b_dec is not None:
         _check.same(op, "b_dec", b_dec, "W_dec", W_dec)
+    _check.bf16_copy(op, bf16_W_dec, W_dec)
     found = torch.ops.fastsae.sparse_decode_error(
-        values, acts.indices, acts.offsets, W_dec, b_dec, target
+        values, acts.indices, acts.offsets, W_dec, b_dec, target, bf16_W_dec
     )
     return DecodeError(*found)
 
@@ -91,6 +101,7 @@ def _fake(
     W_dec: Tensor,
     b_dec: Tensor | None,
     target: Tensor,
+    bf16_W_dec: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     n, d = rows_of(values, offsets), W_dec.shape[1]
     acc = accumulator_dtype(W_dec.dtype)
@@ -110,42 +121,47 @@ def _plain(
     W_dec: Tensor,
     b_dec: Tensor | None,
     target: Tensor,
+    bf16_W_dec: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     acts = SparseActs(values, indices, offsets, W_dec.shape[0])
-    return tuple(reference.sparse_decode_error(acts, W_dec, b_dec, target))
+    found = reference.sparse_decode_error(acts, W_dec, b_dec, target, bf16_W_dec=bf16_W_dec)
+    return tuple(found)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, error, _, products = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(products)
-    ctx.save_for_backward(*inputs[:4], error, products)
+    ctx.save_for_backward(*inputs[:4], error, products, inputs[6])
 
 
 def _backward(
     ctx: Any, g_out: Tensor | None, g_error: Tensor | None, g_squared: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
-    values, indices, offsets, W_dec, error, products = ctx.saved_tensors
+    values, indices, offsets, W_dec, error, products, bf16_W_dec = ctx.saved_tensors
+    _autograd.first_alone("sparse_decode_error", bf16_W_dec)
     need_values, _, _, need_W, need_b, need_target = ctx.needs_input_grad[:6]
     by_square = None if g_squared is None else error * (2 * g_squared).unsqueeze(1)
     by_error = _autograd.total(g_error, by_square)
     narrow = None if by_error is None else by_error.to(W_dec.dtype)
     grad = _autograd.total(g_out, narrow)
     if grad is None:
-        return (None,) * 6
+        return (None,) * 7
     dvalues = dW = db = dtarget = None
     if need_values and g_out is None and g_error is None and not _autograd.watched():
         assert g_squared is not None
         dvalues = (products * _of_entries(2 * g_squared, offsets, products)).to(values.dtype)
     elif need_values:
-        dvalues = torch.ops.fastsae.sparse_decode_values_grad(grad, values, indices, offsets, W_dec)
+        dvalues = torch.ops.fastsae.sparse_decode_values_grad(
+            grad, values, indices, offsets, W_dec, bf16_W_dec
+        )
     if need_W and not _tape.take_decoder(W_dec, values, indices, offsets, grad):
         dW = _autograd.weight_grad(values, indices, offsets, W_dec.shape[0], grad)[0]
     if need_b:
         db = grad.sum(0)
     if need_target and narrow is not None:
         dtarget = -narrow
-    return dvalues, None, None, dW, db, dtarget
+    return dvalues, None, None, dW, db, dtarget, None
 
 
 def _of_entries(rows: Tensor, offsets: Tensor | None, like: Tensor) -> Tensor:
@@ -163,8 +179,10 @@ def _jvp(
     W_t: Tensor | None,
     b_t: Tensor | None,
     target_t: Tensor | None,
+    ___: None,
 ) -> tuple[Tensor | None, ...]:
-    *entries, error, _products = ctx.saved_tensors
+    *entries, error, _products, bf16_W_dec = ctx.saved_tensors
+    _autograd.first_alone("sparse_decode_error", bf16_W_dec)
     moved = tangent(tuple(entries), values_t, W_t, b_t)
     if moved is None:
         moved = torch.zeros_like(error, dtype=entries[3].dtype)

@@ -8,31 +8,54 @@ from torch import Tensor
 from fastsae.types import DecodeError, LatentLists, SparseActs, accumulator_dtype
 
 
-def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+def sparse_decode(
+    acts: SparseActs,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    *,
+    bf16_W_dec: Tensor | None = None,
+) -> Tensor:
     """See `fastsae.ops.sparse_decode`."""
-    out = acts.to_dense().to(W_dec.dtype) @ W_dec
+    out = acts.to_dense().to(W_dec.dtype) @ _rows_read(W_dec, bf16_W_dec)
     return out if b_dec is None else out + b_dec
 
 
-def sparse_decode_values_grad(grad: Tensor, acts: SparseActs, W_dec: Tensor) -> Tensor:
+def _rows_read(W_dec: Tensor, bf16_W_dec: Tensor | None) -> Tensor:
+    """Return the rows that a decoder reads, whose gradients W_dec gets."""
+    if bf16_W_dec is None:
+        return W_dec
+    return W_dec + (bf16_W_dec.to(W_dec.dtype) - W_dec).detach()  # no rounding: they are close
+
+
+def sparse_decode_values_grad(
+    grad: Tensor, acts: SparseActs, W_dec: Tensor, *, bf16_W_dec: Tensor | None = None
+) -> Tensor:
     """See `fastsae.ops.sparse_decode_values_grad`."""
     if acts.n == 0:
         return torch.zeros_like(acts.values)
     acc, rows = accumulator_dtype(W_dec.dtype), acts.rows()
     active = (acts.values != 0) & (rows < acts.n)
-    picked = W_dec[acts.indices.long()].to(acc) * grad[rows.clamp(max=acts.n - 1)].to(acc)
+    W = _rows_read(W_dec, bf16_W_dec)
+    picked = W[acts.indices.long()].to(acc) * grad[rows.clamp(max=acts.n - 1)].to(acc)
     return torch.where(active, picked.sum(-1), 0).to(acts.values.dtype)
 
 
 def sparse_decode_error(
-    acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None, target: Tensor
+    acts: SparseActs,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    *,
+    bf16_W_dec: Tensor | None = None,
 ) -> DecodeError:
     """See `fastsae.ops.sparse_decode_error`."""
     acc = accumulator_dtype(W_dec.dtype)
-    reconstruction = sparse_decode(acts, W_dec, b_dec)
+    reconstruction = sparse_decode(acts, W_dec, b_dec, bf16_W_dec=bf16_W_dec)
     error = reconstruction.to(acc) - target.to(acc)
     with torch.no_grad():
-        products = sparse_decode_values_grad(error.to(W_dec.dtype), acts.to(acc), W_dec)
+        products = sparse_decode_values_grad(
+            error.to(W_dec.dtype), acts.to(acc), W_dec, bf16_W_dec=bf16_W_dec
+        )
     return DecodeError(reconstruction, error, error.square().sum(1), products)
 
 
