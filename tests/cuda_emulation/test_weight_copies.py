@@ -103,8 +103,8 @@ def test_the_copy_is_made_once_and_read_in_every_step(as_on_cuda, asked, made) -
     assert len(asked) >= 12
     assert all(asked)
     assert len(made) == 1
-    (rounded,) = t._update.rounded
-    assert torch.equal(rounded.copy, t.sae.W_enc_rows.bfloat16())
+    (copies,) = t._update.copies
+    assert torch.equal(copies.W_enc.copy, t.sae.W_enc_rows.bfloat16())
 
 
 def in_place(sae):

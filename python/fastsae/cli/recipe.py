@@ -94,6 +94,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16"),
         help="of the encoder's matmul; parameters and sums stay float32 (default: auto)",
     )
+    parser.add_argument(
+        "--decode-dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of the rows of W_dec that the decoder reads; W_dec itself stays float32 "
+        "(default: float32)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--checkpoint-every", type=positive, help="updates between checkpoints")
     parser.add_argument(
@@ -123,6 +130,7 @@ def config_of(args: argparse.Namespace, out: str) -> TrainConfig:
         optimizer=args.optimizer,
         update=args.update,
         compute_dtype=args.compute_dtype,
+        decode_dtype=args.decode_dtype,
         checkpoint_every=args.checkpoint_every,
         async_checkpoints=args.async_checkpoints,
         capture=args.capture,

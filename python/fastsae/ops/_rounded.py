@@ -1,18 +1,21 @@
 """A bfloat16 copy of a matrix, and whether it still is one.
 
 The encoder's matmul rounds its factors to bfloat16, and to convert the matrix takes a pass over it
-in every step. `sparse_adam_step_` writes the copy while it holds the rows that it has just moved.
+in every step; a decoder that reads rows of bfloat16 reads half the bytes. `sparse_adam_step_`
+writes the copies while it holds the rows that it has just moved.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from fastsae.types import StepTensors
 
 
 class Rounded:
@@ -55,6 +58,31 @@ class Rounded:
         """Be a copy of nothing if the matrix is in one of these storages."""
         if self._of is not None and self._of.untyped_storage().data_ptr() in storages:
             self._of = None
+
+
+class Copies(NamedTuple):
+    """Copies of the matrices of a dictionary; None of one that is read itself."""
+
+    W_enc: Rounded | None = None
+    W_dec: Rounded | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, Tensor | None]:
+        """What an update writes."""
+        enc, dec = self
+        return None if enc is None else enc.copy, None if dec is None else dec.copy
+
+    def refresh(self, parameters: StepTensors) -> None:
+        """Make copies anew that are not of what the parameters hold."""
+        for rounded, matrix in zip(self, parameters, strict=False):
+            if rounded is not None:
+                rounded.refresh(matrix)
+
+    def written(self, parameters: StepTensors) -> None:
+        """Take note that all copies have just been written together with the parameters."""
+        for rounded, matrix in zip(self, parameters, strict=False):
+            if rounded is not None:
+                rounded.written(matrix)
 
 
 _alive: WeakSet[Rounded] = WeakSet()

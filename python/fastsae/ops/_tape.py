@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae.ops._rounded import Rounded
+from fastsae.ops._rounded import Copies
 from fastsae.types import StepTensors
 
 
@@ -48,8 +48,8 @@ class Tape:
         """With what b_enc gets, and b_dec if `centered`."""
         self.decoder: list[Entries] = []
         self.recording = False
-        self.rounded: Rounded | None = None
-        """Of W_enc, for an encoder that rounds it."""
+        self.copies = Copies()
+        """Of W_enc for an encoder that rounds it, and of W_dec for its decoder."""
         self.rows: tuple[Tensor, list[Tensor]] | None = None
         """Latents, and copies of their rows of W_enc, W_dec and b_enc: leaves of the graph."""
 
@@ -131,9 +131,20 @@ def rounded(matrix: Tensor) -> Tensor:
     """Return the bfloat16 copy of a matrix that is to be rounded, or itself where there is none or
     it is not of what the matrix holds."""
     tape = of(matrix)
-    if tape is None or tape.rounded is None or not tape.rounded.is_of(matrix):
-        return matrix
-    return tape.rounded.copy
+    copy = None if tape is None else tape.copies.W_enc
+    return matrix if copy is None or not copy.is_of(matrix) else copy.copy
+
+
+def decoder_copy(W_dec: Tensor) -> Tensor | None:
+    """Return the bfloat16 copy of W_dec that its decoder reads in this step, made anew where it is
+    not of what W_dec holds; None where the decoder reads W_dec."""
+    tape = of(W_dec)
+    if tape is None or tape.copies.W_dec is None:
+        return None
+    if _place(W_dec) != _place(tape.parameters.W_dec):
+        return None
+    tape.copies.W_dec.refresh(W_dec)
+    return tape.copies.W_dec.copy
 
 
 def take_decoder(

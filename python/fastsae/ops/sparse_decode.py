@@ -69,6 +69,8 @@ def sparse_decode(
     if b_dec is not None:
         _check.same("sparse_decode", "b_dec", b_dec, "W_dec", W_dec)
     _check.bf16_copy("sparse_decode", bf16_W_dec, W_dec)
+    if bf16_W_dec is None:
+        bf16_W_dec = _tape.decoder_copy(W_dec)
     entries = (values, acts.indices, acts.offsets, W_dec)
     if inactive_grad:
         decode: Any = _autograd.decode_entries

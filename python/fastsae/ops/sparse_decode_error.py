@@ -87,6 +87,8 @@ def sparse_decode_error(
     if b_dec is not None:
         _check.same(op, "b_dec", b_dec, "W_dec", W_dec)
     _check.bf16_copy(op, bf16_W_dec, W_dec)
+    if bf16_W_dec is None:
+        bf16_W_dec = _tape.decoder_copy(W_dec)
     found = torch.ops.fastsae.sparse_decode_error(
         values, acts.indices, acts.offsets, W_dec, b_dec, target, bf16_W_dec
     )

@@ -16,7 +16,15 @@ INTEGERS += ("hold_back", "start_seed")
 NUMBERS = ("lr", "eps", "epochs", "decay_fraction", "clip_grad_norm", "outlier_norm")
 SWITCHES: tuple[str, ...] = ("normalize", "clip_outliers", "tensorboard", "progress")
 SWITCHES += ("async_checkpoints", "capture", "weight_copies")
-STRINGS = ("optimizer", "update", "compute_dtype", "b_dec_init", "weight_init", "adam_dtype")
+STRINGS: tuple[str, ...] = (
+    "optimizer",
+    "update",
+    "compute_dtype",
+    "b_dec_init",
+    "weight_init",
+    "adam_dtype",
+)
+STRINGS += ("decode_dtype",)
 
 
 @dataclass
@@ -81,6 +89,12 @@ class TrainConfig:
     for a GPU, whose encoder then converts no matrix in a step. Takes compute_dtype="bfloat16", and
     changes no bit of what is trained. After a write to the parameter from outside the copy is made
     anew; one in place through `.data` or by numpy, which torch does not count, is not noticed."""
+    decode_dtype: str = "float32"
+    """What the decoder reads the rows of W_dec in while training: float32, which means the dtype of
+    the parameters, or bfloat16: a copy, 2 bytes a weight, that the fused update writes along with
+    W_dec. The reconstruction and the gradient of the code are made of it; W_dec itself, its
+    gradient, sums and the auxiliary loss of dead latents are float32. For the fused update, float32
+    parameters, one process, and classes that decode by `ops.sparse_decode`."""
     dead_after_tokens: int | None = None
     """Tokens without firing that make a latent dead; None: a fortieth of the run, at least those in
     which a latent fires 20 times on average, at most 10^7."""
@@ -185,6 +199,7 @@ class TrainConfig:
         for name, choices in (
             ("optimizer", ("adam", "adam_mini", "sgd_sai")),
             ("adam_dtype", ("float32", "bfloat16")),
+            ("decode_dtype", ("float32", "bfloat16")),
             ("update", ("auto", "fused", "autograd")),
             ("compute_dtype", ("auto", "float32", "bfloat16")),
             ("b_dec_init", ("geometric_median", "mean", "zeros")),
@@ -199,6 +214,10 @@ class TrainConfig:
             self._expect(
                 self.update != "autograd", "a fused update with adam_dtype='bfloat16'", "update"
             )
+        if self.decode_dtype == "bfloat16":
+            given = "decode_dtype='bfloat16'"
+            self._expect(self.mesh is None, f"mesh=None with {given}", "mesh")
+            self._expect(self.update != "autograd", f"a fused update with {given}", "update")
         if self.weight_copies:
             for name, wanted in (("compute_dtype", "bfloat16"), ("mesh", None)):
                 expected = f"{name}={wanted!r} with weight_copies"

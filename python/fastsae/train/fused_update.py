@@ -16,7 +16,7 @@ from torch import Tensor
 from fastsae import ops
 from fastsae.nn import SAE, SAEOutput, StepContext
 from fastsae.ops import _autograd, _tape
-from fastsae.ops._rounded import Rounded
+from fastsae.ops._rounded import Copies, Rounded
 from fastsae.ops._tape import Entries, Tape
 from fastsae.train.adam_mini import squares_like
 from fastsae.train.autograd_update import make_optimizer
@@ -66,17 +66,22 @@ class FusedUpdate:
         self.sae, self.config = sae, config
         self.count = 0
         self.buffers: dict[str, Tensor] = {}
-        self.rounded: list[Rounded] = []
-        """Of W_enc of each dictionary, with `config.weight_copies`."""
         moved = moved_parameters(sae)
-        if config.weight_copies:
-            self.rounded = [Rounded(one.W_enc) for one in _dictionaries(moved, moved)]
+        self.copies = [self._copies(one) for one in _dictionaries(moved, moved)]
+        """Of the matrices of each dictionary."""
         averages = self._averages
         self.exp_avg = {name: averages(p) for name, p in moved.items()}
         zeros = squares_like if config.optimizer == "adam_mini" else averages
         self.exp_avg_sq = {name: zeros(p) for name, p in moved.items()}
         self.others = {name: p for name, p in sae.named_parameters() if name not in moved}
         self.optimizer = make_optimizer(list(self.others.values()), config) if self.others else None
+
+    def _copies(self, one: StepTensors) -> Copies:
+        """Return the bfloat16 copies that the settings ask for."""
+        return Copies(
+            Rounded(one.W_enc) if self.config.weight_copies else None,
+            Rounded(one.W_dec) if self.config.decode_dtype == "bfloat16" else None,
+        )
 
     def _averages(self, p: Tensor) -> Tensor:
         """Return zeros for an average of `p`: of a matrix in the dtype that is asked for."""
@@ -92,10 +97,10 @@ class FusedUpdate:
     def refresh_copies(self) -> None:
         """Make copies anew that are not of what the parameters hold: before a step, and before one
         that was recorded is replayed."""
-        if self.rounded:
+        if any(copies != Copies() for copies in self.copies):
             moved = moved_parameters(self.sae)
-            for rounded, one in zip(self.rounded, _dictionaries(moved, moved), strict=True):
-                rounded.refresh(one.W_enc)
+            for copies, one in zip(self.copies, _dictionaries(moved, moved), strict=True):
+                copies.refresh(one)
 
     def move(
         self, batch: Tensor, context: StepContext, lr: float | Tensor, number: int | Tensor
@@ -112,8 +117,8 @@ class FusedUpdate:
         centered = self.sae.apply_b_dec_to_input
         with _tape.opened(_dictionaries(moved, moved), centered, self.buffers) as tapes:
             self.refresh_copies()
-            for tape, rounded in zip(tapes, self.rounded, strict=False):
-                tape.rounded = rounded
+            for tape, copies in zip(tapes, self.copies, strict=True):
+                tape.copies = copies
             out = self.sae.training_loss(batch, context)
             rows = [leaf for tape in tapes if tape.rows is not None for leaf in tape.rows[1]]
             inputs = [*moved.values(), *rows, *others]
@@ -131,8 +136,8 @@ class FusedUpdate:
             seed = self.config.seed * MOST_DICTIONARIES + place
             kept = (state[0], state[1])
             factor = self._move(tape, kept, more, extra, squares, context, lr, number, seed)
-        for tape, rounded in zip(tapes, self.rounded, strict=False):
-            rounded.written(tape.parameters.W_enc)  # dictionaries may share a counter of writes
+        for tape in tapes:
+            tape.copies.written(tape.parameters)  # dictionaries may share a counter of writes
         self._move_others(of_others, factor, lr)
         return out
 
@@ -193,7 +198,7 @@ class FusedUpdate:
             apply_b_dec_to_input=centered,
             other_squared=squares,
             compute_dtype=context.compute_dtype,
-            copies=(None if tape.rounded is None else tape.rounded.copy, None),
+            copies=tape.copies.tensors,
             rounding_seed=seed,
         )
 

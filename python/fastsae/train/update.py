@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastsae import _library
 from fastsae._log import logger
-from fastsae.nn import SAE, SAEOutput, StepContext
+from fastsae.nn import SAE, HierarchicalTopKSAE, SAEOutput, StepContext
 from fastsae.train.autograd_update import AutogradUpdate
 from fastsae.train.config import TrainConfig
 from fastsae.train.fused_update import PARAMETERS, FusedUpdate
@@ -54,8 +54,7 @@ def make_update(sae: SAE, config: TrainConfig) -> Update:
         ValueError: the fused update is asked for and does not apply.
     """
     _check_tensors(sae)
-    if config.weight_copies or config.adam_dtype == "bfloat16":
-        _check_float32_options(sae, config)
+    _check_float32_options(sae, config)
     if not sae.parallel.is_alone:
         return _sharded(sae, config)
     refusal = None if config.update == "autograd" else why_not_fused(sae, config)
@@ -72,19 +71,38 @@ def make_update(sae: SAE, config: TrainConfig) -> Update:
 
 def _check_float32_options(sae: SAE, config: TrainConfig) -> None:
     """Raise ValueError where averages in bfloat16 would not be rounded stochastically, or a
-    bfloat16 copy of W_enc would not be written or read."""
+    bfloat16 copy of a matrix would not be written or read."""
+    wanted = {
+        "weight_copies=False": config.weight_copies,
+        "decode_dtype='float32'": config.decode_dtype == "bfloat16",
+        "adam_dtype='float32'": config.adam_dtype == "bfloat16",
+    }
+    if not any(wanted.values()):
+        return
     W = sae.W_enc_rows
     why = why_not_fused(sae, config)
     if why is None and W.dtype != torch.float32:
         why = f"the parameters are {W.dtype}, not float32"
     if why is not None:
-        wanted = "weight_copies=False" if config.weight_copies else "adam_dtype='float32'"
-        raise ValueError(f"Trainer: expected {wanted}, because {why}")
+        other = next(setting for setting, chosen in wanted.items() if chosen)
+        raise ValueError(f"Trainer: expected {other}, because {why}")
+    if config.decode_dtype == "bfloat16" and (why := _decodes_otherwise(sae)) is not None:
+        raise ValueError(f"Trainer: expected decode_dtype='float32', because {why}")
     if config.weight_copies and not converts_weights(W.device):
         raise ValueError(
             "Trainer: expected weight_copies=False, because the encoder of "
             f"{W.device.type} rounds weights as it reads them"
         )
+
+
+def _decodes_otherwise(sae: SAE) -> str | None:
+    """Return what reads W_dec in a loss, other than a decoder that reads its rows."""
+    name = type(sae).__name__
+    if isinstance(sae, HierarchicalTopKSAE):
+        return f"the errors of the prefixes of a {name} are no sums that ops.sparse_decode makes"
+    if hasattr(sae, "W_decs"):
+        return f"the auxiliary loss of a {name} reads its W_decs too"
+    return None
 
 
 def kind_of(update: Update) -> str:
