@@ -47,6 +47,8 @@ def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[C
         x, W, _ = weights(shape, dtype, device)
         yield _decode_case(a, W, name, shape, gpu)
         yield _error_case(a, x, W, name, shape, gpu)
+        if dtype == torch.float32:
+            yield from _bf16_rows_cases(a, x, W, name, shape)
         if gpu or dtype == torch.float32:
             yield from _gradient_cases(a, x, W, name, shape, gpu)
 
@@ -134,6 +136,42 @@ def _error_case(a: SparseActs, x: Tensor, W: Tensor, name: str, shape: Shape, gp
         gather_bytes=size * (n * k * d + 2 * n * d) + 4 * n * d,
         targets={"two ops": 1.0} if gpu else {},
     )
+
+
+def _bf16_rows_cases(
+    a: SparseActs, x: Tensor, W: Tensor, name: str, shape: Shape
+) -> Iterator[Case]:
+    """Float32 numbers, and rows of a bfloat16 copy of W_dec; timed against the float32 rows."""
+    n, d, m, k = shape
+    rows = W.bfloat16()
+    rounded = rows.float()
+
+    def all_of(W: Tensor, copy: Tensor | None) -> tuple[Work, Work, Work]:
+        return (
+            lambda: ops.sparse_decode(a, W, bf16_W_dec=copy),
+            lambda: ops.sparse_decode_values_grad(x, a, W, bf16_W_dec=copy),
+            lambda: ops.sparse_decode_error(a, W, None, x, bf16_W_dec=copy).products,
+        )
+
+    # What each op reads and writes besides the rows, in numbers of [n, d].
+    of_tokens = {"sparse_decode": 1, "sparse_decode_values_grad": 1, "sparse_decode_error": 3}
+    every = zip(of_tokens, all_of(W, rows), all_of(W, None), all_of(rounded, None), strict=True)
+    for op, ours, whole, wanted in every:
+
+        def same(ours: Work = ours, wanted: Work = wanted) -> None:
+            assert_close(ours(), wanted(), rtol=1e-3, atol=1e-3)
+
+        others = 4 * of_tokens[op] * n * d
+        yield Case(
+            f"{op} (bfloat16 rows)",
+            describe(name, shape),
+            ours,
+            {"float32 rows": whole},
+            same,
+            bytes=2 * min(n * k, m) * d + others,
+            dtype=W.dtype,
+            gather_bytes=2 * n * k * d + others,
+        )
 
 
 def _gradient_cases(

@@ -235,6 +235,41 @@ def test_a_recorded_step_reads_what_was_written_meanwhile(adam_dtype, as_on_cuda
     assert_same_bits(*found)
 
 
+def both_in_place(sae):
+    with torch.no_grad():
+        sae.W_enc_rows.mul_(1.01)
+        sae.W_dec[3] += 0.5
+
+
+def test_both_matrices_have_copies(as_on_cuda, asked) -> None:
+    """One changes nothing that is trained, the other does; recorded steps read what is there."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastsae.") and hasattr(module, "can_look"):
+            as_on_cuda.setattr(module, "can_look", lambda _: False)
+    as_on_cuda.setattr(captured_step, "can_record", lambda _: True)
+    as_on_cuda.setattr(captured_step, "make_graph", lambda _: RecordedGraph())
+    found = {}
+    for copies, capture, decode_dtype in (
+        (False, False, "bfloat16"), (True, False, "bfloat16"), (True, True, "bfloat16"),
+        (True, False, "float32"),
+    ):  # fmt: skip
+        t = trainer(copies=copies, capture=capture, decode_dtype=decode_dtype)
+        t.prepare()
+        for i, batch in enumerate(rows(t.sae).split(50)):
+            if i in (0, 7, 10):
+                both_in_place(t.sae)
+            t.step(batch)
+        found[copies, capture, decode_dtype] = state_of(t.sae)
+        (made,) = t._update.copies
+        for rounded, W in ((made.W_enc, t.sae.W_enc_rows), (made.W_dec, t.sae.W_dec)):
+            assert rounded is None or torch.equal(rounded.copy, W.bfloat16())
+        assert not capture or t._captured.replays >= 6
+    want, *same, whole = found.values()
+    for one in same:
+        assert_same_bits(one, want)
+    assert not torch.equal(whole["W_dec"], want["W_dec"])
+
+
 def test_what_has_no_use_for_copies_is_refused(monkeypatch) -> None:
     with pytest.raises(ValueError, match=r"weight_copies=False, because the encoder of cpu rounds"):
         trainer().prepare()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import fastsae
 from fastsae import TrainConfig, Trainer, ops, reference
+from fastsae.cli import recipe
 from fastsae.nn import objective
 from fastsae.ops import _rounded, _tape
 from fastsae.types import SparseActs, StepTensors
@@ -306,6 +308,14 @@ def test_nothing_but_a_step_reads_it() -> None:
     assert torch.equal(got, ops.sparse_decode(acts, t.sae.W_dec, t.sae.b_dec))
     rounded = ops.sparse_decode(acts, t.sae.W_dec.bfloat16().float(), t.sae.b_dec)
     assert not torch.equal(got, rounded)
+
+
+def test_the_command_line_has_it() -> None:
+    parser = argparse.ArgumentParser()
+    recipe.add_options(parser)
+    for given, expected in (([], "float32"), (["--decode-dtype", "bfloat16"], "bfloat16")):
+        config = recipe.config_of(parser.parse_args(given), "out")
+        assert config.decode_dtype == expected
 
 
 def test_what_is_not_covered_is_refused() -> None:
