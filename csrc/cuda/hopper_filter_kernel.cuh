@@ -2,7 +2,7 @@
 // candidates of it, and the others never go to memory.
 #pragma once
 
-#include "cuda/hopper_product_kernel.cuh"
+#include "cuda/hopper_hits.cuh"
 #include "cuda/row_candidates.cuh"
 
 namespace fastsae::cuda {
@@ -23,51 +23,24 @@ struct FilterSums {
   }
 
   __device__ __forceinline__ void operator()(float (&s)[kSums], int row, int column) const {
-    constexpr int kEights = kProductColumns / 8;  // 2 columns of each, in 2 rows
     float bound[2];
-    uint32_t hits[2][2] = {};  // of a row, and of the first or second column of every eight
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       bound[half] = row + 8 * half < rows ? just_above(kept.bound[row + 8 * half]) : 0.0f;
     }
-#pragma unroll
-    for (int j = 0; j < kEights; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int c = column + 8 * j + e;
-        const bool counts = c < columns && !(mask && !mask[c]);
-        const float more = bias && c < columns ? __ldg(bias + c) : 0.0f;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& sum = s[4 * j + 2 * half + e];
-          if (bias) sum += more;
-          // "Not below" lets NaN pass.
-          const bool hit = counts && !(score(sum) < bound[half]);
-          hits[half][e] |= hit ? 1u << j : 0u;
-        }
-      }
-    }
+    Hits hits;
+    hits.mark(s, column, columns, bias, mask, [&](int half, int, float sum) {
+      return !(score(sum) < bound[half]);  // "not below" lets NaN pass
+    });
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = row + 8 * half;
-      if (r >= rows) hits[half][0] = hits[half][1] = 0;
-      unsigned at = reserve(r, __popc(hits[half][0]) + __popc(hits[half][1]));
-      if ((hits[half][0] | hits[half][1]) == 0) continue;
+      if (r >= rows) hits.forget(half);
+      unsigned at = reserve(r, hits.count(half));
       uint64_t* list = kept.entries + int64_t{r} * kept.capacity;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        // A lane mostly has none or one in a tile, so the warp comes by here once or twice.
-#pragma unroll 1
-        for (uint32_t left = hits[half][e]; left != 0; left &= left - 1) {
-          const int j = __ffs(static_cast<int>(left)) - 1;
-          float value = s[2 * half + e];
-#pragma unroll
-          for (int i = 1; i < kEights; ++i) {
-            if (i == j) value = s[4 * i + 2 * half + e];
-          }
-          append(list, at++, opaque(value), first_column + column + 8 * j + e);
-        }
-      }
+      hits.for_each(s, half, [&](float sum, int j, int e) {
+        append(list, at++, sum, first_column + column + 8 * j + e);
+      });
     }
   }
 

@@ -11,6 +11,7 @@ _BARRIER, _COPY = "cuda/hopper_barrier.cuh", "cuda/hopper_copy.cuh"
 _MMA, _PRODUCT = "cuda/hopper_mma.cuh", "cuda/hopper_product_kernel.cuh"
 _FILTER, _OVERFLOW = "cuda/hopper_filter_kernel.cuh", "cuda/hopper_overflow_kernel.cuh"
 _TOPK, _CASES = "cuda/hopper_topk.cu", "hopper_cases.cpp"
+_HITS = "cuda/hopper_hits.cuh"
 
 
 def _bugs(file: str, *given: tuple[str, str, str, str]) -> tuple[Bug, ...]:
@@ -220,7 +221,7 @@ _RING = _bugs(
 
 _CHOICE = (
     *_bugs(
-        _FILTER,
+        _HITS,
         ("sums have no bias", "if (bias) sum += more;", "", "result"),
         (
             "masked sums are candidates",
@@ -234,6 +235,9 @@ _CHOICE = (
             "counts =",
             "asan",
         ),
+    ),
+    *_bugs(
+        _FILTER,
         (
             "NaN is below the bound",
             "!(score(sum) < bound[half])",
