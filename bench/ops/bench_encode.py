@@ -21,6 +21,7 @@ from fastsae import _library, ops
 WAYS: dict[str, tuple[str, ...]] = {
     "blocks": ("blocks:4096x2048", "blocks:4096x4096"),
     "overlap": ("overlap:1024x2048", "overlap:2048x4096"),
+    "hopper": (),
 }
 
 
@@ -44,7 +45,7 @@ def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[C
         topk = _topk_case(x, W, b, name, shape, gpu)
         yield topk
         if gpu and dtype == torch.bfloat16:
-            yield from _other_ways(topk, device, WAYS | {"hopper": ()})
+            yield from _other_ways(topk, device)
         if gpu or dtype == torch.float32:
             yield from _other_cases(x, W, b, name, shape, gpu)
 
@@ -91,9 +92,7 @@ def _encoding(way: str, device: str) -> Iterator[None]:
         _library.set_cuda_encode(before)
 
 
-def _other_ways(
-    case: Case, device: str, every: dict[str, tuple[str, ...]] = WAYS
-) -> Iterator[Case]:
+def _other_ways(case: Case, device: str) -> Iterator[Case]:
     """Yield the same case for each way, timed beside the default one and the bare GEMM."""
 
     def in_way(way: str, work: Callable[[], Any]) -> Callable[[], Any]:
@@ -103,7 +102,7 @@ def _other_ways(
 
         return run
 
-    for way, sizes in every.items():
+    for way, sizes in WAYS.items():
         yield replace(
             case,
             op=f"{case.op} ({way})",

@@ -90,6 +90,15 @@ const char* launch_add_block(const BlockSelectParams& params, const SelectBlock&
   });
 }
 
+const char* launch_tighten_blocks(const BlockSelectParams& params, int64_t rows, Format format,
+                                  void* on) {
+  return with_sums(format, [&](auto f) {
+    int64_t size;
+    tighten(blocks_of<decltype(f)>(params, &size), rows, static_cast<cudaStream_t>(on));
+    return launch_error();
+  });
+}
+
 const char* launch_finish_blocks(const BlockSelectParams& params, Format format, void* on) {
   const cudaStream_t stream = static_cast<cudaStream_t>(on);
   return with_sums(format, [&](auto f) {

@@ -22,6 +22,9 @@ struct BlockSelectParams {
   int32_t* offsets = nullptr;  // [n + 1]
   void* smallest = nullptr;    // A []: the smallest kept value, +inf if none
   void* scratch = nullptr;     // block_select_scratch() bytes
+  // A block is all rows of a product's tile, and selected there (hopper_select.cu): there are more
+  // of them at a time, and few candidates in each row.
+  bool in_product = false;
 };
 
 // Rows and columns of a block come in ascending order, all columns of some rows before other rows.
@@ -39,6 +42,10 @@ int64_t block_select_scratch(const BlockSelectParams& params, Format format);
 const char* launch_begin_blocks(const BlockSelectParams& params, Format format, void* stream);
 const char* launch_add_block(const BlockSelectParams& params, const SelectBlock& block,
                              Format format, void* stream);
+// After the blocks up to some row, where add_block does not do it: cuts the candidates to those
+// that may stay, if there are many. What blocks bring between two of these has to have room.
+const char* launch_tighten_blocks(const BlockSelectParams& params, int64_t rows, Format format,
+                                  void* stream);
 const char* launch_finish_blocks(const BlockSelectParams& params, Format format, void* stream);
 
 }  // namespace fastsae::cuda

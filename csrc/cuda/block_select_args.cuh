@@ -9,11 +9,13 @@
 namespace fastsae::cuda {
 
 // Candidates, for each that is kept, that are worth a tightening, and the memory for all entries of
-// some blocks. Little in the emulation, so that small matrices are tightened.
+// some blocks, or of a product. Little in the emulation, so that small matrices are tightened.
 #ifdef FASTSAE_EMULATED
-constexpr int64_t kTightenAt = 1, kTightenSlack = 16, kRoomBytes = 1 << 15;
+constexpr int64_t kTightenAt = 1, kTightenSlack = 16;
+constexpr int64_t kRoomBytes = 1 << 15, kProductRoomBytes = 1 << 15;
 #else
-constexpr int64_t kTightenAt = 4, kTightenSlack = 4096, kRoomBytes = int64_t{1} << 28;
+constexpr int64_t kTightenAt = 4, kTightenSlack = 4096;
+constexpr int64_t kRoomBytes = int64_t{1} << 28, kProductRoomBytes = int64_t{1} << 29;
 #endif
 
 inline unsigned blocks_for(int64_t items) {
@@ -44,7 +46,7 @@ Blocks<F> blocks_of(const BlockSelectParams& p, int64_t* scratch_size) {
   b.tighten_at = std::min(kTightenAt * p.capacity + kTightenSlack, int64_t{1} << 31);
   const int64_t entries = p.block_rows * p.block_columns;
   const int64_t bytes = entries * static_cast<int64_t>(sizeof(Key) + sizeof(uint16_t));
-  b.between = std::max<int64_t>(1, kRoomBytes / bytes);
+  b.between = std::max<int64_t>(1, (p.in_product ? kProductRoomBytes : kRoomBytes) / bytes);
   const int64_t room = std::min(p.n * p.m, b.tighten_at + b.between * entries);
 
   // The choice sees rows of whole tiles, in which a tile is what a block has of a row.
@@ -58,7 +60,7 @@ Blocks<F> blocks_of(const BlockSelectParams& p, int64_t* scratch_size) {
   a.out = {p.capacity, 0,         static_cast<Bits*>(p.values),  p.indices,
            nullptr,    p.offsets, static_cast<Acc*>(p.smallest), nullptr,
            false};
-  a.plan = {false, p.block_columns, 8, p.n * b.tiles_per_row, 0, 0};
+  a.plan = {false, p.block_columns, p.in_product ? 2 : 8, p.n * b.tiles_per_row, 0, 0};
   Scratch scratch(p.scratch);
   a.scratch.header = scratch.take<typename Args::Header>(1);
   a.candidates = {room, scratch.take<Key>(room), scratch.take<uint16_t>(room),

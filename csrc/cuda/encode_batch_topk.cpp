@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_batch_topk(
   const int64_t capacity = selection_capacity(op, "budget", budget, x.size(0), in.d_sae);
   check_threshold_guess(op, threshold_guess);  // and no more: a sample serves better here
   if (threshold_guess) check_device(op, "threshold_guess", *threshold_guess, x);
-  return ChunkedSelect(op, in, x, capacity, nullptr).run().entries_and_threshold();
+  return ChunkedSelect(op, in, x, bf16_product, capacity, nullptr).run().entries_and_threshold();
 }
 
 }  // namespace

@@ -1,13 +1,15 @@
 // What encode_batch_topk and encode_threshold share on CUDA: the selection in a whole matrix of
 // pre-activations. Exact, though the matrix is met a chunk of rows at a time: what a chunk adds is
 // merged with what was kept so far, and the smallest of that bounds the next chunk. Or it is met a
-// block of rows and latents at a time, which block_select.h takes.
+// block of rows and latents at a time, which block_select.h takes, or where the product computes
+// it.
 #pragma once
 
 #include <limits>
 
 #include "cuda/block_select.h"
 #include "cuda/encoder_blocks.h"
+#include "cuda/encoder_hopper.h"
 #include "cuda/matrix_select.h"
 #include "selection.h"
 
@@ -31,9 +33,10 @@ struct CandidateBuffers {
 class ChunkedSelect {
  public:
   // threshold: null for 0.
-  ChunkedSelect(const char* op, const EncoderArguments& in, const Tensor& x, int64_t capacity,
-                const Tensor* threshold)
+  ChunkedSelect(const char* op, const EncoderArguments& in, const Tensor& x, bool bf16_product,
+                int64_t capacity, const Tensor* threshold)
       : op_(op), in_(in), x_(x), capacity_(capacity), threshold_(threshold), device_(x) {
+    bfloat16_ = multiplies_bfloat16(x, bf16_product);
     per_column_ = threshold && threshold->dim() != 0;
     acc_ = accumulator_type(x);
     format_ = acc_ == ScalarType::Double ? Format::kFloat64 : Format::kFloat32;
@@ -42,6 +45,10 @@ class ChunkedSelect {
   Selection run() {
     const int64_t n = x_.size(0), chunks = capacity_ == 0 ? 0 : chunks_of(in_).count;
     Selection out(x_, n, capacity_, acc_, acc_);
+    if (select_on_hopper(op_, in_, bfloat16_, in_blocks(out), device_.stream())) {
+      out.values = torch::stable::to(out.values, x_.scalar_type());
+      return out;
+    }
     const EncodePlan plan = encode_plan(n, in_.d_sae);
     if (plan.way != EncodeWay::kRows && chunks > 0) {
       select_in_blocks(plan, out);
@@ -71,12 +78,11 @@ class ChunkedSelect {
   }
 
  private:
-  void select_in_blocks(const EncodePlan& plan, Selection& out) {
+  // Without scratch and the sizes of blocks.
+  BlockSelectParams in_blocks(Selection& out) const {
     BlockSelectParams p;
     p.n = x_.size(0);
     p.m = static_cast<int32_t>(in_.d_sae);
-    p.block_rows = plan.rows;
-    p.block_columns = static_cast<int32_t>(plan.columns);
     p.capacity = capacity_;
     p.threshold = threshold_ ? threshold_->const_data_ptr() : nullptr;
     p.per_column = per_column_;
@@ -86,6 +92,13 @@ class ChunkedSelect {
     p.indices = mutable_data_of<int32_t>(out.indices);
     p.offsets = mutable_data_of<int32_t>(out.offsets);
     p.smallest = out.threshold.mutable_data_ptr();
+    return p;
+  }
+
+  void select_in_blocks(const EncodePlan& plan, Selection& out) {
+    BlockSelectParams p = in_blocks(out);
+    p.block_rows = plan.rows;
+    p.block_columns = static_cast<int32_t>(plan.columns);
     Tensor space = scratch(x_, block_select_scratch(p, format_));
     p.scratch = space.mutable_data_ptr();
     check_launch(op_, launch_begin_blocks(p, format_, device_.stream()));
@@ -182,7 +195,7 @@ class ChunkedSelect {
   int64_t capacity_;
   const Tensor* threshold_;
   DeviceScope device_;
-  bool per_column_;
+  bool per_column_, bfloat16_;
   ScalarType acc_;
   Format format_;
 };

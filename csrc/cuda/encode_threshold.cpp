@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor> encode_threshold(const Tensor& x, const Tenso
   check_threshold(op, threshold, x, in.d_sae);
   check_device(op, "threshold", threshold, x);
   const int64_t capacity = selection_capacity(op, "capacity", capacity_in, x.size(0), in.d_sae);
-  return ChunkedSelect(op, in, x, capacity, &threshold).run().entries();
+  return ChunkedSelect(op, in, x, bf16_product, capacity, &threshold).run().entries();
 }
 
 }  // namespace

@@ -90,10 +90,8 @@ std::tuple<Tensor, Tensor> encode_topk(const Tensor& x, const Tensor& W_enc,
   Selected out{new_empty(x, {n, k}, accumulator_type(x)), new_empty(x, {n, k}, ScalarType::Int)};
   const Format format = format_of(op, "x", out.values);
   const EncodePlan plan = encode_plan(n, in.d_sae);
-  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16 ||
-                        (bf16_product && x.scalar_type() == ScalarType::Float);
-  if (select_on_hopper(op, in, bfloat16, k, relu, absolute, device.stream(), out.values,
-                       out.indices)) {
+  if (topk_on_hopper(op, in, multiplies_bfloat16(x, bf16_product), k, relu, absolute,
+                     device.stream(), out.values, out.indices)) {
     return {torch::stable::to(out.values, x.scalar_type()), out.indices};
   }
   if (fits_blocks(plan, k, format)) {

@@ -18,6 +18,9 @@ struct HopperProductParams {
   uint32_t before = 0;
 };
 
+// Whether the current device has it: it is compiled for sm_90a alone.
+bool has_hopper_product();
+
 // Null, or what is wrong. Nothing is launched where n or columns is 0; d is at least 8.
 const char* launch_hopper_product(const HopperProductParams& p, void* stream);
 

@@ -64,18 +64,6 @@ Plan plan(const HopperTopkParams& p) {
 
 }  // namespace
 
-bool has_hopper_topk() {
-#ifdef FASTSAE_EMULATED
-  return true;
-#else
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;
-#endif
-}
-
 int64_t hopper_topk_scratch(const HopperTopkParams& p) {
   return plan(p).end;
 }

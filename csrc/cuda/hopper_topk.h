@@ -21,9 +21,6 @@ struct HopperTopkParams {
   void* scratch;
 };
 
-// Whether the current device has these kernels: they are compiled for sm_90a alone.
-bool has_hopper_topk();
-
 // Bytes of `scratch`, aligned to 256: an eighth of the pre-activations, and lists of candidates.
 int64_t hopper_topk_scratch(const HopperTopkParams& p);
 

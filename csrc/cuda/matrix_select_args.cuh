@@ -28,7 +28,8 @@
 //
 // The choice needs only the directory and what it points to (and, for the sign of a zero, the
 // entry), so another producer of tiles may take the place of stages 1 and 2:
-// block_select_kernel.cuh, of a matrix that is met a block at a time.
+// block_select_kernel.cuh, of a matrix that is met a block at a time, and hopper_append_kernel.cuh,
+// where it is computed.
 //
 // Cost: one read of the matrix, about 6 bytes written and four times read per candidate (10 of
 // float64), of which there are 1.2 to 2 times as many as are kept; integer atomics only. Of dense

@@ -730,6 +730,13 @@ BUGS = (
                 "block_select",
             ),
             (
+                "every product on Hopper has the first columns",
+                "cuda/hopper_select.cu",
+                "+ 2 * first * p.d",
+                "+ 0 * p.d",
+                "hopper_select",
+            ),
+            (
                 "a buffer is written while it is read",
                 "cuda/side_stream.cu",
                 "if (lane_) cudaStreamWaitEvent(static_cast<cudaStream_t>(main_), "

@@ -11,7 +11,8 @@ _BARRIER, _COPY = "cuda/hopper_barrier.cuh", "cuda/hopper_copy.cuh"
 _MMA, _PRODUCT = "cuda/hopper_mma.cuh", "cuda/hopper_product_kernel.cuh"
 _FILTER, _OVERFLOW = "cuda/hopper_filter_kernel.cuh", "cuda/hopper_overflow_kernel.cuh"
 _TOPK, _CASES = "cuda/hopper_topk.cu", "hopper_cases.cpp"
-_HITS = "cuda/hopper_hits.cuh"
+_HITS, _APPEND = "cuda/hopper_hits.cuh", "cuda/hopper_append_kernel.cuh"
+_SELECT = "cuda/hopper_select.cu"
 
 
 def _bugs(file: str, *given: tuple[str, str, str, str]) -> tuple[Bug, ...]:
@@ -310,4 +311,60 @@ _CHOICE = (
     ),
 )
 
-HOPPER_BUGS = (*_PRIMITIVES, *_FORMATS, *_RING, *_CHOICE)
+_MATRIX = (
+    *_bugs(
+        _APPEND,
+        (
+            "a sum that equals the bound is dropped",
+            "number_below<Float32>(bound)",
+            "Float32::widen(Float32::from_key(bound))",
+            "result",
+        ),
+        (
+            "columns have no threshold of their own",
+            "sum > above && (!thresholds || sum > __ldg(thresholds + c))",
+            "sum > above",
+            "result",
+        ),
+        ("every product has the first bias", "p ? p + first_column : nullptr", "p", "result"),
+        (
+            "rows behind the last one have candidates",
+            "if (row + 8 * half >= rows) hits.forget(half);",
+            "",
+            "asan",
+        ),
+        ("rows take the same places", "base, 31) + upto - count;", "base, 31);", "result"),
+        ("a row takes the places of its pair", "to += count[half];", "", "result"),
+        ("lanes of a row take the same places", "2 * lane + e ? upto", "0 ? upto", "result"),
+        (
+            "hits are not in ascending column",
+            "words[i / 2][i % 2]",
+            "words[i % 4][i / 4]",
+            "result",
+        ),
+        (
+            "places of the list are not taken at once",
+            "base = atomicAdd(&a.scratch.header->candidates, Count{upto});",
+            "base = a.scratch.header->candidates, a.scratch.header->candidates = base + upto;",
+            "tsan",
+        ),
+        (
+            "the tiles of every product are the first",
+            "first_column + column, to",
+            "column, to",
+            "result",
+        ),
+    ),
+    *_bugs(
+        _SELECT,
+        (
+            "a product brings more than there is room for",
+            "return std::min(wanted,",
+            "return std::max(wanted,",
+            "asan",
+        ),
+        ("the list is never tightened", "if (done > 0) {", "if (done > 1000) {", "asan"),
+    ),
+)
+
+HOPPER_BUGS = (*_PRIMITIVES, *_FORMATS, *_RING, *_CHOICE, *_MATRIX)

@@ -14,6 +14,7 @@
 #include "cuda/hopper_copy.cuh"
 #include "cuda/hopper_mma.cuh"
 #include "cuda/hopper_product.h"
+#include "cuda/hopper_select.h"
 #include "cuda/hopper_topk.h"
 
 namespace fastsae::cuda {
@@ -265,6 +266,43 @@ void not_numbers() {
 
 enum class Kind { kNormal, kTies, kAscending, kSpecial };
 
+// What is selected from: the factors, what is added to a column, and whether it counts.
+struct Problem {
+  int n, m, d;
+  Kind kind;
+  Matrix x = Matrix::random(n, d, 11), W = Matrix::random(m, d, 12);
+  std::vector<float> bias = std::vector<float>(static_cast<size_t>(m));
+  std::vector<uint8_t> mask = std::vector<uint8_t>(static_cast<size_t>(m));
+
+  Problem(int n, int m, int d, Kind kind) : n(n), m(m), d(d), kind(kind) {
+    std::mt19937 bits(13);
+    for (int i = 0; i < m * d && kind == Kind::kTies; ++i) {
+      W.data()[i] = float_to_bfloat16(static_cast<float>(bits() % 2));
+    }
+    for (int i = 0; i < n * d && kind == Kind::kTies; ++i) {
+      x.data()[i] = float_to_bfloat16(static_cast<float>(bits() % 2));
+    }
+    if (kind == Kind::kAscending) {  // later columns are larger in half of the rows
+      for (int j = 0; j < m; ++j) W.at(j, 0) = float_to_bfloat16(static_cast<float>(j));
+      for (int r = 0; r < n; ++r) x.at(r, 0) = float_to_bfloat16(r % 2 ? 1.0f : -0.01f);
+    }
+    if (kind == Kind::kSpecial) {
+      for (int i = 0; i < 6; ++i)
+        W.at(static_cast<int>(bits() % static_cast<unsigned>(m)), i) = i % 2 ? 0x7fc0 : 0xff80;
+      x.at(0, 2) = 0x7f80;
+      for (int k = 0; k < d; ++k) x.at(n - 1, k) = 0;
+    }
+    for (float& b : bias) b = static_cast<float>(static_cast<int>(bits() % 9) - 4) / 4;
+    for (uint8_t& b : mask) b = bits() % 4 != 0;
+  }
+
+  std::vector<float> sums() {
+    std::vector<float> sums(static_cast<size_t>(n * m));
+    launch_hopper_product({x.data(), W.data(), n, m, d, sums.data(), m}, nullptr);
+    return sums;
+  }
+};
+
 struct Choice {
   int n, m, d, k;
   Kind kind;
@@ -272,31 +310,12 @@ struct Choice {
 };
 
 void choose(const Choice& c) {
-  Matrix x = Matrix::random(c.n, c.d, 11), W = Matrix::random(c.m, c.d, 12);
-  std::mt19937 bits(13);
-  for (int i = 0; i < c.m * c.d && c.kind == Kind::kTies; ++i) {
-    W.data()[i] = float_to_bfloat16(static_cast<float>(bits() % 2));
-  }
-  for (int i = 0; i < c.n * c.d && c.kind == Kind::kTies; ++i) {
-    x.data()[i] = float_to_bfloat16(static_cast<float>(bits() % 2));
-  }
-  if (c.kind == Kind::kAscending) {  // later columns are larger in half of the rows
-    for (int j = 0; j < c.m; ++j) W.at(j, 0) = float_to_bfloat16(static_cast<float>(j));
-    for (int r = 0; r < c.n; ++r) x.at(r, 0) = float_to_bfloat16(r % 2 ? 1.0f : -0.01f);
-  }
-  if (c.kind == Kind::kSpecial) {
-    for (int i = 0; i < 6; ++i)
-      W.at(static_cast<int>(bits() % static_cast<unsigned>(c.m)), i) = i % 2 ? 0x7fc0 : 0xff80;
-    x.at(0, 2) = 0x7f80;
-    for (int k = 0; k < c.d; ++k) x.at(c.n - 1, k) = 0;
-  }
-  std::vector<float> bias(static_cast<size_t>(c.m));
-  std::vector<uint8_t> mask(static_cast<size_t>(c.m));
-  for (float& b : bias) b = static_cast<float>(static_cast<int>(bits() % 9) - 4) / 4;
-  for (uint8_t& b : mask) b = bits() % 4 != 0;
-
-  std::vector<float> sums(static_cast<size_t>(c.n * c.m));
-  launch_hopper_product({x.data(), W.data(), c.n, c.m, c.d, sums.data(), c.m}, nullptr);
+  Problem problem(c.n, c.m, c.d, c.kind);
+  Matrix& x = problem.x;
+  Matrix& W = problem.W;
+  const std::vector<float>& bias = problem.bias;
+  const std::vector<uint8_t>& mask = problem.mask;
+  const std::vector<float> sums = problem.sums();
   const size_t size = static_cast<size_t>(c.n * c.k);
   std::vector<float> values(size, NAN);
   std::vector<int32_t> indices(size, -1);
@@ -364,14 +383,108 @@ void choices() {
   choose({9, 800, 40, 12, Kind::kSpecial, false, false, true, true});
 }
 
+// ---- the same in the whole matrix ----
+
+enum class Threshold { kNone, kCommon, kPerColumn };
+
+struct MatrixChoice {
+  int n, m, d, capacity;
+  Kind kind;
+  Threshold threshold;
+  bool bias, mask;
+};
+
+void choose_in_matrix(const MatrixChoice& c) {
+  Problem problem(c.n, c.m, c.d, c.kind);
+  const std::vector<float> sums = problem.sums();
+  std::vector<float> thresholds(static_cast<size_t>(c.m));
+  for (int j = 0; j < c.m; ++j) {  // a common one of -1.5
+    thresholds[static_cast<size_t>(j)] = static_cast<float>(j % 4) - 1.5f;
+  }
+
+  const size_t capacity = static_cast<size_t>(c.capacity);
+  std::vector<float> values(capacity, NAN), smallest(1, NAN);
+  std::vector<int32_t> indices(capacity, -1), offsets(static_cast<size_t>(c.n) + 1, -1);
+  HopperSelectParams p;
+  p.x = problem.x.data();
+  p.W = problem.W.data();
+  p.d = c.d;
+  p.select.n = c.n;
+  p.select.m = c.m;
+  p.select.capacity = c.capacity;
+  p.select.threshold = c.threshold == Threshold::kNone ? nullptr : thresholds.data();
+  p.select.per_column = c.threshold == Threshold::kPerColumn;
+  p.select.bias = c.bias ? problem.bias.data() : nullptr;
+  p.select.mask = c.mask ? reinterpret_cast<const bool*>(problem.mask.data()) : nullptr;
+  p.select.values = values.data();
+  p.select.indices = indices.data();
+  p.select.offsets = offsets.data();
+  p.select.smallest = smallest.data();
+  const size_t bytes = static_cast<size_t>(hopper_select_scratch(p));
+  void* scratch = std::aligned_alloc(256, bytes);
+  std::memset(scratch, 0xff, bytes);
+  p.select.scratch = scratch;
+  const char* error = launch_hopper_select(p, nullptr);
+  expect(error == nullptr, error ? error : "");
+  std::free(scratch);
+
+  std::vector<std::pair<float, int>> kept;  // of what may be kept, the value and its place
+  for (int i = 0; i < c.n * c.m; ++i) {
+    const size_t j = static_cast<size_t>(i % c.m);
+    const float value = sums[static_cast<size_t>(i)] + (c.bias ? problem.bias[j] : 0.0f);
+    const float least = c.threshold == Threshold::kNone     ? 0.0f
+                        : c.threshold == Threshold::kCommon ? thresholds[0]
+                                                            : thresholds[j];
+    if (value > least && !(c.mask && !problem.mask[j])) kept.push_back({value, i});
+  }
+  std::stable_sort(kept.begin(), kept.end(),
+                   [](const auto& a, const auto& b) { return a.first > b.first; });
+  kept.resize(std::min(kept.size(), capacity));
+  const float least = kept.empty() ? INFINITY : kept.back().first;
+  expect(smallest[0] == least, "smallest " + place(0, 0, smallest[0], least));
+  std::sort(kept.begin(), kept.end(),
+            [](const auto& a, const auto& b) { return a.second < b.second; });
+  for (size_t i = 0; i < capacity; ++i) {
+    const int64_t at = static_cast<int64_t>(i);
+    const float value = i < kept.size() ? kept[i].first : 0.0f;
+    expect(values[i] == value, "value " + place(0, at, values[i], value));
+    if (i >= kept.size()) continue;
+    const int column = kept[i].second % c.m;
+    expect(indices[i] == column, "index " + place(0, at, indices[i], column));
+  }
+  for (int r = 0; r <= c.n; ++r) {
+    const auto before = std::count_if(kept.begin(), kept.end(),
+                                      [&](const auto& entry) { return entry.second < r * c.m; });
+    const int32_t got = offsets[static_cast<size_t>(r)];
+    expect(got == before, "offset " + place(r, 0, got, static_cast<double>(before)));
+  }
+}
+
+void choices_in_matrix() {
+  choose_in_matrix({3, 40, 8, 7, Kind::kNormal, Threshold::kNone, false, false});  // one product
+  choose_in_matrix({130, 1290, 72, 500, Kind::kNormal, Threshold::kNone, true, false});
+  choose_in_matrix({5, 1290, 72, 40, Kind::kNormal, Threshold::kNone, true, true});
+  choose_in_matrix({20, 1027, 24, 300, Kind::kTies, Threshold::kNone, false, true});
+  choose_in_matrix({40, 1290, 24, 33, Kind::kAscending, Threshold::kCommon, true, false});
+  choose_in_matrix({5, 2000, 24, 10000, Kind::kAscending, Threshold::kCommon, false, false});
+  choose_in_matrix({20, 1027, 24, 400, Kind::kTies, Threshold::kPerColumn, true, false});
+  choose_in_matrix({9, 800, 40, 60, Kind::kSpecial, Threshold::kNone, true, true});
+  choose_in_matrix({9, 800, 40, 7200, Kind::kSpecial, Threshold::kPerColumn, false, false});
+}
+
 }  // namespace
 }  // namespace fastsae::cuda
 
 int main(int count, char** arguments) {
   using namespace fastsae::cuda;
   const std::pair<const char*, void (*)()> cases[] = {
-      {"barriers", barriers}, {"copies", copies},           {"products", products},
-      {"matrices", matrices}, {"not_numbers", not_numbers}, {"choices", choices},
+      {"barriers", barriers},
+      {"copies", copies},
+      {"products", products},
+      {"matrices", matrices},
+      {"not_numbers", not_numbers},
+      {"choices", choices},
+      {"choices_in_matrix", choices_in_matrix},
   };
   int ran = 0;
   for (const auto& [name, run] : cases) {

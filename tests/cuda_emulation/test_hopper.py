@@ -20,7 +20,7 @@ from tests.cuda_emulation.hopper_bugs import HOPPER_BUGS
 recipe = _library.find("emulated_build.json")
 pytestmark = pytest.mark.skipif(recipe is None, reason="built without the emulated kernels")
 CASES = Path(__file__).with_name("hopper_cases.cpp")
-LAUNCHERS = ("hopper_product", "hopper_topk", "row_candidates")
+LAUNCHERS = ("hopper_product", "hopper_topk", "hopper_select", "row_candidates", "block_select")
 ORDERS = ("", "reverse", "random", "random:7")
 
 

@@ -277,9 +277,13 @@ def _encode_on_hopper() -> list[Call]:
         for name, some, relu, absolute in (("", None, True, False), ("-mask", mask, False, True)):
             arguments = (x, W, b_enc, None, k, some, relu, absolute, True)
             found.append(Call("encode_topk", case + name, arguments, way="hopper"))
-    x, W = _integers(9, 16, dtype=torch.float32), _integers(300, 16, dtype=torch.float32)
-    batch = (x, W, None, None, 70, None, True, None)
-    return [*found, Call("encode_batch_topk", "9x16x300", batch, way="hopper")]  # by rows
+            batch = (x, W, b_enc, None, 4 * n + 1, some, True, None)
+            found.append(Call("encode_batch_topk", case + name, batch, way="hopper"))
+        theta, thetas = torch.tensor(-0.5), torch.arange(m).remainder(9).float()
+        for name, threshold, capacity in (("", theta, n * m), ("-few", thetas, 4 * n + 1)):
+            arguments = (x, W, b_enc, None, threshold, capacity, True)
+            found.append(Call("encode_threshold", case + name, arguments, way="hopper"))
+    return found
 
 
 def _sparse() -> list[Call]:

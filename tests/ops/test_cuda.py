@@ -92,20 +92,32 @@ def test_does_not_wait_for_the_gpu(call) -> None:
     assert not waited, f"{call}: expected to return before the GPU is done, got a wait"
 
 
+def _on_hopper(op: str, *arguments: object) -> tuple[Tensor, ...]:
+    """Return what the op does in the way "hopper", which has to run its product."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the product that selects is for compute capability 9.0")
+    call = Call(op, "", arguments, way="hopper")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        out = call()
+    assert any("hopper_product_kernel" in event.name for event in seen.events())
+    return out
+
+
+def _rounded(n: int, d: int, m: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return x, W, b, x W^T + b in float64, and what d + 1 roundings may add to each."""
+    x, W = (torch.randn(rows, d, device="cuda").bfloat16().float() for rows in (n, m))
+    b = torch.randn(m, device="cuda")
+    exact = x.double() @ W.double().t() + b.double()
+    most = (x.double().abs() @ W.double().abs().t() + b.double().abs()) * (d + 1) * 2.0**-24
+    return x, W, b, exact, most
+
+
 @pytest.mark.parametrize("shape", [(300, 776, 5000, 32), (129, 64, 4097, 500), (1, 8, 700, 1)])
 def test_selection_within_the_product(shape) -> None:
     """The way "hopper", on numbers whose sums are rounded: within what d roundings may do."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the product that selects is for compute capability 9.0")
     n, d, m, k = shape
-    x, W = (torch.randn(rows, d, device="cuda").bfloat16().float() for rows in (n, m))
-    b = torch.randn(m, device="cuda")
-    call = Call("encode_topk", "", (x, W, b, None, k, None, False, False, True), way="hopper")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        values, indices = call()
-    assert any("hopper_product_kernel" in event.name for event in seen.events())
-    exact = x.double() @ W.double().t() + b.double()
-    most = (x.double().abs() @ W.double().abs().t() + b.double().abs()) * (d + 1) * 2.0**-24
+    x, W, b, exact, most = _rounded(n, d, m)
+    values, indices = _on_hopper("encode_topk", x, W, b, None, k, None, False, False, True)
     at = indices.long()
     assert (at.diff() > 0).all()
     assert ((values - exact.gather(1, at)).abs() <= most.gather(1, at)).all()
@@ -113,6 +125,23 @@ def test_selection_within_the_product(shape) -> None:
     least = (exact + most).gather(1, at).amin(1)
     left = (exact - most).scatter(1, at, float("-inf")).amax(1)
     assert (left <= least).all()
+
+
+@pytest.mark.parametrize("shape", [(300, 776, 5000, 32), (129, 64, 4097, 500), (1, 8, 700, 1)])
+def test_selection_in_the_whole_matrix_within_the_product(shape) -> None:
+    n, d, m, k = shape
+    x, W, b, exact, most = _rounded(n, d, m)
+    values, indices, offsets, threshold = _on_hopper(
+        "encode_batch_topk", x, W, b, None, k * n, None, True, None
+    )
+    assert offsets[-1] == k * n
+    rows = torch.repeat_interleave(torch.arange(n, device="cuda"), offsets.diff())
+    at = rows * m + indices.long()
+    assert (at.diff() > 0).all()
+    assert ((values - exact.flatten()[at]).abs() <= most.flatten()[at]).all()
+    assert values.amin() == threshold
+    left = (exact - most).flatten().index_fill(0, at, float("-inf"))
+    assert left.amax() <= (exact + most).flatten()[at].amin()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

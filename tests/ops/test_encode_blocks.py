@@ -33,8 +33,8 @@ def device(request: pytest.FixtureRequest, gpu: tuple[str, str]):
 
 def pre_activations(kind: str, n: int, m: int, dtype=torch.float32, device="cpu"):
     """Return x, W, b and x W^T + b: of integers but for b, whose kind decides about each row."""
-    x = torch.randint(-1, 2, (n, 2)).to(dtype)
-    W = torch.randint(-2, 3, (m, 2)).to(dtype)
+    x = torch.randint(-1, 2, (n, 8)).to(dtype)
+    W = torch.randint(-2, 3, (m, 8)).to(dtype)
     b = -matrix("ascending", 1, m, dtype)[0] if kind == "descending" else matrix(kind, 1, m, dtype)
     b = b.reshape(m)
     pre = x @ W.t() + b  # one rounding, whoever computes it
@@ -62,8 +62,6 @@ def test_topk(device, kind, absolute) -> None:
     for n, m, k in SHAPES:
         x, W, b, pre = pre_activations(kind, n, m, device=device)
         for mask in (None, torch.rand(m, device=device) < 0.1):
-            arguments = (x, W, b, None, k, mask, False, absolute, False)
-            values, indices = torch.ops.fastsae.encode_topk(*arguments)
             score = pre.abs() if absolute else pre
             if mask is not None:
                 score = score.masked_fill(~mask, float("-inf"))
@@ -71,8 +69,11 @@ def test_topk(device, kind, absolute) -> None:
             kept = pre.gather(1, want.long())
             if mask is not None:
                 kept = torch.where(mask[want.long()], kept, 0)
-            assert torch.equal(indices, want), (n, m, k)
-            assert same(values, kept), (n, m, k)
+            for bf16_product in (False, True):  # of integers: the same
+                arguments = (x, W, b, None, k, mask, False, absolute, bf16_product)
+                values, indices = torch.ops.fastsae.encode_topk(*arguments)
+                assert torch.equal(indices, want), (n, m, k)
+                assert same(values, kept), (n, m, k)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
