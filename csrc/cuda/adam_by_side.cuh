@@ -57,7 +57,7 @@ struct AdamBySideBlock {
   using Bits = typename F::Bits;
   using P = Pack<F, kWide>;
   using Side = AdamSide<F, R>;
-  static constexpr int E = P::kSize, kWarps = kThreads / 32;
+  static constexpr int E = P::kSize, kBlockThreads = kThreads, kWarps = kThreads / 32;
   static constexpr bool kMini = kMove == Move::kAdamMini;
   static constexpr bool kBf16 = kMove == Move::kAdamBf16;
   using Av = Averages<F, kWide, kMove>;
@@ -96,22 +96,25 @@ struct AdamBySideBlock {
   }
 
   // g_dec and g_enc of latent f, if there are any, and with g_enc the sum of weights: of the lists
-  // of a member of the group, the extra row (-1: none) and the rows of whole gradients.
-  __device__ __forceinline__ void sum_lists(const GroupLists& lists, int member, int f, int extra,
-                                            bool any_enc, bool any_dec, A* weight_sum) const {
+  // of a member of the group, the extra row (-1: none) and the rows of whole gradients. lists(dec)
+  // gives those of a side.
+  template <class Lists>
+  __device__ __forceinline__ void sum_lists(const GroupLists& group, int member, int f, int extra,
+                                            bool any_enc, bool any_dec, A* weight_sum,
+                                            Lists&& lists) const {
     using S = Strip<R, kWide, kPacks>;
     const int lane = tid & 31, warp = tid >> 5;
     for (int task = warp; task < a.dec.chunks + a.enc.chunks; task += kWarps) {
       const bool dec = task < a.dec.chunks;
       if (!(dec ? any_dec : any_enc)) continue;
       const int chunk = dec ? task : task - a.dec.chunks, d = dec ? a.dec.d : a.enc.d;
-      const int* bounds = (dec ? lists.dec : lists.enc) + member;
+      const int* bounds = (dec ? group.dec : group.enc) + member;
       const S strip(chunk, lane, dec ? a.dec.row_packs : a.enc.row_packs);
       typename S::Sum sum;
       A weights;
-      list_sum(dec ? a.dec.lists : a.enc.lists, bounds[0], bounds[1], chunk,
-               dec ? a.dec.chunks : a.enc.chunks, strip, sum, dec ? a.dec.gathered : a.enc.gathered,
-               d, dec ? a.dec.segments : a.enc.segments, &weights);
+      list_sum(lists(dec), bounds[0], bounds[1], chunk, dec ? a.dec.chunks : a.enc.chunks, strip,
+               sum, dec ? a.dec.gathered : a.enc.gathered, d, dec ? a.dec.segments : a.enc.segments,
+               &weights);
       const Bits* more = dec ? a.dec.more : a.enc.more;
       if (extra >= 0) {
         strip.template add<F>(sum, (dec ? a.dec.extra : a.enc.extra) + int64_t{extra} * d);
@@ -135,12 +138,18 @@ struct AdamBySideBlock {
     return s;
   }
 
-  // How much of W_dec[f] is in g_dec: what has to be subtracted. `space` [2 kWarps].
-  __device__ __forceinline__ A project(int f, A* space) const {
+  // Pack i of row f of W_dec.
+  __device__ __forceinline__ typename P::Raw load_weights(int f, int i) const {
+    return P::load_own(a.dec.W.p + int64_t{f} * a.dec.d + i * E);
+  }
+
+  // How much of a row of W_dec is in g_dec: what has to be subtracted. row(i) reads pack i of it.
+  // `space` [2 kWarps].
+  template <class Row>
+  __device__ __forceinline__ A project(A* space, Row&& row) const {
     A dots[2] = {0, 0};
     for (int i = tid; i < a.dec.packs; i += kThreads) {
-      const auto w = P::load_own(a.dec.W.p + int64_t{f} * a.dec.d + i * E),
-                 g = P::load_own(g_dec() + i * E);
+      const typename P::Raw w = row(i), g = P::load_own(g_dec() + i * E);
 #pragma unroll
       for (int e = 0; e < E; ++e) {
         dots[0] += at(g, e) * at(w, e);
@@ -163,8 +172,7 @@ struct AdamBySideBlock {
       for (int e = 0; e < E; ++e) squares[0] += at(enc, e) * at(enc, e);
     }
     for (int i = tid; any_dec && i < a.dec.packs; i += kThreads) {
-      const auto w = P::load_own(a.dec.W.p + int64_t{f} * a.dec.d + i * E),
-                 dec = P::load_own(g_dec() + i * E);
+      const auto w = load_weights(f, i), dec = P::load_own(g_dec() + i * E);
 #pragma unroll
       for (int e = 0; e < E; ++e) {
         const A g = at(dec, e) - along * at(w, e);
@@ -185,10 +193,10 @@ struct AdamBySideBlock {
 
   // Moves row f of a matrix, and of W_enc adds to the share of b_dec; returns this thread's part of
   // the squared norm of the moved row, or with Move::kNone of the gradient. `next`: the thread's
-  // first pack; `step` is from average_squares.
-  template <bool kDec>
+  // first pack, and load(i) reads pack i; `step` is from average_squares.
+  template <bool kDec, class Load>
   __device__ __forceinline__ A move_row(int f, bool any, A g_b, A along, A scale, A step,
-                                        State next) const {
+                                        State next, Load&& load) const {
     const Side& side = kDec ? a.dec : a.enc;
     Bits* sums = kDec ? g_dec() : g_enc();
     const bool shared = !kDec && a.shares && g_b != A(0);
@@ -200,7 +208,7 @@ struct AdamBySideBlock {
       typename P::Raw raw{};
       if (any) raw = P::load_own(sums + i * E);
       const State own = next;
-      next = load(side, f, i + kThreads);
+      next = load(i + kThreads);
       if (shared) {
         const auto old = P::load_own(share() + i * E);
         A sum[E];
@@ -248,6 +256,17 @@ struct AdamBySideBlock {
       P::store(a.dec.W.p + int64_t{f} * a.dec.d + i * E, p);
       store_copy<F, kWide>(a.dec.bf16_W, int64_t{f} * a.dec.d + i * E, p);
     }
+  }
+
+  // Moves the biases of `count` latents from f on; `gradients` are of their lists.
+  __device__ __forceinline__ void move_biases(int f, int count, const A* gradients, A scale) const {
+    if (tid >= count) return;
+    f += tid;
+    A p = F::widen(a.b_enc.p[f]), m = F::widen(a.b_enc.m[f]), v = F::widen(a.b_enc.v[f]);
+    a.adam.move(rate, scale * (gradients[tid] + more_b_enc(f)), p, m, v);
+    a.b_enc.p[f] = F::narrow(p);
+    a.b_enc.m[f] = F::narrow(m);
+    a.b_enc.v[f] = F::narrow(v);
   }
 
   __device__ __forceinline__ void clear_share() const {

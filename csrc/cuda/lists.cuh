@@ -61,10 +61,23 @@ struct Segments {
   }
 };
 
+// Lists of which one has its first entries in shared memory.
+template <class F>
+struct StagedLists {
+  using Acc = typename F::Acc;
+  const ListsView<F>& lists;
+  const Entry<Acc>* first;  // [32]
+  int begin;                // of that list
+
+  __device__ __forceinline__ Entry<Acc> entry(int j) const {
+    return j - begin < 32 ? first[j - begin] : lists.entry(j);
+  }
+};
+
 // The sums over entries [begin, end) of one list into `sum`, and the sum of their weights over all
-// lanes into `weights`.
-template <class F, bool kWide, int kPacks>
-__device__ __forceinline__ void range_sum(const ListsView<F>& lists, int begin, int end,
+// lanes into `weights`. Lists: a ListsView<F> or StagedLists<F>.
+template <class Lists, class F, bool kWide, int kPacks>
+__device__ __forceinline__ void range_sum(const Lists& lists, int begin, int end,
                                           const Strip<F, kWide, kPacks>& strip,
                                           typename Strip<F, kWide, kPacks>::Sum& sum,
                                           const typename F::Bits* x, int64_t d,
@@ -117,8 +130,8 @@ __global__ void __launch_bounds__(kListThreads, kGatherBlocks<kPacks>)
 }
 
 // The sum over the list of latent f, segments in order, and the sum of its weights.
-template <class F, bool kWide, int kPacks>
-__device__ __forceinline__ void list_sum(const ListsView<F>& lists, int begin, int end, int chunk,
+template <class Lists, class F, bool kWide, int kPacks>
+__device__ __forceinline__ void list_sum(const Lists& lists, int begin, int end, int chunk,
                                          int chunks, const Strip<F, kWide, kPacks>& strip,
                                          typename Strip<F, kWide, kPacks>::Sum& sum,
                                          const typename F::Bits* x, int64_t d,

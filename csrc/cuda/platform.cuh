@@ -180,6 +180,18 @@ __device__ __forceinline__ void prefetch_block(const void* p, unsigned bytes) {
 #endif
 }
 
+// The same by one thread, of a row that starts at a multiple of 16 bytes and has one of them.
+__device__ __forceinline__ void prefetch_row(const void* p, unsigned bytes) {
+#ifdef FASTSAE_EMULATED
+  (void)p, (void)bytes;
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(p), "r"(bytes));
+#else
+  constexpr unsigned kLine = 128;
+  for (unsigned at = 0; at < bytes; at += kLine) prefetch(static_cast<const char*>(p) + at);
+#endif
+}
+
 // ---- the host's side of a launch ----
 
 // Lets a kernel be launched with `bytes` of dynamic shared memory. Without this it gets 48 KiB, and
@@ -209,6 +221,23 @@ inline int multiprocessors() {
     return 1;
   }
   return count;
+}
+
+// Bytes of shared memory that the current device has.
+struct SharedMemory {
+  int block, multiprocessor;  // a block can have, a multiprocessor has
+};
+inline SharedMemory shared_memory() {
+  int device = 0;
+  SharedMemory found{};
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&found.block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess ||
+      cudaDeviceGetAttribute(&found.multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                             device) != cudaSuccess) {
+    return {};
+  }
+  return found;
 }
 
 // Kernels stride over what is more. Few in the emulation, so that they do.

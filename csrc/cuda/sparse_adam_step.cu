@@ -1,6 +1,7 @@
 // Launches of the sparse_adam_step_ kernels: group_by_latent, segments of long lists, the gradient
 // of b_dec and the norm where it clips, then the step itself. Where encoder and decoder are unlike,
-// the kernel is that of sparse_adam_step_by_side.cu.
+// the kernel is that of sparse_adam_step_by_side.cu, and where rows are copied ahead of time
+// (adam_plan.h) that of sparse_adam_step_staged.cu.
 #include "cuda/sparse_adam_step.h"
 
 #include <algorithm>
@@ -8,7 +9,8 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "cuda/adam_by_side.cuh"
+#include "cuda/adam_plan.h"
+#include "cuda/adam_staged.cuh"
 #include "cuda/group_by_latent.h"
 #include "cuda/sparse_adam_step_kernel.cuh"
 
@@ -59,6 +61,16 @@ int split_block(int enc_packs, int dec_packs, int warps, std::initializer_list<i
   return best;
 }
 
+// Threads of a block of the staged kernel, such that a multiprocessor has 512; 0: a block does not
+// fit.
+int staged_threads(int64_t shared) {
+  constexpr int64_t kStatic = 3 * 1024;  // more than its arrays, and what the driver takes
+  const SharedMemory there = shared_memory();
+  if (shared + kStatic > there.block) return 0;
+  const int64_t blocks = there.multiprocessor / (shared + kStatic);
+  return blocks >= 4 ? 128 : blocks >= 2 ? 256 : 512;
+}
+
 // Entries by latent.
 struct Lists {
   int32_t *offsets, *rows, *slots;
@@ -79,6 +91,7 @@ template <class F, class R>
 struct Plan {
   using A = typename F::Acc;
   bool wide, large;  // large: 512 threads a block instead of 128
+  int staged;        // threads of a block of the staged kernel; 0: it is not used
   Split enc, dec;
   int64_t groups, blocks, parts;
   int64_t shared;  // bytes of shared memory
@@ -100,13 +113,19 @@ struct Plan {
     const int64_t numbers = p.d_out + 2 * int64_t{p.d_in};
     const int64_t row = numbers * static_cast<int64_t>(sizeof(A));
     large = row > 48 * 1024;
+    staged = 0;
+    if (std::is_same_v<F, Float32> && wide && !large && !p.by_rows && adam_is_staged()) {
+      staged = staged_threads(staged_shared(p.d_in, p.d_out, p.bf16_averages));
+    }
     enc = split_elements(p.d_in), dec = split_elements(p.d_out);
     if (wide) {
       const int in = p.d_in / pack, out = p.d_out / pack;
-      const int most = p.by_side() ? kMostPacks<R> : 4;
+      const int most = p.by_side() || staged ? kMostPacks<R> : 4;
       int per_lane = most;
-      if (!large && p.by_side()) per_lane = split_block(in, out, 4, {2, most});
-      if (!large && !p.by_side()) per_lane = split_block(in, out, 4, {1, 2, 3, 4});
+      if (staged == 512) per_lane = 2;
+      else if (staged) per_lane = split_block(in, out, staged / 32, {2, most});
+      else if (!large && p.by_side()) per_lane = split_block(in, out, 4, {2, most});
+      else if (!large) per_lane = split_block(in, out, 4, {1, 2, 3, 4});
       enc = split_packs(in, per_lane), dec = split_packs(out, per_lane);
     }
     groups = (int64_t{e.d_sae} + kGroup - 1) / kGroup;
@@ -261,6 +280,14 @@ const char* launch(const AdamParams& p, const Plan<F, R>& plan, cudaStream_t str
   AdamBySideArgs<F, R> of_sides = by_side(p, plan, enc, dec, extra_rows);
   const auto launch_rows = [&](auto move) {
     constexpr Move kMove = decltype(move)::value;
+    constexpr bool kStaged = kMove == Move::kAdam || kMove == Move::kAdamBf16;
+    if constexpr (kStaged && kWide && std::is_same_v<F, Float32>) {
+      if (plan.staged) {
+        const StagedLaunch how{plan.staged, kPacks, plan.groups,
+                               staged_shared(p.d_in, p.d_out, p.bf16_averages), p.bf16_averages};
+        return launch_adam_staged(of_sides, how, stream);
+      }
+    }
     if (p.by_side()) {
       launch_adam_by_side(
           of_sides,

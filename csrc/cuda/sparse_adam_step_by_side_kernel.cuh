@@ -56,23 +56,26 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
         block.prefetch_row(a.dec, f);
       }
       if (any_enc || any_dec) {
-        block.sum_lists(lists, member, f, extra, any_enc, any_dec, &weight_sum);
+        block.sum_lists(lists, member, f, extra, any_enc, any_dec, &weight_sum,
+                        [&](bool dec) -> const auto& { return dec ? a.dec.lists : a.enc.lists; });
         __syncthreads();  // both gradients are there
       }
       // The first packs are loaded before they are needed: loads do not wait for stores.
-      const typename Block::State first_enc = block.load(a.enc, f, tid);
-      const typename Block::State first_dec = block.load(a.dec, f, tid);
+      const auto load_enc = [&](int i) { return block.load(a.enc, f, i); };
+      const auto load_dec = [&](int i) { return block.load(a.dec, f, i); };
+      const typename Block::State first_enc = load_enc(tid), first_dec = load_dec(tid);
       const A g_b = any_enc ? weight_sum : A(0);
       if (tid == 0) group_bias[member] = g_b;
-      const A along = any_dec ? block.project(f, space) : A(0);
+      const A along =
+          any_dec ? block.project(space, [&](int i) { return block.load_weights(f, i); }) : A(0);
       A steps[2] = {0, 0};
       if constexpr (Block::kMini) {
         block.average_squares(f, any_enc, any_dec, along, scale, mini_space, steps);
       }
-      const A norm_enc =
-          block.template move_row<false>(f, any_enc, g_b, A(0), scale, steps[0], first_enc);
-      const A norm_dec =
-          block.template move_row<true>(f, any_dec, A(0), along, scale, steps[1], first_dec);
+      const A norm_enc = block.template move_row<false>(f, any_enc, g_b, A(0), scale, steps[0],
+                                                        first_enc, load_enc);
+      const A norm_dec = block.template move_row<true>(f, any_dec, A(0), along, scale, steps[1],
+                                                       first_dec, load_dec);
       if constexpr (!kUpdate) {
         squares += static_cast<double>(norm_enc) + static_cast<double>(norm_dec);
         const double b = static_cast<double>(g_b + block.more_b_enc(f));
@@ -85,14 +88,7 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
 
     block.store_share(group);
     if constexpr (kUpdate) {
-      if (tid < count) {
-        const int f = group * kGroup + tid;
-        A p = F::widen(a.b_enc.p[f]), m = F::widen(a.b_enc.m[f]), v = F::widen(a.b_enc.v[f]);
-        a.adam.move(rate, scale * (group_bias[tid] + block.more_b_enc(f)), p, m, v);
-        a.b_enc.p[f] = F::narrow(p);
-        a.b_enc.m[f] = F::narrow(m);
-        a.b_enc.v[f] = F::narrow(v);
-      }
+      block.move_biases(group * kGroup, count, group_bias, scale);
       __syncthreads();  // the biases are read before the next group overwrites them
     } else {
       const double total = block_sum<kThreads>(squares, square_space);

@@ -108,6 +108,33 @@ def set_cuda_encode(way: str, library: Path | None = None) -> str:
     return str(before)
 
 
+def set_cuda_adam(way: str, library: Path | None = None) -> str:
+    """Say how the CUDA `sparse_adam_step_` gets the rows that it moves; for tests and measurements.
+
+    Args:
+        way: "direct" (the default), or "staged": they are copied into shared memory while the
+            latent before is moved, where they fit (`docs/cuda.md`). Sums of squares are in another
+            order for rows of more than about 1500 numbers; all else is the same.
+        library: the library that it is said to; None: the one that serves GPUs.
+
+    Returns:
+        What was in force before.
+
+    Raises:
+        RuntimeError: where that library was not built or not loaded.
+        ValueError: for another `way`; nothing changes then.
+    """
+    library = library or cuda_library
+    if library is None:
+        raise RuntimeError("set_cuda_adam: expected the library libfastsae_cuda.so, found none")
+    loaded = ctypes.CDLL(str(library))
+    loaded.fastsae_cuda_adam.restype = ctypes.c_char_p
+    before = loaded.fastsae_cuda_adam().decode()
+    if loaded.fastsae_set_cuda_adam(way.encode()) != 0:
+        raise ValueError(f"set_cuda_adam: expected way to be direct or staged, got {way!r}")
+    return str(before)
+
+
 def fake(op: str) -> Callable[[F], F]:
     """Register what `op` returns for tensors without data: shapes, dtypes and strides."""
     return cast("Callable[[F], F]", torch.library.register_fake(f"fastsae::{op}"))

@@ -72,6 +72,7 @@ std::string AsyncUnits::left_behind() const {
   if (!copies_.empty()) return "the block ended while a copy into its shared memory was under way";
   for (const Issued& issued : issued_) {
     if (!issued.products.empty()) return "a thread ended without waiting for its wgmma";
+    if (!issued.copies.empty()) return "a thread ended without waiting for its copies";
   }
   int registers = 0;
   bool all = true;
@@ -199,6 +200,44 @@ void AsyncUnits::land(const Copy& copy) {
   if (bytes > state.bytes) stop("a bulk copy brought more bytes than its mbarrier expects");
   state.bytes -= bytes;
   complete(copy.barrier, state);
+}
+
+void AsyncUnits::start_copy(void* to, const void* from, int bytes) {
+  const size_t size = static_cast<size_t>(bytes);
+  if (bytes != 4 && bytes != 8 && bytes != 16) stop("a copy of no such size");
+  if (reinterpret_cast<uintptr_t>(to) % size || reinterpret_cast<uintptr_t>(from) % size) {
+    stop("a copy that is not aligned to its size");
+  }
+  const auto begin = static_cast<unsigned char*>(to) - tl.dyn_smem;
+  if (begin < 0 || static_cast<size_t>(begin) + size > tl.dyn_smem_bytes) {
+    stop("a copy to something that is not in dynamic shared memory");
+  }
+  random_ = random_ * 6364136223846793005ull + 1442695040888963407ull;
+  if (random_ >> 63) {
+    std::memcpy(to, from, size);
+    return;
+  }
+  std::memset(to, 0xff, size);
+  issued_[tl.cur->linear].copies.push_back({to, from, size, -1});
+}
+
+void AsyncUnits::close_copies() {
+  Issued& own = issued_[tl.cur->linear];
+  for (OwnCopy& copy : own.copies) {
+    if (copy.group < 0) copy.group = own.copy_groups;
+  }
+  ++own.copy_groups;
+}
+
+void AsyncUnits::wait_for_copies(int under_way) {
+  Issued& own = issued_[tl.cur->linear];
+  const auto waited = [&](const OwnCopy& copy) {
+    return copy.group >= 0 && copy.group < own.copy_groups - under_way;
+  };
+  for (const OwnCopy& copy : own.copies) {
+    if (waited(copy)) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+  std::erase_if(own.copies, waited);
 }
 
 // ---- products ----
@@ -366,6 +405,15 @@ void fence_proxy_async() {
 }
 void copy_tile(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier) {
   runner->units().copy_tile(to, map, column, row, barrier);
+}
+void start_copy(void* to, const void* from, int bytes) {
+  runner->units().start_copy(to, from, bytes);
+}
+void close_copies() {
+  runner->units().close_copies();
+}
+void wait_for_copies(int under_way) {
+  runner->units().wait_for_copies(under_way);
 }
 void wgmma(float* sum, int columns, uint64_t a, uint64_t b, bool add) {
   runner->units().wgmma(sum, columns, a, b, add);

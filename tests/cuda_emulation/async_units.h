@@ -23,6 +23,9 @@ class AsyncUnits {
   void barrier_wait(uint32_t barrier, unsigned parity);
   void fence_proxy_async();
   void copy_tile(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier);
+  void start_copy(void* to, const void* from, int bytes);
+  void close_copies();
+  void wait_for_copies(int under_way);
   void wgmma(float* sum, int columns, uint64_t a, uint64_t b, bool add);
   void wgmma_fence();
   void wgmma_commit();
@@ -35,6 +38,13 @@ class AsyncUnits {
     TensorMap map;
     int column, row;
     uint32_t barrier;
+  };
+  // Of one thread: it waits for it itself.
+  struct OwnCopy {
+    void* to;
+    const void* from;
+    size_t bytes;
+    int group;  // -1: not closed yet
   };
   struct Product {
     float* sum;
@@ -50,6 +60,8 @@ class AsyncUnits {
     int waits = 0;                  // finished so far by its warp
     bool fenced = false;
     std::map<float*, std::vector<float>> running;  // what the accumulators will be
+    std::vector<OwnCopy> copies;                   // under way, oldest first
+    int copy_groups = 0;                           // closed so far
   };
   struct WarpState {
     uint64_t issued = 0;  // a digest of its wgmmas: the same for the warps of a warpgroup

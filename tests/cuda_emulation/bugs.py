@@ -75,6 +75,7 @@ _GROUP_BY_LATENT, _LISTS = "cuda/group_by_latent_kernel.cuh", "cuda/lists.cuh"
 _ADAM, _ADAM_BLOCK = "cuda/sparse_adam_step_kernel.cuh", "cuda/adam_block.cuh"
 _BY_SIDE = "cuda/sparse_adam_step_by_side_kernel.cuh"
 _BY_SIDE_BLOCK = "cuda/adam_by_side.cuh"
+_STAGED = "cuda/sparse_adam_step_staged_kernel.cuh"
 
 _ROWS, _LIST = "cuda/row_candidates_kernel.cuh", "cuda/row_candidates.cuh"
 _BLOCKS = "cuda/block_select_kernel.cuh"
@@ -504,8 +505,8 @@ BUGS = (
         for name, old, new, noticed_by in (
             (
                 "the encoder has the decoder's lists",
-                "dec ? lists.dec : lists.enc",
-                "dec ? lists.dec : lists.dec",
+                "dec ? group.dec : group.enc",
+                "dec ? group.dec : group.dec",
                 "result",
             ),
             (
@@ -533,6 +534,97 @@ BUGS = (
                 "result",
             ),
         )
+    ),
+    *(
+        _barrier(
+            name,
+            "sparse_adam_step_",
+            _STAGED,
+            comment,
+            launcher="sparse_adam_step_staged",
+        )
+        for name, comment in (
+            ("staged lists are bounded early", "the bounds of all lists are there"),
+            ("a list begins early", "the first entries of the first lists are there"),
+            (
+                "the next list begins in this one",
+                "both sums are there, and the first entries are free",
+            ),
+            (
+                "staged sums start too early",
+                "both sums are read before those of the next latent overwrite them",
+            ),
+        )
+    ),
+    *(
+        Bug(name, "sparse_adam_step_", file, old, new, noticed_by, "sparse_adam_step_staged")
+        for name, file, old, new, noticed_by in (
+            (
+                "a row of W_dec is moved before it has come",
+                _STAGED,
+                "wait_for_copies<1>();\n      const float along",
+                "const float along",
+                "result",
+            ),
+            (
+                "a row of W_enc is moved before it has come",
+                _STAGED,
+                "wait_for_copies<1>();\n      const auto load_enc",
+                "const auto load_enc",
+                "result",
+            ),
+            (
+                "the row of the latent before is moved again",
+                _STAGED,
+                "dec.start(a.dec, f + 1, tid);",
+                "dec.start(a.dec, f, tid);",
+                "result",
+            ),
+            (
+                "the entries of the latent before are added again",
+                _STAGED,
+                "next = read_entry(member + 1);",
+                "next = read_entry(member);",
+                "result",
+            ),
+            (
+                "the encoder begins with the decoder's entries",
+                _STAGED,
+                "first[of_dec ? 0 : 1],",
+                "first[0],",
+                "result",
+            ),
+            (
+                "the second average is the first one",
+                _STAGED,
+                "Av::place(side.W.v, c)",
+                "Av::place(side.W.m, c)",
+                "result",
+            ),
+            (
+                "copies of the next row are waited for by nobody",
+                _STAGED,
+                "enc.start(a.enc, f + 1, tid);",
+                "enc.start(a.enc, f + 1, tid);\n      else enc.start(a.enc, f, tid);",
+                "emulator",
+            ),
+            (
+                "rows start where a pack does not",
+                _STAGED,
+                "reinterpret_cast<uint4*>(rows + a.row_numbers())",
+                "reinterpret_cast<uint4*>(rows + a.row_numbers() - 1)",
+                "emulator",
+            ),
+        )
+    ),
+    Bug(
+        "averages do not fit beside their rows",
+        "sparse_adam_step_",
+        "cuda/adam_staged.cuh",
+        "(bf16_averages ? 4 : 8)",
+        "4",
+        "emulator",
+        launcher="sparse_adam_step",
     ),
     Bug(
         "the second average in bfloat16 is the first one",

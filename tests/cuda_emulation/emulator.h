@@ -112,6 +112,11 @@ const uint64_t* exchange(uint32_t mask, uint64_t v, const char* file, int line,
 uint32_t live_mask();
 using Body = void (*)(void*);
 void launch_impl(const char* name, dim3 grid, dim3 block, size_t smem, Body body, void* ctx);
+// Copies of a thread into dynamic shared memory that it waits for by groups (cp.async). Some come
+// at once and others when they are waited for: until then what is there is no number.
+void start_copy(void* to, const void* from, int bytes);
+void close_copies();
+void wait_for_copies(int under_way);
 void set_max_dynamic_smem(const void* fn, int bytes);
 size_t max_dynamic_smem(const void* fn);
 
@@ -355,13 +360,21 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorNoKernelImageForDevice = 209
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+constexpr int kEmulatedShared = 227 * 1024;  // of a block, as on Hopper
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 2;  // few, so that small inputs meet grids that are smaller than their work
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  // Few multiprocessors, so that small inputs meet grids that are smaller than their work.
+  if (attribute == cudaDevAttrMultiProcessorCount) *value = 2;
+  if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) *value = kEmulatedShared;
+  if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor) *value = kEmulatedShared + 1024;
   return cudaSuccess;
 }
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
@@ -413,7 +426,7 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t event, unsigned
 }
 template <class K>
 cudaError_t cudaFuncSetAttribute(K* fn, cudaFuncAttribute, int v) {
-  if (v > 227 * 1024) return cudaErrorInvalidValue;
+  if (v > kEmulatedShared) return cudaErrorInvalidValue;
   emu::set_max_dynamic_smem(reinterpret_cast<const void*>(fn), v);
   return cudaSuccess;
 }

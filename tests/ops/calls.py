@@ -51,7 +51,8 @@ class Call:
     tolerance: float = 0.0
     """Of floating outputs, relative and absolute; integers are always exact."""
     way: str = ""
-    """How CUDA's encoders meet their pre-activations, see `_library.set_cuda_encode`."""
+    """How CUDA's encoders meet their pre-activations, or its update the rows that it moves: see
+    `_library.set_cuda_encode` and `set_cuda_adam`."""
 
     def __str__(self) -> str:
         return f"{self.op}-{self.case}" + (f"-{self.way}" if self.way else "")
@@ -66,11 +67,13 @@ class Call:
         library = self._cuda_library(namespace) if self.way else None
         if library is None:
             return self._run(namespace)
-        before = _library.set_cuda_encode(self.way, library)
+        updates = self.op == "sparse_adam_step_"
+        switch = _library.set_cuda_adam if updates else _library.set_cuda_encode
+        before = switch(self.way, library)
         try:
             return self._run(namespace)
         finally:
-            _library.set_cuda_encode(before, library)
+            switch(before, library)
 
     def _cuda_library(self, namespace: str) -> Path | None:
         """Return the library with the CUDA kernels that the call runs, emulated or not."""
@@ -350,6 +353,7 @@ def _adam() -> list[Call]:
     for n, d, m, k, dtype, layout, max_norm, extra in (
         (20, 16, 64, 4, torch.float32, "fixed", float("inf"), False),
         (33, 37, 200, 7, torch.float32, "variable", 0.5, True),
+        (5, 520, 20, 3, torch.float32, "fixed", float("inf"), False),  # rows of several warps
         (9, 70, 31, 5, torch.float64, "fixed", 1e9, True),
         (40, 33, 131, 12, torch.float64, "variable", 0.5, False),
     ):
@@ -459,12 +463,22 @@ def _with_copies(case: str, call: tuple[Any, ...], tolerance: float) -> list[Cal
     ]
 
 
+def _can_be_staged(call: Call) -> bool:
+    """Return whether CUDA's update can copy the rows of a call ahead of time."""
+    if call.op != "sparse_adam_step_":
+        return False
+    W_enc, W_dec, squares = (call.arguments[i] for i in (0, 1, 8))
+    wide = W_enc.shape[1] % 4 == 0 and W_dec.shape[1] % 4 == 0
+    return W_enc.dtype == torch.float32 and wide and squares.ndim == 2
+
+
 def calls(device: str = "cpu", only: str = "", dtype: torch.dtype | None = None) -> list[Call]:
     """Return the table, the same numbers every time; `only`: of one operator, `dtype`: of one."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         makers: tuple[Callable[[], list[Call]], ...] = (_select, _encode, _sparse, _adam)
         table = [call for make in makers for call in make()]
+        table += [replace(call, way="staged") for call in table if _can_be_staged(call)]
     missing = set(NAMES) - {call.op for call in table}
     assert not missing, f"calls: expected a call of every operator, got none of {missing}"
     return [
