@@ -2,8 +2,9 @@
 
 Runs the tests, then every op against its alternatives, then compute-sanitizer. Each step runs in
 its own process: one that fails, hangs or poisons the GPU is reported, and the rest still runs. What
-does not fit into the time is dropped and listed. Writes bench/results/<gpu>-<date>.json and prints
-a table; exits with 1 if a step failed or a target was missed.
+does not fit into the time is dropped and listed. Writes bench/results/<gpu>-<date>-<commit>.json
+and prints a table; exits with 1 if a step failed or a target was missed. `--only step,adam` runs
+these benches alone, to see what a change does.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import report, timing
-from bench.ops import MODULES
+from bench.ops import MODULES, bench_step
 from bench.ops.inputs import CUDA_SHAPES, Shape
 from bench.run import machine
 from bench.timing import Case, Result
 from fastsae import _host, _library
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGET = 480.0
+BUDGET = 525.0
 # Seconds after the start at which tests and benches end; the sanitizers get the rest.
-TESTS_END, BENCHES_END = 200.0, 400.0
+TESTS_END, BENCHES_END = 230.0, 450.0
 SECONDS = 0.5  # for a case
 SILENCE = 120.0  # a bench that reports nothing for this long has hung
 POISONED = 3  # exit code: no kernel of this process can run any longer
@@ -48,9 +49,18 @@ def has_cuda_kernel(case_op: str) -> bool:
     return case_op.startswith("training") or _library.has_kernel(case_op.split()[0], "cuda")
 
 
-def groups(shapes: dict[str, Shape]) -> list[tuple[str, Any]]:
-    """Return (shape, module) in the order they run: all ops at the small shape first."""
-    return [(name, module) for name in shapes for module in MODULES]
+def groups(shapes: dict[str, Shape], only: Sequence[str] = ()) -> list[tuple[str, Any]]:
+    """Return (shape, module) in the order they run: each module at all shapes.
+
+    Args:
+        shapes: by name.
+        only: modules, as in "step"; all if there are none.
+    """
+    modules = {module.__name__.rpartition("bench_")[2]: module for module in MODULES}
+    if unknown := {*only} - {*modules}:
+        raise SystemExit(f"bench.gpu: expected only of {', '.join(modules)}, got {unknown.pop()}")
+    wanted = [module for part, module in modules.items() if not only or part in only]
+    return [(name, module) for module in wanted for name in shapes]
 
 
 def measure(
@@ -60,15 +70,18 @@ def measure(
     until: float,
     start: int = 0,
     seconds: float = SECONDS,
+    only: Sequence[str] = (),
 ) -> Iterator[Line]:
     """Yield a line before and after every case, and for every case that cannot run."""
-    for i, (name, module) in enumerate(groups(shapes)[start:], start):
+    for i, (name, module) in enumerate(groups(shapes, only)[start:], start):
         label = f"{module.__name__.rpartition('.')[2]} at {name}"
         yield {"group": i, "begun": label}
         if time.time() > until:
             yield {"dropped": label}
             continue
         try:
+            if module is bench_step and device == "cuda":
+                yield {"peak": bench_step.peak_bytes(shapes[name]), "of": name}
             for case in module.cases(name, shapes[name], device, True):
                 what = f"{case.op}, {case.shape}, {str(case.dtype).removeprefix('torch.')}"
                 if device == "cuda" and not has_cuda_kernel(case.op):
@@ -119,7 +132,9 @@ def _stop_if_poisoned(device: str) -> None:
         sys.exit(POISONED)
 
 
-def measure_into(file: Path, start: int, until: float, seconds: float) -> None:
+def measure_into(
+    file: Path, start: int, until: float, seconds: float, only: Sequence[str] = ()
+) -> None:
     """Append the lines of `measure` to a file; this is the process that runs the benchmarks."""
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     with file.open("a", buffering=1) as out:
@@ -127,16 +142,19 @@ def measure_into(file: Path, start: int, until: float, seconds: float) -> None:
         if ceilings is None:
             ceilings = timing.ceilings("cuda")
             out.write(json.dumps({"ceilings": ceilings}) + "\n")
-        for line in measure(CUDA_SHAPES, "cuda", ceilings, until, start, seconds):
+        for line in measure(CUDA_SHAPES, "cuda", ceilings, until, start, seconds, only):
             out.write(json.dumps(line) + "\n")
 
 
-def run_benches(file: Path, until: float, seconds: float = SECONDS) -> list[Line]:
+def run_benches(
+    file: Path, until: float, seconds: float = SECONDS, only: Sequence[str] = ()
+) -> list[Line]:
     """Run the process of the benchmarks, and again after the group that it died in."""
     start, lines = 0, []
-    while start < len(groups(CUDA_SHAPES)):
+    while start < len(groups(CUDA_SHAPES, only)):
         command = [sys.executable, "-X", "faulthandler", "-m", "bench.gpu", "--measure", str(file)]
         command += ["--start", str(start), "--until", str(until), "--seconds", str(seconds)]
+        command += ["--only", ",".join(only)] if only else []
         log = file.with_suffix(".log")
         with log.open("w") as output:
             process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
@@ -240,9 +258,10 @@ def head() -> Line:
 
 
 def write(record: Line, folder: Path) -> Path:
-    """Write the record under the GPU's name and the date, all or nothing."""
+    """Write the record under the GPU's name, the date and the commit, all or nothing."""
     gpu = re.sub(r"[^a-z0-9]+", "-", str(record["machine"]["gpu"]).lower()).strip("-")
-    file = folder / f"{gpu}-{record['machine']['date']}.json"
+    about = record["machine"]
+    file = folder / f"{gpu}-{about['date']}-{about['commit'][:7]}.json"
     folder.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1) + "\n")
@@ -257,6 +276,7 @@ def collect(lines: list[Line], steps: list[Line], machine: Line) -> Line:
         "machine": {**machine, **ceilings},
         "steps": steps,
         "results": [line["result"] for line in lines if "result" in line],
+        "peaks": [line for line in lines if "peak" in line],
         "kernels": {line["of"]: line["kernels"] for line in lines if "kernels" in line},
         "failed": [line for line in lines if "failed" in line],
         "left_out": [line for line in lines if "left_out" in line],
@@ -278,12 +298,17 @@ def main() -> int:
     parser.add_argument("--started", type=float, default=time.time(), help="when the build began")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each case")
+    parser.add_argument(
+        "--only", default="", help="benches to run, as in step,adam, without tests and sanitizers"
+    )
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
     a = parser.parse_args()
+    only = a.only.split(",") if a.only else []
+    groups(CUDA_SHAPES, only)
     if a.measure:
-        measure_into(a.measure, a.start, a.until, a.seconds)
+        measure_into(a.measure, a.start, a.until, a.seconds, only)
         return 0
     if not torch.cuda.is_available():
         sys.exit("make gpu: expected a GPU that torch can use, got none")
@@ -296,11 +321,13 @@ def main() -> int:
     tests += ["tests/train/test_captured_cuda.py"]
     if importlib.util.find_spec("xdist"):
         tests += ["-n", "8"]
-    until = a.started + TESTS_END * scale
-    steps = [run_step("tests", tests, until - time.time(), {"FASTSAE_TEST_DEVICES": "cuda"})]
-    found = run_benches(lines, a.started + BENCHES_END * scale, a.seconds)
+    until, steps = a.started + TESTS_END * scale, []
+    if not only:
+        on_gpu = {"FASTSAE_TEST_DEVICES": "cuda"}
+        steps.append(run_step("tests", tests, until - time.time(), on_gpu))
+    found = run_benches(lines, a.started + BENCHES_END * scale, a.seconds, only)
     write(collect(found, steps, about), ROOT / "bench/results")
-    for tool in ("memcheck", "racecheck"):
+    for tool in () if only else ("memcheck", "racecheck", "initcheck"):
         steps.append(sanitize(tool, a.started + a.budget - time.time()))
     record = collect(found, steps, about)
     file = write(record, ROOT / "bench/results")

@@ -105,10 +105,13 @@ def _fastsae(s: Start, **settings: Any) -> Way:
     return Way(lambda: run.step(s.x), lambda: found(run.step(s.x)))
 
 
-def _dense_torch(s: Start, autocast: bool = False, batch: bool = False) -> Way:
+def _dense_torch(
+    s: Start, autocast: bool = False, batch: bool = False, compiled: bool = False
+) -> Way:
     """Run the same equations in autograd, with [n, d_sae] latents and a fused Adam.
 
-    batch: keep the k n largest of the batch instead of k of each token.
+    batch: keep the k n largest of the batch instead of k of each token. compiled: forward and
+    backward by torch.compile.
     """
     parameters = [torch.nn.Parameter(p.clone()) for p in (s.W, s.W, s.b_enc, s.b_dec)]
     W_enc, W_dec, b_enc, b_dec = parameters
@@ -124,8 +127,10 @@ def _dense_torch(s: Start, autocast: bool = False, batch: bool = False) -> Way:
         error = (s.x - guess.float()).square().sum()
         return guess, error / (s.x - s.x.mean(0)).square().sum()
 
+    run = torch.compile(forward) if compiled else forward
+
     def step() -> None:
-        forward()[1].backward()
+        run()[1].backward()
         with torch.no_grad():
             assert W_dec.grad is not None
             along = torch.einsum("fd,fd->f", W_dec.grad, W_dec)
@@ -212,6 +217,11 @@ def build(name: str, s: Start, batch: bool = False) -> Way:
     """
     builder, settings, _ = WAYS[name]
     return builder(s, **settings, **({"batch": True} if batch else {}))
+
+
+def compiled(s: Start) -> Way:
+    """Return the dense step in bfloat16 with its forward and backward by torch.compile."""
+    return _dense_torch(s, autocast=True, compiled=True)
 
 
 def check(ways: dict[str, Way], s: Start) -> None:

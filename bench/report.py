@@ -1,10 +1,11 @@
 """Print results as Markdown tables, or draw training steps as a bar chart.
 
     python -m bench.report FILE.jsonl
+    python -m bench.report BEFORE.json AFTER.json
     python -m bench.report --plot OUT.svg [--shape A] FILE.jsonl
 
-The file is what `bench.run` or `bench.train_step` wrote with `--out`, or a .json of `bench.gpu`;
-only training steps can be drawn.
+The file is what `bench.run` or `bench.train_step` wrote with `--out`, or a .json of `bench.gpu`, of
+which two are set side by side; only training steps can be drawn.
 """
 
 from __future__ import annotations
@@ -86,11 +87,35 @@ def gpu(record: dict[str, Any]) -> str:
             if name != row["torch_name"] and "linear +" not in name
         )
         lines.append(f"- {row['op']}, {row['shape']}: times of others over its own: {beside}")
+    lines += [
+        f"- peak memory of a step at {peak['of']}: {peak['peak'] / 1e9:.2f} GB"
+        for peak in record.get("peaks", [])
+    ]
     lines += ["", *(f"- failed: {line['failed']}: {line['why']}" for line in record["failed"])]
     lines += [f"- left out: {line['left_out']}: {line['why']}" for line in record["left_out"]]
     for kind, why in (("skipped", "no CUDA kernel"), ("dropped", "no time left")):
         if record[kind]:
             lines.append(f"- {kind}, {why}: {'; '.join(record[kind])}")
+    return "\n".join(lines)
+
+
+def beside(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Return what two runs of `bench.gpu` have both measured as a Markdown table."""
+    lines = [
+        f"before: {machine(before['machine'])}",
+        f"after: {machine(after['machine'])}",
+        "",
+        "| op | shape | dtype | before, ms | after, ms | times faster |",
+        "|---|---|---|---|---|---|",
+    ]
+    old = {(r["op"], r["shape"], r["dtype"]): r["ours_ms"] for r in before["results"]}
+    for r in after["results"]:
+        was = old.get((r["op"], r["shape"], r["dtype"]))
+        if was is not None:
+            lines.append(
+                f"| `{r['op']}` | {r['shape']} | {r['dtype']} | {was:.3f} | {r['ours_ms']:.3f} | "
+                f"**{was / r['ours_ms']:.2f}** |"
+            )
     return "\n".join(lines)
 
 
@@ -151,9 +176,13 @@ def main() -> int:
     """Parse arguments, read, print or draw."""
     parser = argparse.ArgumentParser(description="print results as tables or draw them")
     parser.add_argument("file", type=Path, help="what bench.run, train_step or gpu wrote")
+    parser.add_argument("after", type=Path, nargs="?", help="a second file that gpu wrote")
     parser.add_argument("--plot", type=Path, metavar="OUT.svg", help="draw instead of printing")
     parser.add_argument("--shape", default="A", help="the shape to draw")
     arguments = parser.parse_args()
+    if arguments.after:
+        print(beside(*(json.loads(f.read_text()) for f in (arguments.file, arguments.after))))
+        return 0
     if arguments.file.suffix == ".json":
         print(gpu(json.loads(arguments.file.read_text())))
         return 0

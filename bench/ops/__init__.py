@@ -8,7 +8,8 @@ from bench.ops import bench_adam, bench_decode, bench_encode, bench_select, benc
 from bench.ops.inputs import Shape
 from bench.timing import Case
 
-MODULES = (bench_select, bench_decode, bench_encode, bench_adam, bench_step)
+# Whole steps first, then what takes most of their time.
+MODULES = (bench_step, bench_adam, bench_encode, bench_decode, bench_select)
 
 
 def all_cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[Case]:

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import fastsae
 from bench.ops.inputs import Shape, describe, peer
-from bench.peers import Way, build, check, start
+from bench.peers import Way, build, check, compiled, start
 from bench.timing import Case, Work
 from fastsae import TrainConfig, Trainer
 
@@ -42,8 +42,13 @@ def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[C
         ours, dense = fresh()
         ways: dict[str, Work] = {"dense torch": dense.step}
         # On a GPU, its matmul runs in bfloat16.
-        if dtype == torch.bfloat16 and not batch and peer("sparsify", "SparseCoder"):
-            ways["eai-sparsify"] = build("eai-sparsify", s).step
+        targets = {}
+        if dtype == torch.bfloat16 and not batch:
+            if peer("sparsify", "SparseCoder"):
+                ways["eai-sparsify"], targets["eai-sparsify"] = build("eai-sparsify", s).step, 4.0
+            if name == "A":
+                ways["torch.compile"] = compiled(s).step
+                targets["torch.compile"] = 3.5
         yield Case(
             f"training step ({'BatchTopK' if batch else 'TopK'})",
             describe(name, shape),
@@ -52,6 +57,7 @@ def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[C
             same,
             flops=2.0 * n * d * m,
             dtype=dtype,
+            targets=targets,
         )
     yield _captured(name, shape, device)
     yield _fed(name, shape, device)
@@ -72,6 +78,19 @@ def _trainer(shape: Shape, data: torch.Tensor, device: str, steps: int, **settin
         **settings,
     )
     return Trainer(sae, data, config)
+
+
+def peak_bytes(shape: Shape) -> int:
+    """Return the most memory that a GPU has in use during steps of a TopK SAE in bfloat16."""
+    torch.cuda.empty_cache()
+    x = torch.randn(shape[0], shape[1], device="cuda")
+    before = torch.cuda.memory_allocated() - x.nbytes
+    trainer = _trainer(shape, x, "cuda", 1 << 30)
+    trainer.prepare(x)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        trainer.step(x)
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _captured(name: str, shape: Shape, device: str) -> Case:

@@ -65,7 +65,7 @@ def test_a_run_becomes_a_record_and_a_table(tmp_path) -> None:
     assert not record["failed"]
     assert not record["dropped"]
     file = gpu.write(record, tmp_path)
-    assert file.name == "some-gpu-80gb-2026-01-01.json"
+    assert file.name == "some-gpu-80gb-2026-01-01-abc.json"
     text = report.gpu(json.loads(file.read_text()))
     assert "MISS: " in text
     assert "- tests: FAIL, 3 s: 1 failed" in text
@@ -82,6 +82,28 @@ def test_what_fails_or_has_no_time_is_reported(monkeypatch) -> None:
     assert {line["why"] for line in lines if "failed" in line} == {"ValueError: no such kernel"}
     lines = list(gpu.measure(SHAPES, "cpu", CEILINGS, time.time() - 1))
     assert len([line for line in lines if "dropped" in line]) == 10
+
+
+def test_some_benches_alone_and_in_their_order() -> None:
+    every = [(name, module.__name__) for name, module in gpu.groups(SHAPES)]
+    assert len(every) == len(set(every)) == len(SHAPES) * 5
+    assert every[0] == ("A", "bench.ops.bench_step")
+    some = gpu.groups(SHAPES, ["select", "adam"])
+    names = [(name, module.__name__.rpartition("_")[2]) for name, module in some]
+    assert names == [(name, part) for part in ("adam", "select") for name in SHAPES]
+    with pytest.raises(SystemExit, match="only of step, adam, encode, decode, select, got adma"):
+        gpu.groups(SHAPES, ["adma"])
+
+
+def test_two_runs_side_by_side() -> None:
+    def run(**ms: float) -> dict:
+        rows = [{"op": op, "shape": "A", "dtype": "float32", "ours_ms": t} for op, t in ms.items()]
+        return {"machine": {**gpu.machine("cpu"), "copy_gbs": 1.0}, "results": rows}
+
+    text = report.beside(run(topk=3.0, gone=1.0), run(topk=2.0, new=1.0))
+    assert "| `topk` | A | float32 | 3.000 | 2.000 | **1.50** |" in text
+    assert "gone" not in text
+    assert "new" not in text
 
 
 def test_a_way_that_fails_is_left_out() -> None:
