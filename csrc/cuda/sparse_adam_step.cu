@@ -280,9 +280,8 @@ const char* launch(const AdamParams& p, const Plan<F, R>& plan, cudaStream_t str
   AdamBySideArgs<F, R> of_sides = by_side(p, plan, enc, dec, extra_rows);
   const auto launch_rows = [&](auto move) {
     constexpr Move kMove = decltype(move)::value;
-    constexpr bool kStaged = kMove == Move::kAdam || kMove == Move::kAdamBf16;
-    if constexpr (kStaged && kWide && std::is_same_v<F, Float32>) {
-      if (plan.staged) {
+    if constexpr (kWide && std::is_same_v<F, Float32>) {
+      if (plan.staged && (kMove == Move::kAdam || kMove == Move::kAdamBf16)) {
         const StagedLaunch how{plan.staged, kPacks, plan.groups,
                                staged_shared(p.d_in, p.d_out, p.bf16_averages), p.bf16_averages};
         return launch_adam_staged(of_sides, how, stream);
