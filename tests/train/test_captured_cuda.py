@@ -24,18 +24,6 @@ from tests.train.test_captured_step import (
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.fixture(autouse=True)
-def sums_in_order(request):
-    """Have torch add up the gradients of thresholds and gates in a fixed order."""
-    kind = getattr(request.node, "callspec", None)
-    name = "" if kind is None else str(kind.params.get("kind", ""))
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(name.startswith(("JumpReLU", "Gated")), warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-@pytest.mark.filterwarnings("ignore:.*eterministic")
 @pytest.mark.parametrize("named", [{}, {"clip_grad_norm": 0.3}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_200_replayed_steps_are_200_steps(kind, named) -> None:

@@ -17,6 +17,7 @@ from fastsae.nn.loss import SAEOutput, fvu, squared_error, upcast
 from fastsae.nn.objective import total_loss
 from fastsae.nn.penalized import PenalizedSAE
 from fastsae.nn.scaler import ActivationScaler
+from fastsae.ops._per_entry import per_entry
 from fastsae.types import SparseActs
 
 ROWS = 64
@@ -81,10 +82,7 @@ class GatedSAE(PenalizedSAE):
         if gate.is_full:
             values = _Magnitudes.apply(gate.values, scale, b_mag - b_enc * scale)  # type: ignore[no-untyped-call]
             return SparseActs(values, gate.indices, gate.offsets, gate.d_sae)
-        b_enc, scale, b_mag = (
-            t.index_select(0, gate.indices.flatten()) for t in (b_enc, scale, b_mag)
-        )
-        b_enc, scale, b_mag = (t.view(gate.values.shape) for t in (b_enc, scale, b_mag))
+        b_enc, scale, b_mag = per_entry(gate, b_enc, scale, b_mag)
         magnitude = (gate.values - b_enc) * scale + b_mag
         values = torch.where(gate.values > 0, magnitude.relu(), 0).to(gate.values.dtype)
         return SparseActs(values, gate.indices, gate.offsets, gate.d_sae)

@@ -18,6 +18,7 @@ from fastsae.nn.objective import total_loss
 from fastsae.nn.parameters import plain
 from fastsae.nn.penalized import PenalizedSAE
 from fastsae.nn.threshold_sae import factor_for_k
+from fastsae.ops._per_entry import per_entry
 from fastsae.types import SparseActs
 
 THRESHOLD_CONTROL = 0.1
@@ -179,7 +180,8 @@ class JumpReLUSAE(PenalizedSAE):
         assert acts.offsets is not None
         entry = torch.arange(acts.values.shape[0], device=acts.values.device)
         z = torch.where(entry < acts.offsets[-1], acts.values, -math.inf)
-        return z, self.threshold.index_select(0, acts.indices)
+        (threshold,) = per_entry(acts, self.threshold)
+        return z, threshold
 
     def decode(self, acts: Tensor | SparseActs) -> Tensor:
         """See `SAE.decode`; entries of value 0 get gradients, which the estimates need."""
