@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
 import fastsae
 from bench.ops.inputs import Shape, describe, peer
 from bench.peers import Way, build, check, compiled, start
 from bench.timing import Case, Work
-from fastsae import TrainConfig, Trainer
+from fastsae import TrainConfig, Trainer, _library
+from fastsae.nn.objective import set_cuda_decode_error
+from fastsae.train.captured_step import WARM_UP
 
 
 def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[Case]:
@@ -60,6 +64,7 @@ def cases(name: str, shape: Shape, device: str, gpu: bool = False) -> Iterator[C
             targets=targets,
         )
     yield _captured(name, shape, device)
+    yield _all_on(name, shape, device)
     yield _fed(name, shape, device)
 
 
@@ -73,6 +78,7 @@ def _trainer(shape: Shape, data: torch.Tensor, device: str, steps: int, **settin
         steps=steps,
         compute_dtype="bfloat16",
         calibration_rows=0,
+        dead_after_tokens=10**12,
         log_every=steps,
         progress=False,
         **settings,
@@ -118,6 +124,60 @@ def _captured(name: str, shape: Shape, device: str) -> Case:
         same,
         flops=2.0 * shape[0] * shape[1] * shape[2],
         dtype=torch.bfloat16,
+    )
+
+
+@contextmanager
+def _ways_on(device: str) -> Iterator[None]:
+    """Turn on every way of the kernels that is off by default."""
+    if device != "cuda":
+        yield
+        return
+    encode, adam = _library.set_cuda_encode("hopper"), _library.set_cuda_adam("staged")
+    decode_error = set_cuda_decode_error(True)
+    try:
+        yield
+    finally:
+        _library.set_cuda_encode(encode)
+        _library.set_cuda_adam(adam)
+        set_cuda_decode_error(decode_error)
+
+
+def _all_on(name: str, shape: Shape, device: str) -> Case:
+    """A step with all that has to be asked for, against the default one: capture, both copies in
+    bfloat16 and averages in it, and the ways of the kernels."""
+    x = torch.randn(shape[0], shape[1], device=device)
+    settings: dict[str, Any] = {"adam_dtype": "bfloat16", "decode_dtype": "bfloat16"}
+    if device == "cuda":
+        settings |= {"capture": True, "weight_copies": True}
+
+    def fresh(given: dict[str, Any]) -> Trainer:
+        trainer = _trainer(shape, x, device, 1 << 30, **given)
+        trainer.prepare(x)
+        return trainer
+
+    def losses(given: dict[str, Any]) -> Tensor:
+        trainer = fresh(given)  # the graph is recorded in the fourth step
+        return torch.stack([trainer.step(x).loss for _ in range(6)])
+
+    def same() -> None:
+        with _ways_on(device):
+            got = losses(settings)
+        assert_close(got, losses({}), rtol=2e-2, atol=0)
+
+    plain, fast = fresh({}), fresh(settings)
+    with _ways_on(device):
+        for _ in range(WARM_UP + 1):  # what is recorded stays as it is
+            fast.step(x)
+    return Case(
+        "training step (all on)",
+        describe(name, shape),
+        lambda: fast.step(x),
+        {"default": lambda: plain.step(x)},
+        same,
+        flops=2.0 * shape[0] * shape[1] * shape[2],
+        dtype=torch.bfloat16,
+        targets={"default": {"A": 2.2, "B": 1.4}.get(name, 1.0)},
     )
 
 
