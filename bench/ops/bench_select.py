@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from bench import cub
 from bench.ops.inputs import Shape, describe, peer
 from bench.timing import Case, Work
 from fastsae import ops
@@ -70,6 +71,8 @@ def _matrix_cases(x: Tensor, name: str, shape: Shape, gpu: bool) -> Iterator[Cas
         "flatten().topk": lambda: x.flatten().topk(budget, sorted=False),
         "relu().flatten().topk": lambda: _flat_topk(x, budget),
     }
+    if gpu and cub.available():
+        ways["cub::DeviceTopK"] = lambda: cub.topk(x, budget)
     if gpu and name == "A":
         compiled = torch.compile(_flat_topk)
         ways["torch.compile"] = lambda: compiled(x, budget)

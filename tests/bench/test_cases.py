@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from bench import gpu, report, timing
+from bench import cub, gpu, report, timing
 from bench.ops import all_cases
 from bench.timing import Result
 from tests.ops.calls import NAMES
@@ -104,6 +104,18 @@ def test_two_runs_side_by_side() -> None:
     assert "| `topk` | A | float32 | 3.000 | 2.000 | **1.50** |" in text
     assert "gone" not in text
     assert "new" not in text
+
+
+def test_where_the_headers_of_cub_are(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("CCCL_INCLUDE", str(tmp_path))
+    assert cub.include() != tmp_path
+    header = tmp_path / "cub/device/device_topk.cuh"
+    header.parent.mkdir(parents=True)
+    header.write_text("#error wrong header")
+    assert cub.include() == tmp_path
+    monkeypatch.setattr(cub.shutil, "which", lambda name, path: None)
+    with pytest.raises(RuntimeError, match=r"bench\.cub: expected nvcc, found none"):
+        cub.compile_into(tmp_path / "x.so", "sm_90", tmp_path)
 
 
 def test_a_way_that_fails_is_left_out() -> None:
