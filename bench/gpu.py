@@ -2,9 +2,9 @@
 
 Runs the tests, then every op against its alternatives, then compute-sanitizer. Each step runs in
 its own process: one that fails, hangs or poisons the GPU is reported, and the rest still runs. What
-does not fit into the time is dropped and listed. Writes bench/results/<gpu>-<date>-<commit>.json
-and prints a table; exits with 1 if a step failed or a target was missed. `--only step,adam` runs
-these benches alone, to see what a change does.
+does not fit into the time is dropped and listed. Writes
+bench/results/<gpu>-<date>-<time>-<commit>.json and prints a table; exits with 1 if a step failed or
+a target was missed. `--only step,adam` runs these benches alone, to see what a change does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import gc
 import importlib.util
 import json
 import os
@@ -50,7 +51,7 @@ def has_cuda_kernel(case_op: str) -> bool:
 
 
 def groups(shapes: dict[str, Shape], only: Sequence[str] = ()) -> list[tuple[str, Any]]:
-    """Return (shape, module) in the order they run: each module at all shapes.
+    """Return (shape, module) in the order they run: all modules at one shape after another.
 
     Args:
         shapes: by name.
@@ -60,7 +61,7 @@ def groups(shapes: dict[str, Shape], only: Sequence[str] = ()) -> list[tuple[str
     if unknown := {*only} - {*modules}:
         raise SystemExit(f"bench.gpu: expected only of {', '.join(modules)}, got {unknown.pop()}")
     wanted = [module for part, module in modules.items() if not only or part in only]
-    return [(name, module) for module in wanted for name in shapes]
+    return [(name, module) for name in shapes for module in wanted]
 
 
 def measure(
@@ -81,7 +82,7 @@ def measure(
             continue
         try:
             if module is bench_step and device == "cuda":
-                yield {"peak": bench_step.peak_bytes(shapes[name]), "of": name}
+                yield from _peak(name, shapes[name])
             for case in module.cases(name, shapes[name], device, True):
                 what = f"{case.op}, {case.shape}, {str(case.dtype).removeprefix('torch.')}"
                 if device == "cuda" and not has_cuda_kernel(case.op):
@@ -104,7 +105,16 @@ def measure(
             yield {"failed": label, "why": _short(e)}
             _stop_if_poisoned(device)
         if device == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
+
+
+def _peak(name: str, shape: Shape) -> Iterator[Line]:
+    try:
+        yield {"peak": bench_step.peak_bytes(shape), "of": name}
+    except Exception as e:
+        yield {"failed": f"peak memory at {name}", "why": _short(e)}
+        _stop_if_poisoned("cuda")
 
 
 def drop_broken_ways(case: Case, what: str, group: int) -> Iterator[Line]:
@@ -116,6 +126,7 @@ def drop_broken_ways(case: Case, what: str, group: int) -> Iterator[Line]:
                 works[name]()
             except Exception as e:
                 del works[name]
+                case.targets = {t: least for t, least in case.targets.items() if t != name}
                 yield {"left_out": f"{what}: {name}", "why": _short(e)}
 
 
@@ -231,7 +242,9 @@ def sanitize(tool: str, seconds: float) -> Line:
     program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
     if program is None:
         return {"step": tool, "ok": None, "why": "compute-sanitizer is not installed"}
-    command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=fastsae"]
+    command = [program, "--tool", tool, "--error-exitcode", "9"]
+    if tool != "initcheck":  # which has to see what torch's kernels write
+        command += ["--kernel-name", "kns=fastsae"]
     command += [sys.executable, "-m", "tests.cuda_emulation.run_calls", "--device", "cuda"]
     # Without torch's cache, every tensor is an allocation of exactly its size.
     return run_step(tool, command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
@@ -247,21 +260,23 @@ def _said(*command: str) -> str:
 
 def head() -> Line:
     """Return the facts that the numbers depend on."""
+    now = datetime.datetime.now()
     driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         **machine("cuda"),
         "driver": _said(*driver),
         "nvcc": _host.build_info()["cuda"],
         "commit": _said("git", "rev-parse", "HEAD"),
-        "date": datetime.date.today().isoformat(),
+        "date": now.date().isoformat(),
+        "time": f"{now:%H%M}",
     }
 
 
 def write(record: Line, folder: Path) -> Path:
-    """Write the record under the GPU's name, the date and the commit, all or nothing."""
+    """Write the record under the GPU's name, the time and the commit, all or nothing."""
     gpu = re.sub(r"[^a-z0-9]+", "-", str(record["machine"]["gpu"]).lower()).strip("-")
     about = record["machine"]
-    file = folder / f"{gpu}-{about['date']}-{about['commit'][:7]}.json"
+    file = folder / f"{gpu}-{about['date']}-{about['time']}-{about['commit'][:7]}.json"
     folder.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1) + "\n")

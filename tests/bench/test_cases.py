@@ -56,7 +56,8 @@ def test_ceilings() -> None:
 
 def test_a_run_becomes_a_record_and_a_table(tmp_path) -> None:
     lines = [{"ceilings": CEILINGS}, *gpu.measure(SHAPES, "cpu", CEILINGS, time.time() + 100)]
-    about = {**gpu.machine("cpu"), "gpu": "Some GPU 80GB", "date": "2026-01-01", "commit": "abc"}
+    about = {**gpu.machine("cpu"), "gpu": "Some GPU 80GB", "commit": "abc"}
+    about |= {"date": "2026-01-01", "time": "2359"}
     steps = [
         {"step": "tests", "ok": False, "seconds": 3.0, "why": "1 failed", "failures": ["FAILED x"]},
         {"step": "memcheck", "ok": None, "why": "not installed"},
@@ -65,7 +66,7 @@ def test_a_run_becomes_a_record_and_a_table(tmp_path) -> None:
     assert not record["failed"]
     assert not record["dropped"]
     file = gpu.write(record, tmp_path)
-    assert file.name == "some-gpu-80gb-2026-01-01-abc.json"
+    assert file.name == "some-gpu-80gb-2026-01-01-2359-abc.json"
     text = report.gpu(json.loads(file.read_text()))
     assert "MISS: " in text
     assert "- tests: FAIL, 3 s: 1 failed" in text
@@ -90,7 +91,7 @@ def test_some_benches_alone_and_in_their_order() -> None:
     assert every[0] == ("A", "bench.ops.bench_step")
     some = gpu.groups(SHAPES, ["select", "adam"])
     names = [(name, module.__name__.rpartition("_")[2]) for name, module in some]
-    assert names == [(name, part) for part in ("adam", "select") for name in SHAPES]
+    assert names == [(name, part) for name in SHAPES for part in ("adam", "select")]
     with pytest.raises(SystemExit, match="only of step, adam, encode, decode, select, got adma"):
         gpu.groups(SHAPES, ["adma"])
 
@@ -123,8 +124,10 @@ def test_a_way_that_fails_is_left_out() -> None:
         raise RuntimeError("out of memory")
 
     case = timing.Case("topk", "A", int, {"good": int, "bad": fails}, int, parts={"part": fails})
+    case.targets = {"copy": 0.8, "good": 2.0, "bad": 4.0}
     lines = list(gpu.drop_broken_ways(case, "topk", 0))
     assert set(case.torch) == {"good"}
+    assert set(case.targets) == {"copy", "good"}
     assert not case.parts
     assert [line["left_out"] for line in lines if "left_out" in line] == ["topk: bad", "topk: part"]
 
