@@ -64,6 +64,16 @@ def test_only_what_is_asked_for_and_derivatives_of_it() -> None:
     assert torch.autograd.gradgradcheck(lambda t: per_entry(code, t)[0].square(), (a,))
 
 
+def test_forward_mode() -> None:
+    code = acts(6, D_SAE, 2, torch.float64, "fixed")
+    a, b = numbers("cpu")
+    moved = torch.func.jvp(lambda t: per_entry(code, t, b)[0], (a,), (b,))[1]
+    assert torch.equal(moved, b[code.indices.long()])
+    square = torch.func.grad(lambda t: per_entry(code, t)[0].square().sum())
+    product = torch.func.jvp(square, (a,), (b,))[1]
+    assert_close(product, 2 * b * torch.bincount(code.indices.flatten().long(), minlength=D_SAE))
+
+
 def test_the_gradient_has_the_same_bits_every_time(device) -> None:
     n = 5000
     indices = torch.zeros(n, 1, dtype=torch.int32, device=device)

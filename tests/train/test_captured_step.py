@@ -6,9 +6,11 @@ A GPU's graph is stood in for by `recorded_graph`, and questions are left out as
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import shutil
 import sys
+import weakref
 from collections import deque
 from contextlib import nullcontext
 
@@ -345,6 +347,28 @@ def test_a_replay_asks_nothing(graphs):
     assert not questions.asked
     assert trainer._captured.replays == 9
     assert int(sae.batches_seen) == 13
+
+
+def test_a_run_that_is_dropped_is_gone(graphs):
+    """At once, and what it holds on the device with it."""
+    trainer, _ = last(steps_of(make("TopKSAE"), 10, capture=True))
+    dropped = [weakref.ref(trainer), weakref.ref(trainer.sae)]
+    graphs.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        del trainer, _
+        assert [ref() for ref in dropped] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_parameter_that_is_frozen_is_not_moved_by_a_replay(graphs):
+    sae = make("JumpReLUSAE")
+    trainer, _ = last(steps_of(sae, 10, capture=True))
+    sae.log_threshold.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        trainer.step(rows(sae, N))
 
 
 def test_results_of_a_step_stay(graphs):

@@ -109,6 +109,11 @@ def _may_have_tangents() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def in_forward_mode() -> bool:
+    """Return whether there may be tangents, by `torch.func` or dual numbers; not when compiling."""
+    return not torch.compiler.is_compiling() and _may_have_tangents()
+
+
 def _primal(t: Tensor | None) -> Tensor | None:
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         return None if t is None else forward_ad.unpack_dual(t, level=0).primal

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.ops import _autograd
 from fastsae.types import SparseActs, can_look
 
 
@@ -14,9 +15,10 @@ def per_entry(acts: SparseActs, *numbers: Tensor) -> tuple[Tensor, ...]:
     """Return `numbers[i][acts.indices]` of tensors `[d_sae]`, in the shape of `acts.values`.
 
     Gradients are added up in the order of the entries: torch's own, of `index_select`, come from
-    atomic additions on a GPU, in another order each time. Padding has none there.
+    atomic additions on a GPU, in another order each time. Padding has none there. Forward mode
+    takes torch's.
     """
-    if can_look(numbers[0]):
+    if can_look(numbers[0]) or _autograd.in_forward_mode():
         flat = acts.indices.flatten()
         return tuple(t.index_select(0, flat).view(acts.indices.shape) for t in numbers)
     found: tuple[Tensor, ...] = _PerEntry.apply(acts.indices, acts.offsets, *numbers)  # type: ignore[no-untyped-call]

@@ -124,7 +124,7 @@ class CapturedStep:
     times in a row, it is recorded in its place. Steps that cannot be recorded do not count in this.
 
     Args:
-        run: does a step.
+        run: gives what does a step, or None when that is gone.
         sae: the module.
         update: of its parameters; it counts the steps.
         dead: counters of its latents.
@@ -133,7 +133,7 @@ class CapturedStep:
 
     def __init__(
         self,
-        run: Run,
+        run: Callable[[], Run | None],
         sae: SAE,
         update: FusedUpdate,
         dead: DeadLatents,
@@ -178,7 +178,9 @@ class CapturedStep:
         return replace(self._out)
 
     def _do(self, given: StepInputs) -> SAEOutput:
-        return self._run(given, partial(self._update.move, lr=given.lr, number=given.number))
+        run = self._run()
+        assert run is not None
+        return run(given, partial(self._update.move, lr=given.lr, number=given.number))
 
     def _record(self, given: StepInputs, kind: tuple[Any, ...]) -> None:
         device = given.x.device
@@ -218,7 +220,7 @@ class CapturedStep:
             config.betas,
             config.eps,
             config.clip_grad_norm,
-            tuple(t.data_ptr() for t in tensors),
+            tuple((t.data_ptr(), t.requires_grad) for t in tensors),
             str(sae.config()),
         )
 
@@ -234,7 +236,7 @@ def own_copy(out: SAEOutput) -> SAEOutput:
 
 
 def make_captured_step(
-    run: Run, sae: SAE, update: Update, dead: DeadLatents
+    run: Callable[[], Run | None], sae: SAE, update: Update, dead: DeadLatents
 ) -> CapturedStep | None:
     """Return what records the steps of a run, or None, and say in the log why not."""
     why = why_not_captured(sae, update)

@@ -14,6 +14,7 @@ import copy
 import json
 import os
 import sys
+import weakref
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -554,7 +555,8 @@ class Trainer:
         """Take the update of the steps to come, and record them if that is asked for."""
         self._update, self._captured = update, None
         if self.config.capture:
-            self._captured = make_captured_step(self._on_device, self.sae, update, self._dead)
+            run = weakref.WeakMethod(self._on_device)  # a cycle would keep memory of the device
+            self._captured = make_captured_step(run, self.sae, update, self._dead)
 
     def _counter(self) -> DeadLatents:
         cls = UnderusedLatents if self.sae.aux == "zipf" else DeadLatents
