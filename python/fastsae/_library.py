@@ -114,7 +114,8 @@ def set_cuda_adam(way: str, library: Path | None = None) -> str:
     Args:
         way: "direct" (the default), or "staged": they are copied into shared memory while the
             latent before is moved, where they fit (`docs/cuda.md`). Sums of squares are in another
-            order for rows of more than about 1500 numbers; all else is the same.
+            order where rows are so wide that blocks have more than 128 threads; all else is the
+            same.
         library: the library that it is said to; None: the one that serves GPUs.
 
     Returns:
