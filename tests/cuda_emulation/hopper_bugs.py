@@ -110,12 +110,12 @@ _FORMATS = (
         ),
         ("the descriptor lost a bit of the address", "at & 0x3ffffu", "at & 0x1ffffu", "result"),
         ("a lane has another row", "thread % 32 / 4;", "thread % 32 / 4 ^ 1;", "result"),
-        ("a warp has the rows of another", "thread / 32 * 16", "thread / 32 * 8", "result"),
+        ("a warp has the rows of another", "thread / 32 * 16", "thread / 32 * 8", "asan"),
         (
             "a lane has another column",
             "2 * (static_cast<int>(threadIdx.x) % 4)",
             "static_cast<int>(threadIdx.x) % 4",
-            "result",
+            "ubsan",
         ),
     ),
     *_bugs(
@@ -202,7 +202,7 @@ _RING = _bugs(
         "",
         "emulator",
     ),
-    ("both warpgroups take the same rows", "tile.row + part * kProductRows", "tile.row", "result"),
+    ("both warpgroups take the same rows", "tile.row + part * kProductRows", "tile.row", "asan"),
     ("more registers than there are", "take_registers<232>()", "take_registers<248>()", "emulator"),
     ("the last band is as high as the others", "min(kBand, rows - first)", "kBand", "result"),
     (
@@ -215,7 +215,7 @@ _RING = _bugs(
         "a column past the last one is written",
         "if (column + c < columns) *",
         "if (column + c < columns + 2) *",
-        "result",
+        "asan",
     ),
     ("rows 8 further on are forgotten", "i = 4 * j + 2 * half", "i = 4 * j", "result"),
 )

@@ -353,7 +353,6 @@ def _adam() -> list[Call]:
     for n, d, m, k, dtype, layout, max_norm, extra in (
         (20, 16, 64, 4, torch.float32, "fixed", float("inf"), False),
         (33, 37, 200, 7, torch.float32, "variable", 0.5, True),
-        (5, 520, 20, 3, torch.float32, "fixed", float("inf"), False),  # rows of several warps
         (9, 70, 31, 5, torch.float64, "fixed", 1e9, True),
         (40, 33, 131, 12, torch.float64, "variable", 0.5, False),
     ):
@@ -463,6 +462,20 @@ def _with_copies(case: str, call: tuple[Any, ...], tolerance: float) -> list[Cal
     ]
 
 
+def _wide_and_staged() -> Call:
+    """Return an update whose rows are shared by several warps."""
+    n, d, m = 5, 520, 20
+    a = acts(n, m, 3, torch.float32, "fixed")
+    parameters = [torch.randn(s) for s in ((m, d), (m, d), (m,), (d,))]
+    averages = [0.1 * torch.randn_like(p) for p in parameters]
+    squares = [0.01 * torch.rand_like(p) for p in parameters]
+    entries = (a.values, a.indices, a.offsets, torch.randn(n, d), torch.randn(a.values.shape))
+    rest = (None, None, torch.randn(n, d), *[None] * 9)
+    options = (1e-2, 0.9, 0.999, 1e-8, 3, float("inf"), True, True, False)
+    call = (*parameters, *averages, *squares, *entries, *rest, *options)
+    return Call("sparse_adam_step_", f"{n}x{d}x{m}-wide", call, 2e-5, "staged")
+
+
 def _can_be_staged(call: Call) -> bool:
     """Return whether CUDA's update can copy the rows of a call ahead of time."""
     if call.op != "sparse_adam_step_":
@@ -479,6 +492,7 @@ def calls(device: str = "cpu", only: str = "", dtype: torch.dtype | None = None)
         makers: tuple[Callable[[], list[Call]], ...] = (_select, _encode, _sparse, _adam)
         table = [call for make in makers for call in make()]
         table += [replace(call, way="staged") for call in table if _can_be_staged(call)]
+        table.append(_wide_and_staged())
     missing = set(NAMES) - {call.op for call in table}
     assert not missing, f"calls: expected a call of every operator, got none of {missing}"
     return [
