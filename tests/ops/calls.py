@@ -463,9 +463,9 @@ def _with_copies(case: str, call: tuple[Any, ...], tolerance: float) -> list[Cal
 
 
 def _wide_and_staged() -> Call:
-    """Return an update whose rows are shared by several warps."""
+    """Return an update whose rows are shared by several warps, with entries for every latent."""
     n, d, m = 5, 520, 20
-    a = acts(n, m, 3, torch.float32, "fixed")
+    a = acts(n, m, 16, torch.float32, "fixed")
     parameters = [torch.randn(s) for s in ((m, d), (m, d), (m,), (d,))]
     averages = [0.1 * torch.randn_like(p) for p in parameters]
     squares = [0.01 * torch.rand_like(p) for p in parameters]
