@@ -93,19 +93,9 @@ def set_cuda_encode(way: str, library: Path | None = None) -> str:
         RuntimeError: where that library was not built or not loaded.
         ValueError: for another `way`; nothing changes then.
     """
-    library = library or cuda_library
-    if library is None:
-        raise RuntimeError("set_cuda_encode: expected the library libfastsae_cuda.so, found none")
-    loaded = ctypes.CDLL(str(library))
-    loaded.fastsae_cuda_encode.restype = ctypes.c_char_p
-    before = loaded.fastsae_cuda_encode().decode()
-    if loaded.fastsae_set_cuda_encode(way.encode()) != 0:
-        raise ValueError(
-            "set_cuda_encode: expected way to be rows, hopper, blocks, overlap, "
-            "blocks:ROWSxLATENTS or overlap:ROWSxLATENTS "
-            f"with latents a multiple of 64 up to 8192, got {way!r}"
-        )
-    return str(before)
+    ways = "rows, hopper, blocks, overlap, blocks:ROWSxLATENTS or overlap:ROWSxLATENTS "
+    ways += "with latents a multiple of 64 up to 8192"
+    return _set_cuda("encode", way, ways, library)
 
 
 def set_cuda_adam(way: str, library: Path | None = None) -> str:
@@ -125,14 +115,20 @@ def set_cuda_adam(way: str, library: Path | None = None) -> str:
         RuntimeError: where that library was not built or not loaded.
         ValueError: for another `way`; nothing changes then.
     """
+    return _set_cuda("adam", way, "direct or staged", library)
+
+
+def _set_cuda(what: str, way: str, ways: str, library: Path | None) -> str:
+    """Say the way of something to a library, and return what was in force there before."""
     library = library or cuda_library
     if library is None:
-        raise RuntimeError("set_cuda_adam: expected the library libfastsae_cuda.so, found none")
+        raise RuntimeError(f"set_cuda_{what}: expected the library libfastsae_cuda.so, found none")
     loaded = ctypes.CDLL(str(library))
-    loaded.fastsae_cuda_adam.restype = ctypes.c_char_p
-    before = loaded.fastsae_cuda_adam().decode()
-    if loaded.fastsae_set_cuda_adam(way.encode()) != 0:
-        raise ValueError(f"set_cuda_adam: expected way to be direct or staged, got {way!r}")
+    said = loaded[f"fastsae_cuda_{what}"]
+    said.restype = ctypes.c_char_p
+    before = said().decode()
+    if loaded[f"fastsae_set_cuda_{what}"](way.encode()) != 0:
+        raise ValueError(f"set_cuda_{what}: expected way to be {ways}, got {way!r}")
     return str(before)
 
 
