@@ -7,13 +7,12 @@ import sys
 import pytest
 import torch
 
-import fastsae
 from fastsae import TrainConfig, Trainer
 from fastsae.ops import _rounded, _tape
 from fastsae.train import captured_step, update
-from fastsae.types import StepTensors
 from tests.conftest import EMULATED, emulated
 from tests.ops.calls import NAMES
+from tests.train.outside_writes import WRITES, in_place
 from tests.train.recorded_graph import RecordedGraph
 from tests.train.test_fused_classes import CLASSES, build, rows
 
@@ -107,66 +106,18 @@ def test_the_copy_is_made_once_and_read_in_every_step(as_on_cuda, asked, made) -
     assert torch.equal(copies.W_enc.copy, t.sae.W_enc_rows.bfloat16())
 
 
-def in_place(sae):
-    with torch.no_grad():
-        sae.W_enc_rows.mul_(1.01)
-
-
-def of_a_row(sae):
-    with torch.no_grad():
-        sae.W_enc_rows[3] += 0.5
-
-
-def through_the_property(sae):
+def through_the_property(sae, name):
     sae.W_enc = sae.W_enc * 1.01
 
 
-def loaded(sae):
-    sae.load_state_dict({name: t * 1.01 for name, t in sae.state_dict().items()})
-
-
-def by_another_optimizer(sae):
-    sae.W_enc_rows.grad = torch.ones_like(sae.W_enc_rows)
-    torch.optim.SGD([sae.W_enc_rows], lr=0.01).step()
-    sae.W_enc_rows.grad = None
-
-
-def by_a_fused_optimizer(sae):
-    sae.W_enc_rows.grad = torch.ones_like(sae.W_enc_rows)
-    torch.optim.Adam([sae.W_enc_rows], lr=0.01, fused=True).step()
-    sae.W_enc_rows.grad = None
-
-
-def other_data(sae):
-    sae.W_enc_rows.data = sae.W_enc_rows.data * 1.01
-
-
-def of_a_view(sae):
+def of_a_view(sae, name):
     with torch.no_grad():
         sae.W_enc.div_(0.99)
 
 
-def of_a_detached_one(sae):
-    sae.W_enc_rows.detach().mul_(1.01)
-
-
-def by_the_op(sae):
-    """The update itself, called by somebody else and without the copy."""
-    p = StepTensors(*(t.detach() for t in (sae.W_enc_rows, sae.W_dec, sae.b_enc, sae.b_dec)))
-    m, v = (StepTensors(*(torch.ones_like(t) for t in p)) for _ in range(2))
-    none = torch.zeros(0, 1)
-    acts = fastsae.SparseActs(none, none.int(), None, sae.d_sae)
-    x = torch.zeros(0, sae.d_in)
-    fastsae.ops.sparse_adam_step_(p, m, v, acts, none, x, x, lr=0.1, step=1)
-
-
-WRITES = (
-    in_place, of_a_row, through_the_property, loaded, by_another_optimizer, by_a_fused_optimizer,
-    other_data, of_a_view, of_a_detached_one, by_the_op,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "write", [*WRITES, through_the_property, of_a_view], ids=lambda f: f.__name__
+)
 def test_a_write_from_outside_is_noticed(write, as_on_cuda, made) -> None:
     found = []
     for copies in (False, True):
@@ -176,7 +127,7 @@ def test_a_write_from_outside_is_noticed(write, as_on_cuda, made) -> None:
         for i, batch in enumerate(rows(t.sae).split(50)):
             before = t.sae.W_enc_rows.detach().clone()
             if i in (0, 3, 7):
-                write(t.sae)
+                write(t.sae, "W_enc_rows")
                 assert not torch.equal(before, t.sae.W_enc_rows)
             t.step(batch)
         found.append(state_of(t.sae))
@@ -193,7 +144,7 @@ def test_a_write_inside_a_step_is_noticed(as_on_cuda, asked) -> None:
     loss = t.sae.training_loss
 
     def moved(*arguments):
-        in_place(t.sae)
+        in_place(t.sae, "W_enc_rows")
         return loss(*arguments)
 
     t.sae.training_loss = moved
@@ -226,7 +177,7 @@ def test_a_recorded_step_reads_what_was_written_meanwhile(adam_dtype, as_on_cuda
         t.prepare()
         for i, batch in enumerate(rows(t.sae).split(50)):
             if i in (0, 7, 10):
-                in_place(t.sae)
+                in_place(t.sae, "W_enc_rows")
             t.step(batch)
         averages = {name: m.clone() for name, m in t._update.exp_avg_sq.items()}
         found.append({**state_of(t.sae), **{f"{name} squares": m for name, m in averages.items()}})

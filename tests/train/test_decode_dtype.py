@@ -13,9 +13,9 @@ from fastsae import TrainConfig, Trainer, ops, reference
 from fastsae.cli import recipe
 from fastsae.nn import objective
 from fastsae.ops import _rounded, _tape
-from fastsae.types import SparseActs, StepTensors
 from tests.conftest import EMULATED, emulated
 from tests.ops.calls import NAMES
+from tests.train.outside_writes import WRITES, in_place
 from tests.train.test_fused_classes import CLASSES, build, rows
 
 REFUSED = {name for name in CLASSES if "CLT" in name} | {"Hierarchical"}
@@ -186,63 +186,13 @@ def test_a_resumed_run_has_the_same_bits(name, kernels, tmp_path) -> None:
         other.fit(resume=at)
 
 
-def in_place(sae):
+def by_the_module(sae, name):
     with torch.no_grad():
-        sae.W_dec.mul_(1.01)
-
-
-def of_a_row(sae):
-    with torch.no_grad():
-        sae.W_dec[3] += 0.5
-
-
-def loaded(sae):
-    sae.load_state_dict({name: t * 1.01 for name, t in sae.state_dict().items()})
-
-
-def by_an_optimizer(sae):
-    sae.W_dec.grad = torch.ones_like(sae.W_dec)
-    torch.optim.SGD([sae.W_dec], lr=0.01).step()
-    sae.W_dec.grad = None
-
-
-def by_a_fused_optimizer(sae):
-    sae.W_dec.grad = torch.ones_like(sae.W_dec)
-    torch.optim.Adam([sae.W_dec], lr=0.01, fused=True).step()
-    sae.W_dec.grad = None
-
-
-def other_data(sae):
-    sae.W_dec.data = sae.W_dec.data * 1.01
-
-
-def of_a_detached_one(sae):
-    sae.W_dec.detach().mul_(1.01)
-
-
-def by_the_module(sae):
-    with torch.no_grad():
-        sae.W_dec[3] *= 2
+        getattr(sae, name)[3] *= 2
     sae.normalize_decoder_()
 
 
-def by_the_op(sae):
-    """The update itself, called by somebody else and without the copy."""
-    p = StepTensors(*(t.detach() for t in (sae.W_enc_rows, sae.W_dec, sae.b_enc, sae.b_dec)))
-    m, v = (StepTensors(*(torch.ones_like(t) for t in p)) for _ in range(2))
-    none = torch.zeros(0, 1)
-    acts = SparseActs(none, none.int(), None, sae.d_sae)
-    x = torch.zeros(0, sae.d_in)
-    ops.sparse_adam_step_(p, m, v, acts, none, x, x, lr=0.1, step=1)
-
-
-WRITES = (
-    in_place, of_a_row, loaded, by_an_optimizer, by_a_fused_optimizer, other_data,
-    of_a_detached_one, by_the_module, by_the_op,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("write", [*WRITES, by_the_module], ids=lambda f: f.__name__)
 def test_a_write_from_outside_is_noticed(write, kernels, monkeypatch) -> None:
     """As if there had been no copy to keep: one that is made in every decode."""
     made, refresh = [], _rounded.Rounded.refresh
@@ -263,7 +213,7 @@ def test_a_write_from_outside_is_noticed(write, kernels, monkeypatch) -> None:
         for i, batch in enumerate(rows(t.sae).split(50)):
             before = t.sae.W_dec.detach().clone()
             if i in (0, 3, 7):
-                write(t.sae)
+                write(t.sae, "W_dec")
                 moved = not torch.equal(before, t.sae.W_dec)
                 assert moved or write is by_the_module
             t.step(batch)
@@ -281,7 +231,7 @@ def test_a_write_inside_a_step_is_noticed(kernels, monkeypatch) -> None:
     watch, loss = Watch(monkeypatch), t.sae.training_loss
 
     def moved(*arguments):
-        in_place(t.sae)
+        in_place(t.sae, "W_dec")
         return loss(*arguments)
 
     t.sae.training_loss = moved
@@ -290,7 +240,7 @@ def test_a_write_inside_a_step_is_noticed(kernels, monkeypatch) -> None:
 
     def moved_after(*arguments):
         out = loss(*arguments)
-        in_place(t.sae)
+        in_place(t.sae, "W_dec")
         return out
 
     t.sae.training_loss = moved_after
