@@ -90,14 +90,19 @@ def _trainer(shape: Shape, data: Tensor, device: str, steps: int, **settings: An
     return Trainer(sae, data, config)
 
 
+def _prepared(shape: Shape, x: Tensor, device: str, **settings: Any) -> Trainer:
+    trainer = _trainer(shape, x, device, 1 << 30, **settings)
+    trainer.prepare(x)
+    return trainer
+
+
 def peak_bytes(shape: Shape) -> int:
     """Return the most memory that a GPU has in use during steps of a TopK SAE in bfloat16."""
     gc.collect()
     torch.cuda.empty_cache()
     x = torch.randn(shape[0], shape[1], device="cuda")
     before = torch.cuda.memory_allocated() - x.nbytes
-    trainer = _trainer(shape, x, "cuda", 1 << 30)
-    trainer.prepare(x)
+    trainer = _prepared(shape, x, "cuda")
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         trainer.step(x)
@@ -108,19 +113,15 @@ def _captured(name: str, shape: Shape, device: str) -> Case:
     """A step that is replayed as one graph, against the same step as Python starts it."""
     x = torch.randn(shape[0], shape[1], device=device)
 
-    def fresh(captured: bool) -> Trainer:
-        trainer = _trainer(shape, x, device, 1 << 30, capture=captured)
-        trainer.prepare(x)
-        return trainer
-
     def losses(captured: bool) -> list[float]:
-        trainer = fresh(captured)  # the graph is recorded in the fourth step
+        trainer = _prepared(shape, x, device, capture=captured)
+        # The graph is recorded in the fourth step.
         return [float(trainer.step(x).loss) for _ in range(6)]
 
     def same() -> None:
         assert losses(True) == losses(False)
 
-    plain, captured = fresh(False), fresh(True)
+    plain, captured = (_prepared(shape, x, device, capture=c) for c in (False, True))
     return Case(
         "training step (captured)",
         describe(name, shape),
@@ -156,13 +157,8 @@ def _all_on(name: str, shape: Shape, device: str) -> Case:
     if device == "cuda":
         settings |= {"capture": True, "weight_copies": True}
 
-    def fresh(given: dict[str, Any]) -> Trainer:
-        trainer = _trainer(shape, x, device, 1 << 30, **given)
-        trainer.prepare(x)
-        return trainer
-
     def losses(given: dict[str, Any]) -> Tensor:
-        trainer = fresh(given)  # the graph is recorded in the fourth step
+        trainer = _prepared(shape, x, device, **given)  # the graph is recorded in the fourth step
         return torch.stack([trainer.step(x).loss for _ in range(6)])
 
     def same() -> None:
@@ -170,7 +166,7 @@ def _all_on(name: str, shape: Shape, device: str) -> Case:
             got = losses(settings)
         assert_close(got, losses({}), rtol=2e-2, atol=0)
 
-    plain, fast = fresh({}), fresh(settings)
+    plain, fast = (_prepared(shape, x, device, **given) for given in ({}, settings))
     with _ways_on(device):
         for _ in range(WARM_UP + 1):  # what is recorded stays as it is
             fast.step(x)
